@@ -1,0 +1,86 @@
+"""What a user can choose, as plain values. Knows how to read them from text; not what they cost or how they run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexeval.errors import ConfigError
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
+_UNIT_BYTES = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+_SETTING = re.compile(r"^w(?P<weight_bits>4)(?:-g(?P<group_size>32|64|128))?$")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes in a size such as `16GiB`, `500MB` or `1024`. Raises `ConfigError`."""
+    match = _SIZE.match(str(text))
+    if not match:
+        raise ConfigError(f"{text!r} is not a size", mend="Write a number and a unit, such as 16GiB or 500MB")
+    return int(float(match[1]) * _UNIT_BYTES[(match[2] or "").lower()])
+
+
+def format_size(num_bytes: float) -> str:
+    """A size for people: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One way to compress the same model; its name is the identity of a HELM deployment."""
+
+    name: str
+    """As the user wrote it: `none`, `w4`, `w4-g128`."""
+    weight_bits: int | None = None
+    """Bits of a layer's matrices at rest; None keeps them as loaded."""
+    weight_group_size: int = 64
+    """Elements along the input dimension that share a scale and a minimum."""
+
+    @classmethod
+    def parse(cls, name: str) -> Setting:
+        """Read a setting's name. Raises `ConfigError` with the names that exist."""
+        if name == "none":
+            return cls(name=name)
+        match = _SETTING.match(name)
+        if not match:
+            raise ConfigError(f"unknown setting {name!r}", mend="Settings are: none, w4, w4-g32, w4-g128")
+        return cls(
+            name=name, weight_bits=int(match["weight_bits"]), weight_group_size=int(match["group_size"] or 64)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much of each memory tier may be used; None means what is free."""
+
+    gpu_bytes: int | None = None
+    """Memory of the GPU, everything on it included."""
+    cpu_bytes: int | None = None
+    """Host memory for weights, KV cache and hidden states."""
+    disk_bytes: int | None = None
+    """Room in `disk_dir`; 0 keeps the engine off the disk."""
+    disk_dir: Path | None = None
+    """Folder for offloaded data; None keeps the engine off the disk."""
+
+
+def parse_disk(text: str) -> tuple[Path, int | None]:
+    """Read `DIR` or `DIR:SIZE` of the `--disk` option. Raises `ConfigError`."""
+    path, colon, size = text.rpartition(":")
+    if colon and _SIZE.match(size):
+        return Path(path), parse_size(size)
+    return Path(text), None

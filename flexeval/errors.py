@@ -1,0 +1,52 @@
+"""Errors a user can mend. Knows only how to say: what is wrong, where, and how to mend it.
+
+Anything else that goes wrong is our bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class FlexevalError(Exception):
+    """A problem the user can mend; the command line prints it as one line and exits with code 2.
+
+    Args:
+        what: What is wrong, with the offending value.
+        where: The file, option or field it was found in, if there is one.
+        mend: What the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None):
+        self.what = what
+        self.where = where
+        self.mend = mend
+        place = f" ({where})" if where else ""
+        hint = f". {mend}" if mend else ""
+        super().__init__(f"{what}{place}{hint}".replace("\n", " "))
+
+
+class ConfigError(FlexevalError):
+    """An option, suite file or setting that cannot be read."""
+
+
+class RequestError(FlexevalError):
+    """A request that no engine could answer as asked: wrong values, or longer than the context."""
+
+
+class ModelError(FlexevalError):
+    """A model that cannot be found, read or run."""
+
+
+class UnsupportedModelError(ModelError):
+    """A model family that the engine would answer wrongly, and therefore refuses."""
+
+
+class CapacityError(FlexevalError):
+    """The work does not fit in the memory given."""
+
+
+class DataError(FlexevalError):
+    """Benchmark data that is missing or not what it should be."""
+
+
+class ResultsError(FlexevalError):
+    """A results directory that cannot be read or compared."""

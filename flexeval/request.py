@@ -1,0 +1,151 @@
+"""The vocabulary between the text half and the tensor half. Knows no tokenizer, no tensor, no benchmark.
+
+`Request` and `Completion` are what users and benchmarks speak. `TokenRequest` and `TokenResult` are the same thing
+after tokenization: what the engine speaks. Only `backends/text.py` translates between the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+from flexeval.errors import RequestError
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended, in HELM's words."""
+
+    STOP = "stop"
+    """A stop sequence appeared in the text."""
+    LENGTH = "length"
+    """`max_tokens` were generated."""
+    ENDOFTEXT = "endoftext"
+    """The model generated its end-of-text token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and what to do with it. Raises `RequestError` for values nobody could serve."""
+
+    prompt: str | tuple[int, ...]
+    """The text, or the token ids exactly as the model shall see them (no special tokens are added)."""
+    max_tokens: int = 16
+    """Tokens to generate at most; 0 scores the prompt only."""
+    stop: tuple[str, ...] = ()
+    """Generation ends where one of these texts appears; it is not part of the completion."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus: sample from the smallest set of tokens that holds this probability, in (0, 1]."""
+    num_completions: int = 1
+    """Independent completions of the same prompt."""
+    seed: int = 0
+    """Seed of this request's samples; completion i uses its own stream."""
+    echo: bool = False
+    """Put the prompt's tokens, with their log-probabilities, before the generated ones."""
+    top_logprobs: int = 0
+    """How many of the most probable tokens to report at each position."""
+    ignore_eos: bool = False
+    """Generate on past end-of-text (benchmarks of speed)."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            object.__setattr__(self, "prompt", tuple(self.prompt))
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise RequestError(f"stop={self.stop!r} is not a sequence of non-empty texts", mend="Pass a tuple of texts")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        for name, low, high in (
+            ("max_tokens", 0, math.inf),
+            ("temperature", 0, math.inf),
+            ("num_completions", 1, math.inf),
+            ("top_logprobs", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value < high:
+                raise RequestError(f"{name}={value} is out of range", mend=f"{name} is finite and at least {low}")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p={self.top_p} is out of range", mend="top_p lies in (0, 1]")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens=0 asks for nothing", mend="Set echo=True to score the prompt")
+
+    def content_hash(self) -> str:
+        """Sha256 over every field: equal hashes may share an answer."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The answer to a request. With `echo`, the token fields begin with the prompt's tokens."""
+
+    text: str
+    """The text of `token_ids`, cut before the first stop sequence."""
+    token_ids: tuple[int, ...]
+    """The tokens that make up `text`; end-of-text is never among the generated ones."""
+    tokens: tuple[str, ...]
+    """Text of each token; a token that is part of a character is `bytes:\\xNN`, as HELM writes it."""
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each token at temperature 1; 0.0 for the very first prompt token."""
+    finish_reason: FinishReason
+    """Why generation ended."""
+    num_prompt_tokens: int
+    """Length of the prompt as the model saw it, special tokens included."""
+    num_generated_tokens: int
+    """Tokens the model generated for this completion, before anything was cut."""
+    top_logprobs: tuple[Mapping[str, float], ...] = ()
+    """For each token, the most probable tokens there; empty unless asked for."""
+    elapsed_s: float = 0.0
+    """This request's share of the engine's time; over a batch they add up to the batch's time."""
+    alternatives: tuple[Completion, ...] = ()
+    """The second and further completions, where `num_completions` > 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRequest:
+    """A request as the engine sees it: one sequence to score or to continue."""
+
+    prompt_ids: tuple[int, ...]
+    """At least one token."""
+    max_tokens: int
+    """Tokens to generate at most; 0 scores the prompt only."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus mass in (0, 1]."""
+    seed: int = 0
+    """Seed of this sequence's own random stream."""
+    score_prompt: bool = False
+    """Whether the log-probability of every prompt token is wanted."""
+    num_top_logprobs: int = 0
+    """Most probable tokens to report at each scored or generated position."""
+    eos_ids: frozenset[int] = frozenset()
+    """Generation ends after one of these."""
+    is_stopped: Callable[[Sequence[int]], bool] | None = None
+    """Asked with the tokens generated so far whether a stop sequence has appeared."""
+
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(token id, log-probability), most probable first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenResult:
+    """The engine's answer to one `TokenRequest`."""
+
+    token_ids: tuple[int, ...]
+    """Generated tokens, end-of-text and the tokens of a stop sequence included."""
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each generated token at temperature 1."""
+    finish_reason: FinishReason
+    """Why generation ended."""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """Per generated token; empty unless asked for."""
+    prompt_logprobs: tuple[float, ...] = ()
+    """Per prompt token, the first 0.0; empty unless asked for."""
+    prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
+    """Per prompt token, the first empty; empty unless asked for."""
+    elapsed_s: float = 0.0
+    """This sequence's share of the time of the sweeps it took part in."""

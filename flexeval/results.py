@@ -1,0 +1,156 @@
+"""What a run found, as plain data: the vocabulary between the pipeline that measures and the reports that show.
+
+Knows no tensor, no HELM class and no template. `results.json` is this module's `RunResults` written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexeval.errors import ResultsError
+from flexeval.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceResult:
+    """One question of one task under one setting."""
+
+    task: str
+    """Name of the task: equal across settings, unique within a run."""
+    setting: str
+    """Name of the setting it was answered under."""
+    instance_id: str
+    """HELM's id of the question, with the train trial where there are several: pairs settings."""
+    score: float
+    """The task's headline metric on this question alone."""
+    prompt: str
+    """The prompt as sent (the first one, where a question takes several requests)."""
+    output: str
+    """What the model answered."""
+    reference: str
+    """The correct answers, joined by ` | `."""
+    num_prompt_tokens: int
+    """Tokens of all its prompts."""
+    num_generated_tokens: int
+    """Tokens generated for it."""
+    elapsed_s: float
+    """Its share of the engine's seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskInfo:
+    """What a task is, whatever the setting."""
+
+    name: str
+    """Name shown to people: `mmlu: abstract_algebra`."""
+    metric: str
+    """HELM's name of the headline metric."""
+    split: str
+    """The split the metric is taken on."""
+    group: str
+    """Tasks of one group are averaged together: `mmlu`."""
+    higher_is_better: bool = True
+    """Direction of the metric."""
+    source: str = ""
+    """Where the questions come from, when it is not HELM's own download."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingResult:
+    """What one setting cost."""
+
+    setting: str
+    """Its name."""
+    backend: str
+    """What answered: `flexeval`, `transformers`, ..."""
+    elapsed_s: float
+    """Seconds of the engine answering, without loading."""
+    load_s: float
+    """Seconds to load (and compress) the weights."""
+    num_requests: int
+    """Sequences answered."""
+    num_prompt_tokens: int
+    """Prompt tokens asked for."""
+    num_computed_prompt_tokens: int
+    """Prompt tokens computed, after shared prefixes were run once."""
+    num_generated_tokens: int
+    """Tokens generated."""
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    """Largest use of each memory tier (`gpu`, `cpu`, `disk`) by the engine."""
+    policy: dict[str, Any] = field(default_factory=dict)
+    """The policy that ran, as JSON."""
+    lanes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Per lane: `num_bytes` moved and `busy_s` seconds it was busy."""
+    num_resumed: int = 0
+    """Requests answered from the journal of an earlier run rather than by the engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResults:
+    """Everything a report needs."""
+
+    name: str
+    """Name of the run."""
+    suite: str
+    """Name of the suite."""
+    model: str
+    """The model as the user named it."""
+    model_note: str
+    """What one should know about the weights: `dequantized from Q4_1`."""
+    command: str
+    """The command line that made it."""
+    created: str
+    """ISO 8601, UTC."""
+    machine: dict[str, str]
+    """Processor, cores, memory, GPU, in words."""
+    versions: dict[str, str]
+    """Versions of flexeval, Python, torch, transformers, crfm-helm."""
+    tasks: list[TaskInfo]
+    """In the suite's order."""
+    settings: list[SettingResult]
+    """In the user's order; `none`, where present, is the baseline."""
+    instances: list[InstanceResult]
+    """All questions under all settings."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Tasks of the suite that were not run, and why."""
+    notes: list[str] = field(default_factory=list)
+    """Caveats to print with the figures."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this layout."""
+
+    def save(self, directory: Path) -> Path:
+        """Write `results.json` in `directory`, whole or not at all."""
+        path = directory / RESULTS_FILE
+        write_json(path, asdict(self))
+        return path
+
+    @classmethod
+    def load(cls, directory: Path) -> RunResults:
+        """Read a run's directory (or its `results.json`). Raises `ResultsError`."""
+        path = directory / RESULTS_FILE if directory.is_dir() else directory
+        if not path.is_file():
+            raise ResultsError("no results here", where=str(path), mend="Name a directory that `flexeval run` wrote")
+        try:
+            data = read_json(path)
+            if data.get("schema_version") != SCHEMA_VERSION:
+                raise ResultsError(
+                    f"layout version {data.get('schema_version')!r}, this flexeval reads {SCHEMA_VERSION}",
+                    where=str(path),
+                    mend="Run the suite again",
+                )
+            data["tasks"] = [TaskInfo(**task) for task in data["tasks"]]
+            data["settings"] = [SettingResult(**setting) for setting in data["settings"]]
+            data["instances"] = [InstanceResult(**instance) for instance in data["instances"]]
+            return cls(**data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ResultsError(f"not a results file: {error}", where=str(path), mend="Run the suite again") from error
+
+
+def load_results(directory: str | Path) -> RunResults:
+    """Read the results of a run, from Python. Raises `ResultsError`."""
+    return RunResults.load(Path(directory))
