@@ -1,0 +1,211 @@
+"""From results to tables: computes every figure that a report shows. Knows no layout and no wording."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from flexeval.report.merge import BASELINE
+from flexeval.report.pairing import Question, pair
+from flexeval.report.statistics import holm, mean, paired_difference, sign_flip_p, weighted_sum
+from flexeval.report.tables import Cell, Comparison, Difference, SettingRow, TaskRow
+from flexeval.results import RunResults, TaskInfo
+
+
+def compare(results: RunResults) -> Comparison:
+    """Compute every figure of a report.
+
+    The baseline is the setting `none`, or else the first. Overall quality is the mean over groups of the mean over the
+    group's tasks (HELM's subjects of MMLU are one group), of those tasks whose scores are points.
+
+    Raises:
+        ResultsError: The settings cannot be compared question by question.
+    """
+    pairing = pair(results)
+    names = [setting.setting for setting in results.settings]
+    baseline = names.index(BASELINE) if BASELINE in names else 0
+    by_task: dict[str, list[Question]] = defaultdict(list)
+    for question in pairing.questions:
+        by_task[question.task].append(question)
+    tasks = _correct([_task_row(task, by_task[task.name], baseline) for task in results.tasks if task.name in by_task])
+    averaged = _averaged(tasks)
+    settings = [_setting_row(results, index, baseline, averaged, by_task) for index in range(len(names))]
+    higher_is_better = all(row.task.higher_is_better for row in averaged)
+    return Comparison(
+        results=results,
+        baseline=baseline,
+        tasks=tuple(tasks),
+        settings=tuple(_best_trades(_ratios(settings, baseline), higher_is_better=higher_is_better)),
+        averaged=tuple(row.task.name for row in averaged),
+        in_points=all(row.in_points for row in averaged),
+        higher_is_better=higher_is_better,
+        questions=tuple(pairing.questions),
+        notes=(*results.notes, *pairing.notes, *_caveats(results, tasks, averaged)),
+    )
+
+
+def _task_row(task: TaskInfo, questions: Sequence[Question], baseline: int) -> TaskRow:
+    scores = [answer.score for question in questions for answer in question.answers]
+    in_points = task.higher_is_better and all(0 <= score <= 1 for score in scores)
+    indices = range(len(questions[0].answers))
+    return TaskRow(
+        task=task,
+        num_questions=len(questions),
+        in_points=in_points,
+        cells=tuple(_cell(task, questions, index, baseline, in_points) for index in indices),
+    )
+
+
+def _cell(task: TaskInfo, questions: Sequence[Question], index: int, baseline: int, in_points: bool) -> Cell:
+    answers = [question.answers[index] for question in questions]
+    return Cell(
+        setting=answers[0].setting,
+        score=mean([answer.score for answer in answers], in_unit=in_points),
+        difference=None if index == baseline else _difference(task, questions, index, baseline, in_points),
+        num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
+        num_generated_tokens=sum(answer.num_generated_tokens for answer in answers),
+        elapsed_s=sum(answer.elapsed_s for answer in answers),
+    )
+
+
+def _difference(
+    task: TaskInfo, questions: Sequence[Question], index: int, baseline: int, in_points: bool
+) -> Difference:
+    pairs = [(question.answers[index], question.answers[baseline]) for question in questions]
+    changes = _changes(questions, index, baseline)
+    p_value = sign_flip_p(changes)
+    num_up, num_down = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+    return Difference(
+        estimate=paired_difference(
+            [ours.score for ours, _ in pairs], [theirs.score for _, theirs in pairs], in_unit=in_points
+        ),
+        p_value=p_value,
+        corrected_p=p_value,
+        num_better=num_up if task.higher_is_better else num_down,
+        num_worse=num_down if task.higher_is_better else num_up,
+        num_same_output=sum(ours.output == theirs.output for ours, theirs in pairs),
+    )
+
+
+def _changes(questions: Iterable[Question], index: int, baseline: int) -> list[float]:
+    return [question.answers[index].score - question.answers[baseline].score for question in questions]
+
+
+def _correct(tasks: Sequence[TaskRow]) -> list[TaskRow]:
+    """Holm's correction over every per-task comparison that the report shows."""
+    corrected = iter(holm([cell.difference.p_value for row in tasks for cell in row.cells if cell.difference]))
+    return [
+        replace(
+            row,
+            cells=tuple(
+                replace(cell, difference=replace(cell.difference, corrected_p=next(corrected)))
+                if cell.difference
+                else cell
+                for cell in row.cells
+            ),
+        )
+        for row in tasks
+    ]
+
+
+def _averaged(tasks: Sequence[TaskRow]) -> list[TaskRow]:
+    """Tasks on a common scale: those in points, or else all of them if they share one metric."""
+    in_points = [row for row in tasks if row.in_points]
+    one_metric = len({(row.task.metric, row.task.higher_is_better) for row in tasks}) == 1
+    return in_points or (list(tasks) if one_metric else [])
+
+
+def _weights(averaged: Sequence[TaskRow]) -> list[float]:
+    sizes = Counter(row.task.group for row in averaged)
+    return [1 / (len(sizes) * sizes[row.task.group]) for row in averaged]
+
+
+def _setting_row(
+    results: RunResults,
+    index: int,
+    baseline: int,
+    averaged: Sequence[TaskRow],
+    by_task: Mapping[str, Sequence[Question]],
+) -> SettingRow:
+    result = results.settings[index]
+    answers = [instance for instance in results.instances if instance.setting == result.setting]
+    weights = _weights(averaged)
+    return SettingRow(
+        result=result,
+        quality=weighted_sum([row.cells[index].score for row in averaged], weights) if averaged else None,
+        difference=_overall(index, baseline, averaged, weights, by_task),
+        num_questions=len(answers),
+        # An earlier run's answers took their time there: only their shares know it.
+        engine_s=sum(answer.elapsed_s for answer in answers) if result.num_resumed else result.elapsed_s,
+    )
+
+
+def _overall(
+    index: int,
+    baseline: int,
+    averaged: Sequence[TaskRow],
+    weights: Sequence[float],
+    by_task: Mapping[str, Sequence[Question]],
+) -> Difference | None:
+    parts = [cell.difference for row in averaged if (cell := row.cells[index]).difference]
+    if not parts:
+        return None
+    changes = [
+        change * weight / row.num_questions
+        for row, weight in zip(averaged, weights, strict=True)
+        for change in _changes(by_task[row.task.name], index, baseline)
+    ]
+    p_value = sign_flip_p(changes)
+    return Difference(
+        estimate=weighted_sum([part.estimate for part in parts], weights),
+        p_value=p_value,
+        corrected_p=p_value,
+        num_better=sum(part.num_better for part in parts),
+        num_worse=sum(part.num_worse for part in parts),
+        num_same_output=sum(part.num_same_output for part in parts),
+    )
+
+
+def _ratios(settings: Sequence[SettingRow], baseline: int) -> list[SettingRow]:
+    base = settings[baseline]
+    return [
+        replace(
+            row,
+            speedup=row.questions_per_s / base.questions_per_s
+            if row.questions_per_s and base.questions_per_s
+            else None,
+            memory_ratio=base.memory_bytes / row.memory_bytes if row.memory_bytes and base.memory_bytes else None,
+        )
+        for row in settings
+    ]
+
+
+def _best_trades(settings: Sequence[SettingRow], *, higher_is_better: bool) -> list[SettingRow]:
+    """Mark the Pareto front of quality and speed."""
+    sign = 1 if higher_is_better else -1
+    points = [
+        (sign * row.quality.value, row.questions_per_s) if row.quality and row.questions_per_s else None
+        for row in settings
+    ]
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(other and other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
+
+    return [
+        replace(row, is_best_trade=point is not None and not beaten(point))
+        for row, point in zip(settings, points, strict=True)
+    ]
+
+
+def _caveats(results: RunResults, tasks: Sequence[TaskRow], averaged: Sequence[TaskRow]) -> list[str]:
+    caveats = []
+    if left_out := [row.task.name for row in tasks if row not in averaged]:
+        caveats.append(f"Not part of the overall quality, for want of a common scale: {', '.join(left_out)}.")
+    for setting in results.settings:
+        if setting.num_resumed:
+            caveats.append(
+                f"{setting.setting}: {setting.num_resumed} of {setting.num_requests} requests were answered from the "
+                "journal of an earlier run; its speed counts the engine seconds of the run that answered them."
+            )
+    return caveats

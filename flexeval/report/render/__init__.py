@@ -1,0 +1,1 @@
+"""One module per way to show a comparison. Knows layout; must not compute a statistic."""

@@ -1,0 +1,171 @@
+"""Geometry of the picture of quality against speed: where its marks and labels go. Knows no SVG; a template draws it.
+
+A handful of marks does not need plotly, whose script alone is 4 MB and which neither prints nor follows the page's
+colours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flexeval.report import format as show
+from flexeval.report.statistics import Estimate
+from flexeval.report.tables import Comparison
+
+WIDTH, HEIGHT = 520, 340
+LEFT, TOP, RIGHT, BOTTOM = 52, 12, WIDTH - 14, HEIGHT - 46
+_LABEL_GAP = 11
+_CHARACTER_WIDTH = 7.3
+_LINE_HEIGHT = 15
+_LONGEST_LABEL = 24
+
+
+class Tick(NamedTuple):
+    """A labelled place on an axis."""
+
+    position: float
+    text: str
+
+
+class Box(NamedTuple):
+    """A rectangle on the canvas."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """One setting on the canvas."""
+
+    series: int
+    """Index of the setting: its colour and shape."""
+    x: float
+    y: float
+    ends: tuple[float, float] | None
+    """Where its interval's bar ends; None where the interval is unknown."""
+    label: str
+    """The setting's name, cut if long."""
+    box: Box
+    """Where the label goes."""
+    title: str
+    """The mark in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """The picture, ready to draw."""
+
+    marks: tuple[Mark, ...]
+    front: tuple[tuple[float, float], ...]
+    """Marks that no other beats in both quality and speed, left to right."""
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    x_label: str
+    y_label: str
+
+
+class _Axis:
+    """Values to canvas units along one direction, with round ticks."""
+
+    def __init__(self, values: Sequence[float], start: float, end: float, scale: float = 1.0):
+        scaled = [value * scale for value in values]
+        low, high = min(scaled), max(scaled)
+        spread = (high - low) or abs(high) or 1.0
+        rough = spread / 5
+        magnitude = 10.0 ** math.floor(math.log10(rough))
+        self._step: float = next(step * magnitude for step in (1, 2, 5, 10) if step * magnitude >= rough)
+        self._low = math.floor(low / self._step) * self._step
+        self._high = max(math.ceil(high / self._step) * self._step, self._low + self._step)
+        self._start, self._end, self._scale = start, end, scale
+
+    def __call__(self, value: float) -> float:
+        """Canvas position of a value."""
+        share = (value * self._scale - self._low) / (self._high - self._low)
+        return round(self._start + share * (self._end - self._start), 2)
+
+    def ticks(self) -> tuple[Tick, ...]:
+        """Round values from end to end."""
+        decimals = max(0, -math.floor(math.log10(self._step)))
+        num = round((self._high - self._low) / self._step) + 1
+        values = [self._low + number * self._step for number in range(num)]
+        return tuple(Tick(self(value / self._scale), f"{value:,.{decimals}f}") for value in values)
+
+
+def trade_off(comparison: Comparison) -> Chart | None:
+    """Quality against speed, a mark per setting; None where fewer than two settings have both."""
+    rows = [
+        (index, row, row.quality, row.questions_per_s)
+        for index, row in enumerate(comparison.settings)
+        if row.quality and row.questions_per_s
+    ]
+    if len(rows) < 2:
+        return None
+    per, unit = show.rate_unit([speed for _, _, _, speed in rows])
+    x_axis = _Axis([0, *(speed for _, _, _, speed in rows)], LEFT, RIGHT, per)
+    ends = [end for _, _, quality, _ in rows for end in (quality.value, *(_bounds(quality) or ()))]
+    y_axis = _Axis(ends, BOTTOM, TOP, 100 if comparison.in_points else 1)
+    places = [(x_axis(speed), y_axis(quality.value)) for _, _, quality, speed in rows]
+    names = [_cut(row.result.setting) for _, row, _, _ in rows]
+    marks = [
+        Mark(
+            series=index,
+            x=x,
+            y=y,
+            ends=(y_axis(bounds[0]), y_axis(bounds[1])) if (bounds := _bounds(quality)) else None,
+            label=name,
+            box=box,
+            title=f"{row.result.setting}: {show.score(quality.value, in_points=comparison.in_points)} "
+            f"({show.interval(quality, in_points=comparison.in_points)}), {show.digits(speed * per)} questions/{unit}",
+        )
+        for (index, row, quality, speed), (x, y), name, box in zip(
+            rows, places, names, _label_boxes(places, names), strict=True
+        )
+    ]
+    front = sorted((mark.x, mark.y) for mark, (_, row, _, _) in zip(marks, rows, strict=True) if row.is_best_trade)
+    better = "" if comparison.higher_is_better else ", lower is better"
+    quality_name = "points of 100" if comparison.in_points else comparison.tasks[0].task.metric
+    return Chart(
+        marks=tuple(marks),
+        front=tuple(front) if len(front) > 1 else (),
+        x_ticks=x_axis.ticks(),
+        y_ticks=y_axis.ticks(),
+        x_label=f"questions per {unit}",
+        y_label=f"quality, {quality_name}{better}",
+    )
+
+
+def _bounds(estimate: Estimate) -> tuple[float, float] | None:
+    return None if math.isnan(estimate.low) else (estimate.low, estimate.high)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _label_boxes(places: Sequence[tuple[float, float]], names: Sequence[str]) -> list[Box]:
+    """A place beside each mark, the first of six that hits no other mark or label and stays on the canvas."""
+    taken = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    boxes = []
+    for (x, y), name in zip(places, names, strict=True):
+        width = len(name) * _CHARACTER_WIDTH
+        candidates = [
+            Box(left, middle - _LINE_HEIGHT / 2, left + width, middle + _LINE_HEIGHT / 2)
+            for rise in (0, -1, 1, -2, 2)
+            for middle in [y + rise * _LINE_HEIGHT]
+            for left in (x + _LABEL_GAP, x - _LABEL_GAP - width)
+        ]
+        on_canvas = [box for box in candidates if box.left >= LEFT and box.right <= WIDTH] or candidates
+        box = next((box for box in on_canvas if not any(_overlap(box, other) for other in taken)), on_canvas[0])
+        taken.append(box)
+        boxes.append(box)
+    return boxes
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one.left < other.right and other.left < one.right and one.top < other.bottom and other.top < one.bottom

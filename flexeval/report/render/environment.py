@@ -1,0 +1,60 @@
+"""The templates' surroundings: where they lie, what they may call, and that HTML is escaped. Knows no page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from flexeval.config import format_size
+from flexeval.report import format as show
+from flexeval.report.statistics import Estimate
+
+
+def environment() -> Environment:
+    """An environment that escapes everything in HTML and SVG and fails on a name that does not exist."""
+    result = Environment(
+        loader=PackageLoader("flexeval.report.render", "templates"),
+        autoescape=select_autoescape(("html", "svg")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    result.filters.update(
+        score=_score,
+        change=_change,
+        interval=_interval,
+        p_value=show.p_value,
+        digits=show.digits,
+        count=show.count,
+        ratio=show.ratio,
+        seconds=show.seconds,
+        size=format_size,
+        visible=show.visible,
+        pretty=_pretty,
+    )
+    return result
+
+
+def source(name: str) -> str:
+    """The text of a file beside the templates, as it is."""
+    env = environment()
+    assert env.loader is not None
+    return env.loader.get_source(env, name)[0]
+
+
+def _score(value: float, in_points: bool) -> str:
+    return show.score(value, in_points=in_points)
+
+
+def _change(value: float, in_points: bool) -> str:
+    return show.change(value, in_points=in_points)
+
+
+def _interval(estimate: Estimate, in_points: bool, signed: bool = False) -> str:
+    return show.interval(estimate, in_points=in_points, signed=signed)
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)

@@ -1,0 +1,103 @@
+"""One HTML file that opens offline: what its template needs. Knows the page's parts; computes no statistic.
+
+Model output is hostile. The template escapes every value, the questions travel as JSON without a `<`, the script makes
+text nodes only, and a policy in the page lets nothing run but that script and nothing be fetched at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from flexeval.report import format as show
+from flexeval.report.render import chart
+from flexeval.report.render.environment import environment, source
+from flexeval.report.render.questions import drill_down
+from flexeval.report.statistics import SIGNIFICANT, Estimate
+from flexeval.report.tables import Comparison, TaskRow
+from flexeval.report.verdict import answer, verdicts
+
+
+def page(comparison: Comparison) -> str:
+    """The whole page."""
+    style, script = source("report.css"), source("report.js")
+    data = drill_down(comparison)
+    per, unit = show.rate_unit([row.questions_per_s for row in comparison.settings if row.questions_per_s])
+    picture = chart.trade_off(comparison)
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            c=comparison,
+            verdicts=verdicts(comparison),
+            answer=answer(comparison),
+            chart=picture,
+            canvas=chart,
+            data=data,
+            json=htmlsafe_json_dumps(data, ensure_ascii=False, separators=(",", ":")),
+            # Our own files, not data: the only text on the page that is not escaped.
+            style=Markup(style),
+            script=Markup(script),
+            policy=(
+                f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+                "base-uri 'none'; form-action 'none'"
+            ),
+            per=per,
+            unit=unit,
+            nothing=show.NOTHING,
+            significant=SIGNIFICANT,
+            overall_scale=_scale(row.difference.estimate for row in comparison.settings if row.difference),
+            score_scale=_scale(row.quality for row in comparison.settings if row.quality),
+            task_scales=_task_scales(comparison),
+            tiers=list(dict.fromkeys(tier for row in comparison.settings for tier in row.result.peak_bytes)),
+            lanes=_lanes(comparison),
+            sources=[row.task for row in comparison.tasks if row.task.source],
+            left_out=[row.task.name for row in comparison.tasks if row.task.name not in comparison.averaged],
+        )
+    )
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _scale(estimates: Iterable[Estimate]) -> float:
+    """The largest absolute value or bound: what a bar's end stands for."""
+    ends = [
+        abs(end)
+        for estimate in estimates
+        for end in (estimate.value, estimate.low, estimate.high)
+        if not math.isnan(end)
+    ]
+    return max(ends, default=0.0) or 1.0
+
+
+def _task_scales(comparison: Comparison) -> dict[str, float]:
+    """One scale for all tasks in points, so that their bars compare; its own for each other task."""
+
+    def ends(row: TaskRow) -> list[Estimate]:
+        differences = [cell.difference.estimate for cell in row.cells if cell.difference]
+        return differences or [cell.score for cell in row.cells]
+
+    shared = _scale(estimate for row in comparison.tasks if row.in_points for estimate in ends(row))
+    return {row.task.name: shared if row.in_points else _scale(ends(row)) for row in comparison.tasks}
+
+
+def _lanes(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {
+            "setting": row.result.setting,
+            "name": name,
+            "busy_s": lane.get("busy_s", 0.0),
+            "num_bytes": lane.get("num_bytes", 0.0),
+            "share": lane.get("busy_s", 0.0) / row.engine_s if row.engine_s > 0 else None,
+        }
+        for row in comparison.settings
+        for name, lane in row.result.lanes.items()
+    ]

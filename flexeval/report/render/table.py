@@ -1,0 +1,61 @@
+"""The tidy table: one row per task and setting, raw numbers. Knows column names; rounds and words nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+from flexeval.report.tables import Comparison, Difference
+
+
+def table(comparison: Comparison) -> str:
+    """The table as CSV; a figure that does not exist is an empty field."""
+    rows = list(_rows(comparison))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _rows(comparison: Comparison) -> Iterator[dict[str, object]]:
+    results = comparison.results
+    baseline = results.settings[comparison.baseline].setting
+    for row in comparison.tasks:
+        for setting, cell in zip(results.settings, row.cells, strict=True):
+            yield {
+                "run": results.name,
+                "model": results.model,
+                "suite": results.suite,
+                "task": row.task.name,
+                "group": row.task.group,
+                "metric": row.task.metric,
+                "split": row.task.split,
+                "higher_is_better": row.task.higher_is_better,
+                "setting": cell.setting,
+                "backend": setting.backend,
+                "num_questions": row.num_questions,
+                "score": cell.score.value,
+                "score_low": cell.score.low,
+                "score_high": cell.score.high,
+                **_difference(cell.difference, baseline),
+                "num_prompt_tokens": cell.num_prompt_tokens,
+                "num_generated_tokens": cell.num_generated_tokens,
+                "elapsed_s": cell.elapsed_s,
+                "questions_per_s": row.num_questions / cell.elapsed_s if cell.elapsed_s else None,
+            }
+
+
+def _difference(difference: Difference | None, baseline: str) -> dict[str, object]:
+    return {
+        "baseline": baseline if difference else None,
+        "difference": difference.estimate.value if difference else None,
+        "difference_low": difference.estimate.low if difference else None,
+        "difference_high": difference.estimate.high if difference else None,
+        "p_value": difference.p_value if difference else None,
+        "corrected_p_value": difference.corrected_p if difference else None,
+        "num_better": difference.num_better if difference else None,
+        "num_worse": difference.num_worse if difference else None,
+        "num_same_output": difference.num_same_output if difference else None,
+    }

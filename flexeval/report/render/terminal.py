@@ -1,0 +1,77 @@
+"""The report's first page on a terminal. Knows rich; computes no statistic."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flexeval.config import format_size
+from flexeval.report import format as show
+from flexeval.report.compare import compare
+from flexeval.report.tables import Comparison, SettingRow
+from flexeval.report.verdict import answer
+from flexeval.results import RunResults
+
+
+def print_table(results: RunResults, console: Console | None = None) -> None:
+    """Print a row per setting, the caveats and the answer.
+
+    Raises:
+        ResultsError: The settings cannot be compared question by question.
+    """
+    comparison = compare(results)
+    console = console or Console()
+    console.print(_table(comparison))
+    for note in comparison.notes:
+        console.print(Text(f"Mind: {show.visible(note)}", style="yellow"))
+    first, *rest = answer(comparison)
+    console.print(Text(show.visible(first), style="bold"))
+    for sentence in rest:
+        console.print(Text(show.visible(sentence)))
+
+
+def _table(comparison: Comparison) -> Table:
+    several = len(comparison.settings) > 1
+    per, unit = show.rate_unit([row.questions_per_s for row in comparison.settings if row.questions_per_s])
+    result = Table(title=Text(show.visible(f"{comparison.results.name}: {comparison.results.model}")))
+    result.add_column("setting")
+    names = [
+        "quality",
+        *(["difference", "p"] if several else []),
+        f"questions/{unit}",
+        "tokens/s",
+        "peak memory",
+        "load",
+    ]
+    for name in names:
+        result.add_column(name, justify="right")
+    for row in comparison.settings:
+        cells = [_quality(comparison, row), *(_difference(comparison, row) if several else []), *_cost(row, per)]
+        result.add_row(Text(show.visible(row.result.setting)), *cells)
+    return result
+
+
+def _quality(comparison: Comparison, row: SettingRow) -> str:
+    if row.quality is None:
+        return show.NOTHING
+    bounds = show.interval(row.quality, in_points=comparison.in_points)
+    return f"{show.score(row.quality.value, in_points=comparison.in_points)}\n{bounds}"
+
+
+def _difference(comparison: Comparison, row: SettingRow) -> list[str]:
+    if row.difference is None:
+        return [show.NOTHING, show.NOTHING]
+    estimate = row.difference.estimate
+    bounds = show.interval(estimate, in_points=comparison.in_points, signed=True)
+    value = show.change(estimate.value, in_points=comparison.in_points)
+    return [f"{value}\n{bounds}", show.p_value(row.difference.p_value).removeprefix("p ").removeprefix("= ")]
+
+
+def _cost(row: SettingRow, per: int) -> list[str]:
+    return [
+        show.digits(row.questions_per_s * per) if row.questions_per_s else show.NOTHING,
+        show.digits(row.tokens_per_s) if row.tokens_per_s else show.NOTHING,
+        format_size(row.memory_bytes) if row.memory_bytes else show.NOTHING,
+        show.seconds(row.result.load_s),
+    ]

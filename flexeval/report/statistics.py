@@ -1,0 +1,158 @@
+"""Intervals and paired tests on plain numbers. Knows no task, no setting and no page.
+
+Every interval is two-sided at 95 %. An interval that the data cannot give (one graded question says nothing about the
+spread) has NaN bounds; NaN carries through every sum it takes part in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+SIGNIFICANT = 0.05
+"""Differences with a p value below this are called detected."""
+_NUM_RESAMPLES = 9_999
+_BATCH_NUMBERS = 4_000_000
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    value: float
+    """The point estimate."""
+    low: float
+    """Lower bound, at most `value`; NaN where the data give none."""
+    high: float
+    """Upper bound, at least `value`; NaN where the data give none."""
+    num: int
+    """Questions it rests on."""
+
+    def __post_init__(self) -> None:
+        bounded = not math.isnan(self.low)
+        assert not bounded or self.low <= self.value <= self.high, (self.low, self.value, self.high)
+
+
+def mean(scores: Sequence[float], *, in_unit: bool) -> Estimate:
+    """Mean score: Wilson's interval for right-or-wrong scores, Student's for graded ones.
+
+    `in_unit` says that the metric lies in [0, 1]: no bound leaves it.
+
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22; Student 1908,
+    "The probable error of a mean", Biometrika 6.
+    """
+    values = np.asarray(scores, dtype=float)
+    assert values.size, "no scores"
+    value = float(values.mean())
+    if _is_binary(values):
+        interval = stats.binomtest(int(values.sum()), values.size).proportion_ci(LEVEL, method="wilson")
+        # Wilson's bounds at 0 and 1 are exact; rounding must not put them inside the value.
+        return Estimate(
+            value=value, low=min(float(interval.low), value), high=max(float(interval.high), value), num=values.size
+        )
+    return _student(values, limits=(0, 1) if in_unit else None)
+
+
+def paired_difference(scores: Sequence[float], baseline: Sequence[float], *, in_unit: bool) -> Estimate:
+    """Mean of `scores - baseline`, question by question; `in_unit` says that both lie in [0, 1].
+
+    Right-or-wrong scores: Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial
+    proportions based on paired data", J. Educ. Behav. Stat. 37, which keeps a width when no answer changed. Graded
+    scores: Student's interval on the differences. Graded scores in [0, 1] of which none changed: no difference exceeds
+    1, so the interval of "right or wrong, none changed" holds them.
+    """
+    ours, theirs = np.asarray(scores, dtype=float), np.asarray(baseline, dtype=float)
+    assert ours.shape == theirs.shape and ours.size, (ours.shape, theirs.shape)
+    differences = ours - theirs
+    if (_is_binary(ours) and _is_binary(theirs)) or (in_unit and not differences.any()):
+        total = differences.size + 2
+        gained = (int((differences > 0).sum()) + 1) / total
+        lost = (int((differences < 0).sum()) + 1) / total
+        half = Z * math.sqrt((gained + lost - (gained - lost) ** 2) / total)
+        center = gained - lost
+        return Estimate(
+            value=float(differences.mean()),
+            low=max(-1.0, center - half),
+            high=min(1.0, center + half),
+            num=differences.size,
+        )
+    return _student(differences, limits=(-1, 1) if in_unit else None)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p value of "the sign of every difference is a coin toss".
+
+    The randomization test for paired data (Fisher 1935, "The Design of Experiments", section 21). Where all changes are
+    of one size it is McNemar's exact test (McNemar 1947, Psychometrika 12), a binomial. Otherwise all sign patterns are
+    tried if there are few, and 9,999 random ones, always the same, if there are many.
+    """
+    changes = np.asarray(differences, dtype=float)
+    changes = changes[changes != 0]
+    if not changes.size:
+        return 1.0
+    if np.allclose(np.abs(changes), abs(changes[0]), rtol=1e-9, atol=0):
+        return float(stats.binomtest(int((changes > 0).sum()), changes.size).pvalue)
+    test = stats.permutation_test(
+        (changes,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_NUM_RESAMPLES,
+        batch=max(1, _BATCH_NUMBERS // changes.size),
+        rng=np.random.default_rng(_SEED),
+    )
+    return float(test.pvalue)
+
+
+def weighted_sum(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """Sum of independent estimates times positive weights, such as a mean over tasks.
+
+    MOVER: Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach",
+    Statistics in Medicine 27. Each estimate's own distance to its bound stands for its standard error.
+    """
+    assert len(estimates) == len(weights) and all(weight > 0 for weight in weights), weights
+    pairs = list(zip(estimates, weights, strict=True))
+    value = sum(weight * estimate.value for estimate, weight in pairs)
+    below = math.sqrt(sum((weight * (estimate.value - estimate.low)) ** 2 for estimate, weight in pairs))
+    above = math.sqrt(sum((weight * (estimate.high - estimate.value)) ** 2 for estimate, weight in pairs))
+    return Estimate(value=value, low=value - below, high=value + above, num=sum(estimate.num for estimate in estimates))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for being many (Holm 1979, "A simple sequentially rejective multiple test procedure")."""
+    corrected = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        corrected[index] = min(1.0, largest)
+    return corrected
+
+
+def smallest_visible(difference: Estimate) -> float:
+    """Size of a true difference that an experiment as precise as this one finds four times out of five.
+
+    Bloom 1995, "Minimum detectable effects", Evaluation Review 19: (z_0.975 + z_0.8) standard errors.
+    """
+    standard_error = (difference.high - difference.low) / (2 * Z)
+    return (Z + float(stats.norm.ppf(0.8))) * standard_error
+
+
+def _is_binary(values: np.ndarray) -> bool:
+    return bool(np.all((values == 0) | (values == 1)))
+
+
+def _student(values: np.ndarray, *, limits: tuple[float, float] | None) -> Estimate:
+    value = float(values.mean())
+    spread = float(values.std(ddof=1)) if values.size > 1 else 0.0
+    if not spread:
+        return Estimate(value=value, low=math.nan, high=math.nan, num=values.size)
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, values.size - 1)) * spread / math.sqrt(values.size)
+    lowest, highest = limits or (-math.inf, math.inf)
+    return Estimate(value=value, low=max(lowest, value - half), high=min(highest, value + half), num=values.size)
