@@ -1,0 +1,214 @@
+"""What a policy costs: seconds of each lane and peak bytes of each tier. The one model of search, plans and reports.
+
+FlexGen's cost model (Sheng et al., ICML 2023, section 4.3), T = T_prefill * l + T_decode * (n - 1) * l with each T the
+maximum over lanes, extended by what this engine does: scoring without KV, staging buffers, launches, and the memory
+bandwidth of the compute device. Every formula is linear in the placement, so the same code serves plain numbers and
+the variables of the linear program in `program.py`. Knows no solver and no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from math import ceil
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from flexeval.policy.policy import KINDS, ModelShape, Policy, Tier, Workload
+from flexeval.policy.sweeps import Sweep, plan_sweeps
+
+if TYPE_CHECKING:  # hardware.py measures with torch; predicting must not need it
+    from flexeval.policy.hardware import Hardware
+
+Linear: TypeAlias = Any
+"""A number, or an affine expression in LP variables."""
+
+NUM_BUFFERS = 2
+"""Staging buffers of anything that streams: one is used while the next is filled."""
+KERNELS_PER_CALL = 24
+"""Kernels a decoder layer launches: 7 matrix products, 2 norms, rotary, attention, activation, residuals, KV append."""
+LOGITS_CHUNK_BYTES = 256 * 2**20
+"""Most bytes of 32-bit logits made at once."""
+LOGITS_COPIES = 3
+"""Logits, their log-softmax and one temporary live together."""
+HIDDEN_COPIES, INTERMEDIATE_COPIES = 8, 3
+"""Buffers of the model's width and of the feed-forward width that live together inside a layer call."""
+EXPOSED_SHARE = 0.01
+"""Share of every lane's time that overlap does not hide; makes the search prefer less of it among equals."""
+UNFINISHED_SHARE = 0.01
+"""Chance that a run is stopped inside a sweep, whose work is then lost; makes it prefer shorter sweeps among equals."""
+
+
+class Lane(StrEnum):
+    """What can be busy while the others are."""
+
+    COMPUTE = "compute"
+    TO_GPU = "to_gpu"
+    FROM_GPU = "from_gpu"
+    DISK_READ = "disk_read"
+    DISK_WRITE = "disk_write"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How many items of each kind rest on each tier: layers of weights and KV, rows of hidden states."""
+
+    counts: Mapping[str, Mapping[Tier, Linear]]
+    """Kind, tier: number of items."""
+    streams: Mapping[str, Linear]
+    """Kind: 1 if any item rests off the compute device, else 0."""
+    on_disk: Mapping[str, Linear]
+    """Kind: 1 if any item rests on disk, else 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What the model predicts for one policy."""
+
+    total_s: float
+    """Seconds of the whole run: every phase takes as long as its busiest lane."""
+    objective_s: float
+    """`total_s`, the exposed share of all lanes and the unfinished share of one sweep: what the search minimizes."""
+    lanes: Mapping[str, Mapping[Lane, float]]
+    """Phase (`prefill`, `decode`), lane: busy seconds over the whole run."""
+    peak_bytes: Mapping[Tier, float]
+    """Largest use of each tier."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """Predicts a run of `workload` with a model of `shape` on `hardware`."""
+
+    shape: ModelShape
+    """The model under its setting."""
+    workload: Workload
+    """What is to be run."""
+    hardware: Hardware
+    """The machine."""
+
+    def cost(self, policy: Policy) -> Cost:
+        """Seconds and bytes of `policy`, feasible or not."""
+        placement = self.place(policy)
+        lanes = {}
+        total_s = objective_s = 0.0
+        for phase, sweep in plan_sweeps(policy, self.workload).items():
+            seconds = self.lane_seconds(policy, sweep, placement)
+            lanes[phase] = {lane: sweep.num_sweeps * seconds[lane] for lane in seconds}
+            total_s += sweep.num_sweeps * max(seconds.values())
+            objective_s += self.phase_objective(sweep, max(seconds.values()), seconds)
+        peak_bytes = self.peak_bytes(policy, placement)
+        return Cost(total_s=total_s, objective_s=objective_s, lanes=lanes, peak_bytes=peak_bytes)
+
+    def phase_objective(self, sweep: Sweep, sweep_s: Linear, lane_s: Mapping[Lane, Linear]) -> Linear:
+        """What the search minimizes, for one phase whose sweeps take `sweep_s` and keep each lane busy `lane_s`."""
+        exposed_s = EXPOSED_SHARE * sum(lane_s.values())
+        return sweep.num_sweeps * (sweep_s + exposed_s) + UNFINISHED_SHARE * sweep_s
+
+    def num_items(self, policy: Policy) -> dict[str, int]:
+        """Items a policy places: layers of weights and KV, rows of a full sweep's hidden states."""
+        num_rows = ceil(self.sweep_tokens(policy) / policy.row_tokens)
+        return {"weights": self.shape.num_layers, "kv": self.shape.num_layers, "hidden": num_rows}
+
+    def sweep_tokens(self, policy: Policy) -> int:
+        """New tokens of the largest sweep."""
+        return min(policy.sweep_tokens, self.workload.num_prompt_tokens)
+
+    def place(self, policy: Policy) -> Placement:
+        """The policy's fractions as whole items."""
+        counts = {kind: getattr(policy, kind).counts(num) for kind, num in self.num_items(policy).items()}
+        home = self.hardware.home
+        return Placement(
+            counts=counts,
+            streams={kind: int(counts[kind][home] < sum(counts[kind].values())) for kind in KINDS},
+            on_disk={kind: int(counts[kind][Tier.DISK] > 0) for kind in KINDS},
+        )
+
+    def lane_seconds(self, policy: Policy, sweep: Sweep, placement: Placement) -> dict[Lane, Linear]:
+        """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3)."""
+        shape, hardware = self.shape, self.hardware
+        num_rows = self.num_items(policy)["hidden"]
+        hidden_bytes = shape.num_layers * sweep.num_tokens * shape.hidden_bytes_per_token / num_rows
+        read_bytes = {
+            "weights": shape.layer_bytes,
+            "kv": sweep.num_kv_read * shape.kv_bytes_per_token,
+            "hidden": hidden_bytes,
+        }
+        written_bytes = {"kv": sweep.num_kv_written * shape.kv_bytes_per_token, "hidden": hidden_bytes}
+
+        def moved(item_bytes: Mapping[str, float], *tiers: Tier) -> Linear:
+            return sum(size * placement.counts[kind][tier] for kind, size in item_bytes.items() for tier in tiers)
+
+        seconds = {Lane.COMPUTE: self.compute_seconds(sweep)}
+        if hardware.home is Tier.GPU:
+            seconds[Lane.TO_GPU] = moved(read_bytes, Tier.CPU, Tier.DISK) / hardware.to_gpu_bytes_per_s
+            seconds[Lane.FROM_GPU] = moved(written_bytes, Tier.CPU, Tier.DISK) / hardware.from_gpu_bytes_per_s
+        if hardware.disk_bytes:
+            seconds[Lane.DISK_READ] = moved(read_bytes, Tier.DISK) / hardware.disk_read_bytes_per_s
+            seconds[Lane.DISK_WRITE] = moved(written_bytes, Tier.DISK) / hardware.disk_write_bytes_per_s
+        return seconds
+
+    def compute_seconds(self, sweep: Sweep) -> float:
+        """Seconds the compute device is busy in one sweep.
+
+        A layer call of t tokens takes 2 P t / peak + bytes / bandwidth + launches: a roofline (Williams et al., 2009)
+        summed rather than maximized, which is a rate of peak * t / (t + t_half) with t_half = (bytes / bandwidth +
+        launches) * peak / (2 P). Attention takes 4 H D operations a pair (FlexGen, appendix A.3) and reads the KV
+        once. A packed slab is unpacked once a layer.
+        """
+        shape, hardware = self.shape, self.hardware
+        flops = 2 * shape.layer_params * sweep.num_tokens
+        flops += 4 * shape.num_query_heads * shape.head_size * sweep.num_pairs
+        device_bytes = sweep.num_calls * shape.layer_compute_bytes + sweep.num_kv_read * shape.kv_bytes_per_token
+        if shape.is_packed:
+            device_bytes += shape.layer_bytes + shape.layer_compute_bytes
+        layer_s = (
+            flops / hardware.flops_per_s
+            + device_bytes / hardware.memory_bytes_per_s
+            + sweep.num_calls * KERNELS_PER_CALL * hardware.launch_s
+        )
+        head_flops = 2 * shape.vocab_size * shape.hidden_size * sweep.num_logits_rows
+        head_s = head_flops / hardware.flops_per_s + shape.resident_bytes / hardware.memory_bytes_per_s
+        return shape.num_layers * layer_s + head_s
+
+    def peak_bytes(self, policy: Policy, placement: Placement) -> dict[Tier, Linear]:
+        """Most bytes of each tier in use at once: what rests there, staging buffers and workspace."""
+        work, shape, home = self.workload, self.shape, self.hardware.home
+        num_generating = work.num_generating_sequences
+        row_tokens = max(min(policy.row_tokens, work.num_prompt_tokens), work.max_prompt_tokens)
+        block = min(policy.block_sequences, num_generating)
+        group = min(policy.group_sequences, num_generating)
+        group_kv = (group * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token
+        row_bytes = row_tokens * shape.hidden_bytes_per_token
+        item_bytes = {
+            "weights": shape.layer_bytes,
+            "kv": (block * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token,
+            "hidden": self.sweep_tokens(policy) * shape.hidden_bytes_per_token / self.num_items(policy)["hidden"],
+        }
+        buffer_bytes = {"weights": shape.layer_bytes, "kv": group_kv, "hidden": row_bytes}
+
+        peak = {tier: sum(item_bytes[kind] * placement.counts[kind][tier] for kind in KINDS) for tier in Tier}
+        peak[home] += self.workspace_bytes(policy, row_tokens) + row_bytes  # rows are unequal: one may be over
+        peak[home] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.streams[kind] for kind in KINDS)
+        if home is Tier.GPU:  # what streams from disk passes through host memory
+            peak[Tier.CPU] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.on_disk[kind] for kind in KINDS)
+            peak[Tier.CPU] += row_bytes * placement.streams["hidden"]
+        peak[Tier.DISK] += row_bytes * placement.on_disk["hidden"]
+        return peak
+
+    def workspace_bytes(self, policy: Policy, row_tokens: int) -> int:
+        """Bytes of the compute device that no policy can move: embedding and head, and one layer call's temporaries."""
+        work, shape = self.workload, self.shape
+        width = max(shape.hidden_size, shape.num_query_heads * shape.head_size)
+        token_bytes = (HIDDEN_COPIES * width + INTERMEDIATE_COPIES * shape.intermediate_size) * shape.dtype_bytes
+        logits_bytes = min(LOGITS_CHUNK_BYTES, work.max_logits_rows * shape.vocab_size * 4)
+        # Keys and values one call attends to, made contiguous: a group's in decode, a sequence's or prefix's else.
+        group = min(policy.group_sequences, policy.row_tokens, work.num_generating_sequences)
+        context = work.max_own_tokens + (work.max_prompt_tokens if work.num_shared_tokens else 0)
+        attended_tokens = max(group * context, work.max_prompt_tokens)
+        return (
+            shape.resident_bytes
+            + (shape.layer_compute_bytes if shape.is_packed else 0)
+            + max(row_tokens, group) * token_bytes
+            + attended_tokens * shape.kv_bytes_per_token
+            + LOGITS_COPIES * logits_bytes
+        )

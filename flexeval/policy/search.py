@@ -1,0 +1,147 @@
+"""Finds the policy that the cost model likes best, or says what is missing for there to be one.
+
+FlexGen's search (Sheng et al., ICML 2023, section 4.3): enumerate how much work is in flight, and for each choice let
+a linear program place weights, KV cache and hidden states. Knows the grid and the errors; `program.py` solves, and
+`cost.py` holds every formula. No tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import ceil, log2
+from typing import TYPE_CHECKING
+
+from flexeval.config import format_size
+from flexeval.errors import CapacityError
+from flexeval.policy.cost import KERNELS_PER_CALL, CostModel
+from flexeval.policy.policy import ModelShape, Policy, Tier, Workload
+from flexeval.policy.program import best_placement, least_seconds, missing_bytes
+
+if TYPE_CHECKING:  # hardware.py measures with torch; searching must not need it
+    from flexeval.policy.hardware import Hardware
+
+TOLERANCE = 1e-3
+"""The search ends when nothing left can be better than the best policy by more than this (relatively)."""
+GROUP_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Numbers of groups in flight that are tried."""
+MAX_GROUP_SEQUENCES = 4096
+"""Sequences of a group: powers of two up to this are tried."""
+ROW_TOKENS = (256, 16384)
+"""Fewest and most tokens of a layer call that are tried."""
+SWEEP_DIVISORS = (1, 4, 16, 64)
+"""A sweep takes the prompt tokens of one block, or such a part of them."""
+W4_BITS = 4 + 2 * 16 / 64
+"""Bits of a weight under `w4`: groups of 64 share a 16-bit scale and a 16-bit minimum."""
+OPTION = {Tier.GPU: "--gpu-memory", Tier.CPU: "--cpu-memory", Tier.DISK: "--disk DIR:SIZE"}
+"""The option that sets a tier's size."""
+
+
+def search(shape: ModelShape, workload: Workload, hardware: Hardware) -> Policy:
+    """The policy of least predicted time. Raises `CapacityError` where none fits, saying what would.
+
+    Best first: relaxed programs (fractions of layers) bound every choice of sizes from below; whole programs are
+    solved in the order of these bounds, until nothing left can be better. Equal input gives an equal answer.
+    """
+    model = CostModel(shape=shape, workload=workload, hardware=hardware)
+    bounds = [(least_seconds(model, sizes), sizes) for sizes in _grid(model)]
+    best: tuple[float, Policy] | None = None
+    for bound, sizes in sorted(((bound, sizes) for bound, sizes in bounds if bound is not None), key=lambda b: b[0]):
+        if best and bound >= best[0] * (1 - TOLERANCE):
+            break
+        policy = best_placement(model, sizes)
+        if policy:
+            objective_s = model.cost(policy).objective_s
+            best = min(best or (objective_s, policy), (objective_s, policy), key=lambda b: b[0])
+    if best is None:
+        raise _does_not_fit(model)
+    check(best[1], shape, workload, hardware)
+    return best[1]
+
+
+def check(policy: Policy, shape: ModelShape, workload: Workload, hardware: Hardware) -> None:
+    """Raise `CapacityError` if `policy` needs more of a tier than there is."""
+    model = CostModel(shape=shape, workload=workload, hardware=hardware)
+    for tier, peak in model.cost(policy).peak_bytes.items():
+        room = hardware.capacity_bytes(tier)
+        if peak > room:
+            raise CapacityError(
+                f"the policy needs {format_size(peak)} of {tier} memory, {format_size(room)} are usable",
+                where="policy",
+                mend="Move a share to another tier, lower group_sequences, num_groups or sweep_tokens, "
+                f"raise {OPTION[tier]}, or let the search decide (--policy auto)",
+            )
+
+
+def _grid(model: CostModel) -> Iterator[Policy]:
+    """Sizes to try: tokens of a row, sequences of a group, groups in flight, tokens of a sweep."""
+    work = model.workload
+    num_generating = work.num_generating_sequences
+    for row_tokens in _row_sizes(model):
+        for group_sequences in _powers_of_two(min(num_generating, MAX_GROUP_SEQUENCES)):
+            for num_groups in GROUP_COUNTS:
+                if num_groups > 1 and group_sequences * (num_groups - 1) >= num_generating:
+                    break  # the last group would stay empty
+                num_blocks = max(1, ceil(num_generating / (group_sequences * num_groups)))
+                least = max(row_tokens, work.max_prompt_tokens)
+                sweeps = {max(least, ceil(work.num_prompt_tokens / (num_blocks * part))) for part in SWEEP_DIVISORS}
+                for sweep_tokens in sorted(sweeps, reverse=True):
+                    yield Policy(
+                        row_tokens=row_tokens,
+                        sweep_tokens=sweep_tokens,
+                        group_sequences=group_sequences,
+                        num_groups=num_groups,
+                    )
+
+
+def _row_sizes(model: CostModel) -> list[int]:
+    """The power of two from which layer calls run near their peak rate, and an eighth of it for tight memory.
+
+    A call of t tokens runs at peak * t / (t + t_half) (see `CostModel.compute_seconds`); 8 t_half gives 8/9 of peak.
+    """
+    shape, hardware = model.shape, model.hardware
+    call_s = shape.layer_compute_bytes / hardware.memory_bytes_per_s + KERNELS_PER_CALL * hardware.launch_s
+    half = call_s * hardware.flops_per_s / (2 * shape.layer_params)
+    low, high = ROW_TOKENS
+    large = min(high, max(low, 2 ** ceil(log2(8 * half))))
+    return sorted({large, max(low, large // 8)}, reverse=True)
+
+
+def _powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself; 1 if `most` is 0."""
+    return sorted({2**power for power in range(most.bit_length())} | {max(1, most)})
+
+
+def _does_not_fit(model: CostModel) -> CapacityError:
+    """Which tier lacks how much for the smallest sizes, and what would fit."""
+    hardware = model.hardware
+    smallest = min(_grid(model), key=lambda s: (s.block_sequences, s.row_tokens, s.sweep_tokens))
+    # Room on a slower tier is cheaper to add; without a disk folder there is none to add to.
+    prices = {Tier.GPU: 100.0, Tier.CPU: 10.0, Tier.DISK: 1.0}
+    price = {tier: prices[tier] for tier in Tier if tier is hardware.home or hardware.capacity_bytes(tier)}
+    missing = missing_bytes(model, smallest, price)
+    assert missing, (model, smallest)
+    what = " and ".join(
+        f"{tier} has {format_size(hardware.capacity_bytes(tier))} and lacks {format_size(num_bytes)}"
+        for tier, num_bytes in missing.items()
+    )
+    mends = [f"Raise {' and '.join(OPTION[tier] for tier in missing)}"]
+    if not hardware.disk_bytes and (on_disk := missing_bytes(model, smallest, {Tier.DISK: 1.0})):
+        mends.append(f"offload with --disk DIR ({format_size(on_disk[Tier.DISK])} free there)")
+    if not model.shape.is_packed and missing_bytes(_with_w4(model), smallest, {}) is not None:
+        mends.append("use --setting w4")
+    if missing_bytes(_with_half_lengths(model), smallest, {}) is not None:
+        mends.append("halve the longest prompt and max_tokens")
+    return CapacityError(f"the model does not fit: {what}", mend=", or ".join(mends))
+
+
+def _with_w4(model: CostModel) -> CostModel:
+    shape = model.shape
+    packed_bytes = ceil(shape.layer_compute_bytes * W4_BITS / (8 * shape.dtype_bytes))
+    return replace(model, shape=replace(shape, layer_bytes=packed_bytes))
+
+
+def _with_half_lengths(model: CostModel) -> CostModel:
+    work = model.workload
+    lengths = {"max_prompt_tokens": work.max_prompt_tokens // 2, "max_own_tokens": work.max_own_tokens // 2}
+    return replace(model, workload=replace(work, num_shared_tokens=work.num_shared_tokens // 2, **lengths))

@@ -1,0 +1,72 @@
+"""How many passes over the layers a workload takes under a policy, and how much each does.
+
+Knows sequences and tokens; no machine, no placement and no sizes of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from flexeval.policy.policy import Policy, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """The mean pass over all layers in one phase of a run."""
+
+    num_sweeps: int
+    """How often it happens."""
+    num_tokens: float
+    """New tokens it computes."""
+    num_calls: int
+    """Layer calls they take at each layer."""
+    num_pairs: float
+    """Pairs of a new token and a token it attends to."""
+    num_logits_rows: float
+    """Positions whose logits are computed."""
+    num_kv_read: float
+    """Tokens whose keys and values are read from the cache at each layer."""
+    num_kv_written: float
+    """Tokens whose keys and values are added to it."""
+
+
+def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
+    """The passes of a run: `prefill` (all prompts, scoring included) and, if anything is generated on, `decode`.
+
+    Finished sequences are replaced by waiting ones, so a block of B stays full: decoding takes the larger of
+    `max_generated_tokens` - 1 sweeps (the longest sequence alone) and one sweep for every B tokens left to generate.
+    With equal lengths that is the n - 1 sweeps a block of FlexGen (Sheng et al., ICML 2023, section 4.3): a
+    sequence's first token comes from its prefill.
+    """
+    num_generating = workload.num_generating_sequences
+    num_kept = workload.num_prompt_tokens - workload.num_scoring_tokens if num_generating else 0
+    num_prefills = ceil(workload.num_prompt_tokens / policy.sweep_tokens)
+    if num_generating:
+        num_prefills = max(num_prefills, ceil(num_generating / policy.block_sequences))
+    num_tokens = workload.num_prompt_tokens / num_prefills
+    prefill = Sweep(
+        num_sweeps=num_prefills,
+        num_tokens=num_tokens,
+        num_calls=ceil(num_tokens / policy.row_tokens),
+        num_pairs=num_tokens * workload.mean_context_tokens,
+        num_logits_rows=workload.num_sequences / num_prefills,
+        num_kv_read=0,
+        num_kv_written=num_kept / num_prefills,
+    )
+    num_left = workload.num_generated_tokens - num_generating
+    if num_left <= 0:
+        return {"prefill": prefill}
+    num_decodes = max(workload.max_generated_tokens - 1, ceil(num_left / min(policy.block_sequences, num_generating)))
+    num_active = num_left / num_decodes
+    half_generated = workload.num_generated_tokens / num_generating / 2
+    decode = Sweep(
+        num_sweeps=num_decodes,
+        num_tokens=num_active,
+        num_calls=ceil(num_active / min(policy.group_sequences, policy.row_tokens)),
+        num_pairs=num_active * (workload.mean_context_tokens + half_generated),
+        num_logits_rows=num_active,
+        num_kv_read=num_active * (num_kept / num_generating + half_generated),
+        num_kv_written=num_active,
+    )
+    return {"prefill": prefill, "decode": decode}
