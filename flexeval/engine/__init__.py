@@ -1,0 +1,1 @@
+"""The offloading engine: tensors, layers, tiers and sweeps. It never sees text."""

@@ -1,0 +1,247 @@
+"""Where weights come from, one layer at a time. Knows checkpoint files and names; not where the weights will rest.
+
+A whole model never has to fit in memory: tensors are read, renamed and merged layer by layer, by transformers' own
+conversion of checkpoints (fused experts and the like), and handed over as the layer's state dict.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.errors import ModelError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+class Checkpoint(Protocol):
+    """A source of weights for one anatomy."""
+
+    def layer(self, layer: int) -> Mapping[str, Tensor]:
+        """The tensors of a layer by their names within it, on the host. Raises `ModelError`."""
+        ...
+
+    def rest(self) -> Mapping[str, Tensor]:
+        """Embedding, norms and head by their full names, on the host. Raises `ModelError`."""
+        ...
+
+
+class StateDictCheckpoint:
+    """The weights of a model that is already in memory."""
+
+    def __init__(self, anatomy: Anatomy, state_dict: Mapping[str, Tensor]):
+        self._layers: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._rest: dict[str, Tensor] = {}
+        for name, tensor in state_dict.items():
+            layer, local = _locate(name, anatomy.layers_name)
+            if layer is None:
+                self._rest[name] = tensor
+            else:
+                self._layers[layer][local] = tensor
+
+    def layer(self, layer: int) -> Mapping[str, Tensor]:
+        """The tensors of a layer."""
+        return self._layers[layer]
+
+    def rest(self) -> Mapping[str, Tensor]:
+        """Everything else."""
+        return self._rest
+
+
+class RandomCheckpoint:
+    """Random weights of the right shapes: normal with deviation 0.02 for matrices, 1 for scales, 0 for biases.
+
+    One block of random numbers is drawn once and laid out again from another offset for each tensor, so that the
+    weights of a 175B model take seconds rather than minutes.
+    """
+
+    _BLOCK = 2**24
+
+    def __init__(self, anatomy: Anatomy, *, seed: int = 0):
+        self._anatomy = anatomy
+        generator = torch.Generator().manual_seed(seed)
+        self._block = torch.randn(self._BLOCK, generator=generator).mul_(0.02)
+        self._num_drawn = 0
+
+    def layer(self, layer: int) -> Mapping[str, Tensor]:
+        """Random tensors for a layer."""
+        return {s.name: self._fill(s.name, s.shape, s.dtype) for s in self._anatomy.layer_specs(layer)}
+
+    def rest(self) -> Mapping[str, Tensor]:
+        """Random tensors for embedding, norms and head; tied ones share memory, as in the model."""
+        tied: dict[int, Tensor] = {}
+        tensors = {}
+        for name, tensor in self._anatomy.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in tied:
+                tied[id(tensor)] = self._fill(name, tuple(tensor.shape), tensor.dtype)
+            tensors[name] = tied[id(tensor)]
+        return tensors
+
+    def _fill(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if len(shape) < 2:
+            return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=dtype)
+        out = torch.empty(shape, dtype=dtype)
+        flat = out.view(-1)
+        self._num_drawn += 1
+        start = (self._num_drawn * 7_368_787) % self._BLOCK  # a prime step: neighbours never repeat each other
+        for position in range(0, flat.numel(), self._BLOCK):
+            part = flat[position : position + self._BLOCK]
+            rolled = torch.cat([self._block[start:], self._block[:start]])
+            part.copy_(rolled[: part.numel()])
+        return out
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face directory with safetensors files."""
+
+    def __init__(self, anatomy: Anatomy, directory: Path):
+        """Read the headers and assign each tensor to its layer. Raises `ModelError`."""
+        self._anatomy = anatomy
+        self._directory = directory
+        self._files = _find_files(directory)
+        self._keys: dict[int | None, list[str]] = defaultdict(list)
+        with _with_layers(anatomy) as whole:
+            self._mapping = get_model_conversion_mapping(whole)
+            names = whole.state_dict(keep_vars=True)
+            renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+            converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+            for key in self._files:
+                name, _ = rename_source_key(key, renamings, converters, whole.base_model_prefix, names)
+                self._keys[_locate(name, anatomy.layers_name)[0]].append(key)
+
+    def layer(self, layer: int) -> Mapping[str, Tensor]:
+        """Read one layer. Raises `ModelError` for a tensor that is missing or cannot be read."""
+        prefix = f"{self._anatomy.layers_name}.{layer}."
+        wanted = {prefix + spec.name for spec in self._anatomy.layer_specs(layer)}
+        tensors = self._read(self._keys[layer], wanted)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def rest(self) -> Mapping[str, Tensor]:
+        """Read embedding, norms and head. Raises `ModelError`."""
+        return self._read(self._keys[None], set(self._anatomy.model.state_dict(keep_vars=True)), tie=True)
+
+    def _read(self, keys: list[str], wanted: set[str], *, tie: bool = False) -> dict[str, Tensor]:
+        with _with_layers(self._anatomy) as model, _opened(self._files, keys) as read, _quiet():
+            meta = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+            slices = {key: read(key) for key in keys}
+            config = LoadStateDictConfig(
+                device_map={"": "cpu"}, dtype=self._anatomy.dtype, weight_mapping=list(self._mapping)
+            )
+            try:
+                info, _ = convert_and_load_state_dict_in_model(model, slices, config, None)
+                if tie:
+                    model.tie_weights(missing_keys=info.missing_keys)
+                loaded = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in wanted}
+            except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+                raise ModelError(
+                    f"the weights cannot be read: {error}", where=str(self._directory), mend="Fetch the model again"
+                ) from error
+            finally:
+                _restore(model, meta)
+        problems = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
+        missing = sorted(name for name in wanted if name not in loaded or loaded[name].is_meta)
+        if missing or problems:
+            what = f"no weights for {missing[0]}" if missing else f"weights of another shape: {problems[0]}"
+            raise ModelError(what, where=str(self._directory), mend="Fetch the model again, or check its config.json")
+        return {name: tensor.detach() for name, tensor in loaded.items()}
+
+
+def _find_files(directory: Path) -> dict[str, Path]:
+    """The file of each tensor. Raises `ModelError`."""
+    try:
+        if (directory / INDEX_FILE).is_file():
+            weight_map = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
+            files = {key: directory / name for key, name in weight_map.items()}
+            for path in sorted(set(files.values())):
+                if not path.is_file() or path.parent != directory:
+                    raise ModelError("a weight file is missing", where=str(path), mend="Fetch the model again")
+                _check_header(path)
+            return files
+        path = directory / SINGLE_FILE
+        if not path.is_file():
+            raise ModelError("no safetensors weights here", where=str(directory), mend="Convert them to safetensors")
+        return dict.fromkeys(_check_header(path), path)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"the index of the weights cannot be read: {error}",
+            where=str(directory / INDEX_FILE),
+            mend="Fetch the model again",
+        ) from error
+
+
+def _check_header(path: Path) -> list[str]:
+    """The tensors in a file, whose length must be what its header says. Raises `ModelError`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"the weight file is corrupt or cut short: {error}", where=str(path), mend="Fetch the file again"
+        ) from error
+
+
+@contextmanager
+def _opened(files: Mapping[str, Path], keys: list[str]) -> Iterator[Callable[[str], Any]]:
+    """Yield a function that gives the lazy slice of a tensor."""
+    handles = {path: safe_open(path, framework="pt") for path in {files[key] for key in keys}}
+    yield lambda key: handles[files[key]].get_slice(key)
+
+
+@contextmanager
+def _with_layers(anatomy: Anatomy) -> Iterator[Any]:
+    """The whole model for a moment, its layers back in place of the stubs."""
+    parent, _, leaf = anatomy.layers_name.rpartition(".")
+    owner = anatomy.model.get_submodule(parent)
+    stubs = getattr(owner, leaf)
+    setattr(owner, leaf, torch.nn.ModuleList(anatomy.layers))
+    try:
+        yield anatomy.model
+    finally:
+        setattr(owner, leaf, stubs)
+
+
+def _restore(model: torch.nn.Module, meta: Mapping[str, Tensor]) -> None:
+    """Put the tensors back that were there before loading."""
+    for name, tensor in meta.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor  # type: ignore[assignment]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bar: the caller shows one for the whole model."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _locate(name: str, layers_name: str) -> tuple[int | None, str]:
+    """(layer, name within it), or (None, name) for what belongs to no layer."""
+    if not name.startswith(layers_name + "."):
+        return None, name
+    index, _, local = name[len(layers_name) + 1 :].partition(".")
+    return int(index), local

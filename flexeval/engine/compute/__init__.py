@@ -1,0 +1,1 @@
+"""What is computed on the bytes: the model's layers, attention, sampling."""

@@ -1,0 +1,185 @@
+"""A Hugging Face causal language model, taken apart: embed, layers, head. Knows the model; not where weights come from.
+
+The model is built on the `meta` device and its decoder layers are lifted out. Stubs in their place let the rest of the
+model run as it is: once to see the hidden states and arguments that enter each layer, once to finish from the last
+layer's output. So a family needs no code of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flexeval.engine.compute.port import ATTENTION_NAME, AttentionPort, register_attention
+from flexeval.engine.memory.slab import TensorSpec
+from flexeval.errors import UnsupportedModelError
+
+
+class LayerCall(NamedTuple):
+    """What the model passes to one layer besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Embedded(NamedTuple):
+    """A packed row on its way into the first layer."""
+
+    hidden_1TD: Tensor
+    calls: list[LayerCall]
+    """One per layer; they share tensors such as rotary embeddings."""
+
+
+class _Stub(nn.Module):
+    """Stands where a layer stood: records what comes in, hands on what it is told to."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        for name in ("attention_type", "layer_type", "is_sliding", "is_attention_layer"):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+        self.seen: tuple[Tensor, LayerCall] | None = None
+        self.replacement: Tensor | None = None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen = (hidden, LayerCall(args, kwargs))
+        return hidden if self.replacement is None else self.replacement
+
+
+class Anatomy:
+    """The parts of one model, in evaluation mode, without weights until they are bound."""
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
+        """Build the model on `meta`. Raises `UnsupportedModelError` where layers cannot be lifted out."""
+        register_attention()
+        self.config = copy.deepcopy(config)  # transformers shares configs between models
+        self.dtype = dtype
+        self.model = build_on_meta(self.config, dtype, attention=ATTENTION_NAME)
+        self.port = AttentionPort()
+        self.layers_name, layers = _find_layers(self.model)
+        self.layers: list[nn.Module] = list(layers)
+        for layer in self.layers:
+            for module in layer.modules():
+                object.__setattr__(module, "attention_port", self.port)
+        self._stubs = [_Stub(layer) for layer in self.layers]
+        parent, _, leaf = self.layers_name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._stubs))
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    def layer_specs(self, layer: int) -> list[TensorSpec]:
+        """The tensors of a layer's slab: its parameters and the buffers a checkpoint holds."""
+        module = self.layers[layer]
+        transposed = {name for name, child in module.named_modules() if _is_input_first(child)}
+        return [
+            TensorSpec(
+                name=name,
+                shape=tuple(tensor.shape),
+                dtype=tensor.dtype,
+                is_input_first=name.rpartition(".")[0] in transposed,
+            )
+            for name, tensor in module.state_dict(keep_vars=True).items()
+        ]
+
+    def bind_layer(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Let a layer compute with these tensors (views into a slab)."""
+        _bind(self.layers[layer], tensors)
+
+    def bind_rest(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Give embedding, norms and head their weights, and every remaining buffer its initial value."""
+        for module in [*self.model.modules(), *(child for layer in self.layers for child in layer.modules())]:
+            persistent = set(module.state_dict(keep_vars=True))
+            volatile = [name for name, _ in module.named_buffers(recurse=False) if name not in persistent]
+            if volatile:
+                for name in volatile:
+                    module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+                self.model._init_weights(module)
+        _bind(self.model, {name: tensor.to(device) for name, tensor in tensors.items()})
+        unbound = [name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta]
+        assert not unbound, (unbound, "tensors without a value")
+
+    def embed(self, ids_1T: Tensor, positions_1T: Tensor) -> Embedded:
+        """Hidden states entering the first layer, and what every layer is called with."""
+        for stub in self._stubs:
+            stub.replacement = None
+        self.model.base_model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
+        seen = [stub.seen for stub in self._stubs]
+        for stub in self._stubs:
+            stub.seen = None
+        assert seen[0] is not None
+        return Embedded(seen[0][0], [call for _, call in seen])  # type: ignore[misc]
+
+    def run_layer(self, layer: int, hidden_1TD: Tensor, call: LayerCall) -> Tensor:
+        """One layer on one packed row; attention goes through `port`."""
+        output = self.layers[layer](hidden_1TD, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def head(self, hidden_1TD: Tensor) -> Tensor:
+        """Logits `[1, T, V]` of hidden states that left the last layer."""
+        num_tokens = hidden_1TD.shape[1]
+        zeros_1T = torch.zeros(1, num_tokens, dtype=torch.long, device=hidden_1TD.device)
+        self._stubs[-1].replacement = hidden_1TD
+        try:
+            logits: Tensor = self.model(input_ids=zeros_1T, position_ids=zeros_1T, use_cache=False).logits
+        finally:
+            self._stubs[-1].replacement = self._stubs[-1].seen = None
+        return logits
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, *, attention: str) -> PreTrainedModel:
+    """The model's modules without memory. Raises `UnsupportedModelError`."""
+    try:
+        with torch.device("meta"), _quiet_default_dtype():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"the {config.model_type} family cannot run here: {error}",
+            mend="Choose a model whose attention transformers lets one replace (Llama, Qwen, Mistral, OPT, ...)",
+        ) from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet_default_dtype() -> Any:
+    """Some families set torch's default type while they build; put it back."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name, module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no list of {num_layers} decoder layers", mend="Choose another model"
+    )
+
+
+def _is_input_first(module: nn.Module) -> bool:
+    """Whether a module's matrices have the input dimension before the output's."""
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
+
+
+def _bind(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = root.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            assert leaf in module._buffers, (name, "is neither a parameter nor a buffer")
+            module._buffers[leaf] = tensor

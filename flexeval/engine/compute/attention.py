@@ -1,0 +1,154 @@
+"""Attention over a packed row: each token sees its own context and its ancestors'. Knows rows; not where KV rests.
+
+Every new token attends to its own context (its node's earlier tokens, or its sequence's log in decode), and to each
+ancestor node, whose KV is read once for all of its descendants in the row. The parts are merged by log-sum-exp.
+
+Shapes: T new tokens of the row, C tokens of a log, N query heads, K KV heads, H size of a key, W size of a value,
+B sequences, L fresh tokens, S context, A descendants' tokens, P ancestor's tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from flexeval.engine.compute.partial import Partial, merge_into, partial_attention
+from flexeval.engine.compute.port import AttentionOptions
+from flexeval.engine.compute.row import DecodeBatch, FreshBatch, Row
+from flexeval.planning.rows import AncestorSpan
+
+
+class KeysValues(NamedTuple):
+    """KV of some tokens at one layer."""
+
+    keys_CKH: Tensor
+    values_CKW: Tensor
+
+
+class Context(Protocol):
+    """Gives a row the KV of earlier tokens at the current layer."""
+
+    def own_log(self, batch: DecodeBatch) -> KeysValues:
+        """The log of a decode batch, the new tokens' KV included."""
+        ...
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        """An ancestor that is not in the row itself."""
+        ...
+
+
+class PackedAttention:
+    """Dense attention; one instance serves every row and layer."""
+
+    def __call__(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions, row: Row, context: Context
+    ) -> Tensor:
+        """Attention output `[T, N, W]` of the row's new tokens, whose KV `context` already holds."""
+        num_tokens, num_heads, _ = q_TNH.shape
+        assert num_tokens == row.plan.num_tokens, (num_tokens, row.plan.num_tokens)
+        out_TNW = q_TNH.new_empty(num_tokens, num_heads, v_TKW.shape[-1])
+        lse_TN = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q_TNH.device)
+        for fresh in row.fresh:
+            self._fresh(q_TNH, k_TKH, v_TKW, options, fresh, out_TNW, lse_TN)
+        for decode in row.decode:
+            self._decode(q_TNH, options, row, decode, context.own_log(decode), out_TNW, lse_TN)
+        for span in row.ancestors:
+            in_row = span.source.row_start
+            if in_row is None:
+                keys_values = context.ancestor(span)
+            else:
+                keys_values = KeysValues(
+                    k_TKH[in_row : in_row + span.num_keys], v_TKW[in_row : in_row + span.num_keys]
+                )
+            self._ancestor(q_TNH, options, row, span, keys_values, out_TNW, lse_TN)
+        if options.sinks_N is not None:  # a sink adds exp(sink) to the softmax's denominator and nothing to its sum
+            out_TNW *= torch.sigmoid(lse_TN - options.sinks_N.float())[..., None].to(out_TNW.dtype)
+        return out_TNW
+
+    @staticmethod
+    def _fresh(
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKW: Tensor,
+        options: AttentionOptions,
+        batch: FreshBatch,
+        out_TNW: Tensor,
+        lse_TN: Tensor,
+    ) -> None:
+        """Causal attention within each node; padding comes after every real token, so causality hides it."""
+        num_steps = batch.index_BL.shape[1]
+        mask_1LL = None
+        if options.window is not None and options.window < num_steps:
+            steps_L = torch.arange(num_steps, device=q_TNH.device)
+            distance_LL = steps_L[:, None] - steps_L[None, :]
+            mask_1LL = ((distance_LL >= 0) & (distance_LL < options.window))[None]
+        partial = partial_attention(
+            q_TNH[batch.index_BL].transpose(1, 2),
+            k_TKH[batch.index_BL].transpose(1, 2),
+            v_TKW[batch.index_BL].transpose(1, 2),
+            scale=options.scale,
+            is_causal=mask_1LL is None,
+            mask_BQS=mask_1LL,
+            softcap=options.softcap,
+        )
+        out_TNW[batch.token_M] = partial.out_BNQW.transpose(1, 2).flatten(0, 1)[batch.place_M]
+        lse_TN[batch.token_M] = partial.lse_BNQ.transpose(1, 2).flatten(0, 1)[batch.place_M]
+
+    @staticmethod
+    def _decode(
+        q_TNH: Tensor,
+        options: AttentionOptions,
+        row: Row,
+        batch: DecodeBatch,
+        log: KeysValues,
+        out_TNW: Tensor,
+        lse_TN: Tensor,
+    ) -> None:
+        """One query per sequence over its own context, gathered from the log."""
+        tokens = slice(batch.span.start, batch.span.start + batch.index_BS.shape[0])
+        mask_BS = batch.is_context_BS
+        if options.window is not None:
+            mask_BS = mask_BS & (row.positions_1T[0, tokens, None] - batch.key_position_BS < options.window)
+        partial = partial_attention(
+            q_TNH[tokens][:, :, None],
+            log.keys_CKH[batch.index_BS].transpose(1, 2),
+            log.values_CKW[batch.index_BS].transpose(1, 2),
+            scale=options.scale,
+            mask_BQS=mask_BS[:, None],
+            softcap=options.softcap,
+        )
+        out_TNW[tokens] = partial.out_BNQW[:, :, 0]
+        lse_TN[tokens] = partial.lse_BNQ[:, :, 0]
+
+    @staticmethod
+    def _ancestor(
+        q_TNH: Tensor,
+        options: AttentionOptions,
+        row: Row,
+        span: AncestorSpan,
+        keys_values: KeysValues,
+        out_TNW: Tensor,
+        lse_TN: Tensor,
+    ) -> None:
+        """All descendants' tokens over one ancestor's KV, merged into what they have attended to so far."""
+        tokens = slice(span.start, span.start + span.length)
+        mask_1AP = None
+        last_position = int(row.plan.positions[span.start + span.length - 1])
+        if options.window is not None and max(row.plan.positions[tokens]) - span.first_key_position >= options.window:
+            key_position_P = span.first_key_position + torch.arange(span.num_keys, device=q_TNH.device)
+            distance_AP = row.positions_1T[0, tokens, None] - key_position_P
+            mask_1AP = (distance_AP < options.window)[None]
+        assert last_position >= span.first_key_position + span.num_keys, (span, last_position)
+        partial: Partial = partial_attention(
+            q_TNH[tokens].transpose(0, 1)[None],
+            keys_values.keys_CKH.transpose(0, 1)[None],
+            keys_values.values_CKW.transpose(0, 1)[None],
+            scale=options.scale,
+            mask_BQS=mask_1AP,
+            softcap=options.softcap,
+        )
+        merge_into(
+            out_TNW[tokens], lse_TN[tokens], partial.out_BNQW[0].transpose(0, 1), partial.lse_BNQ[0].transpose(0, 1)
+        )

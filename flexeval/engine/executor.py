@@ -1,0 +1,201 @@
+"""The engine's core: token requests in, token results out. Knows how the parts work together; not text, nor policy search.
+
+`execute` is the algorithm: while there is work, plan a sweep, run it, read off what was asked, retire what is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from flexeval.engine.checkpoint import Checkpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.attention import PackedAttention
+from flexeval.engine.compute.readout import read_row
+from flexeval.engine.compute.row import make_row
+from flexeval.engine.memory.codec import Codec
+from flexeval.engine.memory.hidden import HiddenStore
+from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane
+from flexeval.engine.memory.tier import DiskTier, MemoryTier, Tier
+from flexeval.engine.memory.weights import WeightStore
+from flexeval.engine.scheduler import Scheduler
+from flexeval.engine.sweep import Sweeper
+from flexeval.engine.trace import Trace
+from flexeval.errors import CapacityError
+from flexeval.policy.policy import Policy
+from flexeval.policy.policy import Tier as TierName
+from flexeval.request import TokenRequest, TokenResult
+
+LANES = ("weights", "kv_in", "kv_out", "hidden")
+
+
+class Executor:
+    """One model under one policy, ready to answer. Close it, or use it in a `with` block."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        checkpoint: Checkpoint,
+        policy: Policy,
+        *,
+        codec: Codec | None,
+        device: torch.device,
+        disk_tier: DiskTier | None,
+        on_layer: Callable[[int], None] = lambda layer: None,
+        overlap: bool | None = None,
+    ):
+        """Load the weights to where the policy wants them.
+
+        Args:
+            anatomy: The model's parts.
+            checkpoint: Its weights.
+            policy: Where everything rests, and how much is in flight.
+            codec: How layers' matrices rest; None as they are.
+            device: Where layers are computed.
+            disk_tier: Room on disk; needed where the policy uses it. The executor closes it.
+            on_layer: Told the number of each layer that is loaded.
+            overlap: Whether transfers run beside the computation; by default where there are any.
+        """
+        self.policy = policy
+        self.trace = Trace()
+        self._anatomy = anatomy
+        self._device = device
+        self.tiers = _make_tiers(device, disk_tier)
+        self._device_tier = self.tiers[TierName.GPU if device.type == "cuda" else TierName.CPU]
+        num_layers = anatomy.num_layers
+        if overlap is None:
+            overlap = any(not self._is_resident(split) for split in (policy.weights, policy.kv, policy.hidden))
+        self._lanes: dict[str, Lane] = {
+            name: ThreadLane(name, device) if overlap else InlineLane() for name in LANES
+        }
+        try:
+            anatomy.bind_rest(checkpoint.rest(), device)
+            self._kv_tiers = [self._tier(name) for name in policy.kv.spread(num_layers)]
+            self._weights = WeightStore(
+                anatomy,
+                checkpoint,
+                [self._tier(name) for name in policy.weights.spread(num_layers)],
+                codec=codec,
+                device=device,
+                lane=self._lanes["weights"],
+                trace=self.trace,
+                on_layer=on_layer,
+            )
+        except BaseException:
+            self._close_tiers()
+            raise
+        self._sweeper = Sweeper(
+            anatomy=anatomy, weights=self._weights, attention=PackedAttention(), trace=self.trace
+        )
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back memory, threads and files."""
+        self._weights.close()
+        self._close_tiers()
+
+    @torch.inference_mode()
+    def execute(
+        self,
+        requests: Sequence[TokenRequest],
+        *,
+        on_results: Callable[[list[tuple[int, TokenResult]]], None] = lambda results: None,
+    ) -> list[TokenResult]:
+        """Answer all requests; results in the same order.
+
+        Args:
+            requests: What to score or to continue.
+            on_results: Told after each sweep which requests (by index) it finished, with their results.
+        """
+        results: dict[int, TokenResult] = {}
+        with self.trace.phase("plan"):
+            scheduler = Scheduler(requests, self.policy)
+        self.trace.num_prompt_tokens += scheduler.tree.num_asked_tokens
+        self.trace.num_computed_prompt_tokens += scheduler.tree.num_computed_tokens
+        num_top = max((request.num_top_logprobs for request in requests), default=0)
+        vocab_size = self._anatomy.config.get_text_config().vocab_size
+        cache = self._make_cache()
+        try:
+            while scheduler.has_work:
+                start = time.perf_counter()
+                plans = scheduler.plan_sweep()
+                for group, num_tokens in scheduler.opened_groups():
+                    cache.open(group, num_tokens)
+                rows = [make_row(index, plan, self._device) for index, plan in enumerate(plans)]
+                for row, hidden_1TD in zip(rows, self._sweeper.sweep(rows, cache, self._make_hidden(len(rows))), strict=True):
+                    with self.trace.phase("head"):
+                        readout = read_row(
+                            row.plan,
+                            hidden_1TD,
+                            self._anatomy.head,
+                            requests=requests,
+                            num_drawn=scheduler.num_drawn(row.plan),
+                            vocab_size=vocab_size,
+                            num_top_logprobs=num_top,
+                        )
+                    scheduler.record(row.plan, readout)
+                finished = scheduler.finish_sweep(time.perf_counter() - start)
+                for group in scheduler.retired_groups():
+                    cache.free(group)
+                results.update(finished)
+                if finished:
+                    on_results(finished)
+        finally:
+            cache.close()
+        self.trace.num_generated_tokens += sum(len(result.token_ids) for result in results.values())
+        for name, lane in self._lanes.items():
+            self.trace.lanes[name].busy_s = lane.busy_s
+        return [results[index] for index in range(len(requests))]
+
+    def _make_cache(self) -> KVCache:
+        return KVCache(
+            self._kv_tiers,
+            device=self._device,
+            lane_in=self._lanes["kv_in"],
+            lane_out=self._lanes["kv_out"],
+            trace=self.trace,
+        )
+
+    def _make_hidden(self, num_rows: int) -> HiddenStore:
+        """A lone row's hidden states never leave the device: they are the next layer's input at once."""
+        names = self.policy.hidden.spread(num_rows) if num_rows > 1 else [self._device_tier.name]
+        return HiddenStore(
+            [self._tier(name) for name in names],
+            device=self._device,
+            device_tier=self._device_tier,
+            lane=self._lanes["hidden"],
+            trace=self.trace,
+        )
+
+    def _tier(self, name: TierName) -> Tier:
+        if name not in self.tiers:
+            mend = "Name a folder with --disk" if name is TierName.DISK else "Choose a policy without a GPU share"
+            raise CapacityError(f"the policy puts data on {name}, which this run does not have", mend=mend)
+        return self.tiers[name]
+
+    def _is_resident(self, split: object) -> bool:
+        return bool(getattr(split, self._device_tier.name) == 1)
+
+    def _close_tiers(self) -> None:
+        for lane in self._lanes.values():
+            lane.close()
+        for tier in self.tiers.values():
+            tier.close()
+
+
+def _make_tiers(device: torch.device, disk_tier: DiskTier | None) -> dict[TierName, Tier]:
+    host = torch.device("cpu")
+    tiers: dict[TierName, Tier] = {TierName.CPU: MemoryTier(TierName.CPU, host, compute_device=device)}
+    if device.type == "cuda":
+        tiers[TierName.GPU] = MemoryTier(TierName.GPU, device, compute_device=device)
+    if disk_tier is not None:
+        tiers[TierName.DISK] = disk_tier
+    return tiers

@@ -1,0 +1,78 @@
+"""How numbers rest as bytes. Knows arithmetic on groups of numbers; not which numbers, nor where the bytes rest.
+
+A codec works on a flat run of numbers whose length is a multiple of its group size, and says to the byte what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexeval.errors import ModelError
+
+
+class Codec(Protocol):
+    """Turns a run of numbers into bytes and back."""
+
+    name: str
+    """As it appears in a setting."""
+    group_size: int
+    """Numbers that are coded together."""
+
+    def num_bytes(self, num_values: int) -> int:
+        """Exact bytes of `num_values` coded numbers, a multiple of `group_size`."""
+        ...
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Code a 1-D run of numbers as uint8 `[num_bytes]`. Raises `ModelError` for infinities and NaN."""
+        ...
+
+    def decode(self, coded: Tensor, out: Tensor) -> None:
+        """Fill the 1-D run `out` (any float type) from uint8 `[num_bytes(len(out))]` on the same device."""
+        ...
+
+
+class Int4Codec:
+    """Group-wise asymmetric 4-bit integers (Shen et al. 2020; FlexGen section 5).
+
+    A group of g numbers is stored as round((x - min) / scale) with scale = (max - min) / 15, two to a byte: low nibbles
+    hold the first half of the group, high nibbles the second. Scale and minimum are float16. All codes of a run come
+    first, then a (scale, minimum) pair per group.
+    """
+
+    def __init__(self, group_size: int = 64):
+        self.name = f"int4-g{group_size}"
+        self.group_size = group_size
+
+    def num_bytes(self, num_values: int) -> int:
+        """Half a byte a number and four bytes a group."""
+        assert num_values % self.group_size == 0, (num_values, self.group_size)
+        return num_values // 2 + 4 * (num_values // self.group_size)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Quantize; what is decoded lies within half a step, and float16's rounding of the minimum, of `values`."""
+        if not torch.isfinite(values).all():
+            raise ModelError("a weight is infinite or NaN and cannot be quantized", mend="Use the setting none")
+        groups_GE = values.float().view(-1, self.group_size)
+        minimum_G1 = groups_GE.amin(1, keepdim=True).half()
+        scale_G1 = ((groups_GE.amax(1, keepdim=True) - minimum_G1.float()) / 15).half()
+        step_G1 = scale_G1.float().where(scale_G1 > 0, torch.ones_like(scale_G1, dtype=torch.float32))
+        codes_GE = ((groups_GE - minimum_G1.float()) / step_G1).round_().clamp_(0, 15).to(torch.uint8)
+        half = self.group_size // 2
+        packed_GP = codes_GE[:, :half] | (codes_GE[:, half:] << 4)
+        affine_G2 = torch.cat([scale_G1, minimum_G1], dim=1)
+        return torch.cat([packed_GP.flatten(), affine_G2.view(torch.uint8).flatten()])
+
+    def decode(self, coded: Tensor, out: Tensor) -> None:
+        """Write minimum + scale * code, computed in float32."""
+        num_code_bytes = out.numel() // 2
+        assert coded.numel() == self.num_bytes(out.numel()), (coded.numel(), out.numel())
+        half = self.group_size // 2
+        packed_GP = coded[:num_code_bytes].view(-1, half)
+        affine_G2 = coded[num_code_bytes:].view(torch.float16).view(-1, 2).float()
+        scale_G1, minimum_G1 = affine_G2[:, :1], affine_G2[:, 1:]
+        out_G2P = out.view(-1, 2, half)
+        for index, nibble_GP in enumerate((packed_GP & 15, packed_GP >> 4)):
+            out_G2P[:, index] = torch.addcmul(minimum_G1, nibble_GP.float(), scale_G1)

@@ -1,0 +1,184 @@
+"""The KV cache: per layer and group one append-only log of tokens. Knows logs, tiers and lanes; not sequences.
+
+A log is appended to in the order in which tokens are computed, so that reading what a group needs is one run of bytes.
+Where it rests on memory that the compute device addresses it is used in place; elsewhere it is read ahead into a
+buffer with room for the step's new tokens, which are written behind.
+
+Shapes: T new tokens of a row, C tokens of a log, K KV heads, X size of a key and a value side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexeval.engine.compute.attention import KeysValues
+from flexeval.engine.compute.row import DecodeBatch, Row
+from flexeval.engine.memory.lane import Lane, Transfer
+from flexeval.engine.memory.tier import Extent, Tier
+from flexeval.engine.trace import Trace
+from flexeval.planning.rows import AncestorSpan, Keep
+
+
+@dataclass(slots=True)
+class _Log:
+    """One group's tokens at one layer."""
+
+    extent: Extent
+    num_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+    last_write: Transfer[None] | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        return self.num_heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+    def shaped(self, data: Tensor) -> Tensor:
+        """Bytes as `[C, K, X]`."""
+        return data.view(self.dtype).view(-1, self.num_heads, self.key_size + self.value_size)
+
+    def split(self, tokens_CKX: Tensor) -> KeysValues:
+        return KeysValues(tokens_CKX[..., : self.key_size], tokens_CKX[..., self.key_size :])
+
+
+class LoadedContext:
+    """What one row reads at one layer, on the compute device."""
+
+    def __init__(
+        self,
+        own: dict[int, Tensor],
+        ancestors: dict[AncestorSpan, KeysValues],
+        logs: dict[int, _Log],
+        scratch: dict[int, KeysValues],
+    ):
+        self.own = own
+        """By group, the log `[C, K, X]` with room for the step's new tokens."""
+        self._ancestors = ancestors
+        self._logs = logs
+        self._scratch = scratch
+
+    def own_log(self, batch: DecodeBatch) -> KeysValues:
+        """The log of a decode batch."""
+        group = batch.span.group
+        return self._logs[group].split(self.own[group])
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        """An ancestor: from an earlier row of this sweep, or from a log."""
+        if span.source.scratch_node is not None:
+            return self._scratch[span.source.scratch_node]
+        return self._ancestors[span]
+
+
+class KVCache:
+    """The logs of one batch of requests, and the scratch of the current layer."""
+
+    def __init__(self, tiers: Sequence[Tier], *, device: torch.device, lane_in: Lane, lane_out: Lane, trace: Trace):
+        """A cache whose layer l rests on `tiers[l]`."""
+        self._tiers = tiers
+        self._device = device
+        self._lane_out = lane_out
+        self.lane_in = lane_in
+        self._trace = trace
+        self._logs: dict[tuple[int, int], _Log] = {}
+        self._capacities: dict[int, int] = {}
+        self._scratch: dict[int, KeysValues] = {}
+
+    def open(self, group: int, num_tokens: int) -> None:
+        """Announce a group whose logs will hold at most `num_tokens`."""
+        assert group not in self._capacities, group
+        self._capacities[group] = num_tokens
+
+    def load(self, layer: int, row: Row) -> LoadedContext:
+        """Bring what a row reads at a layer to the device; runs on the lane for KV coming in."""
+        logs = {group: log for group in self._groups(row) if (log := self._logs.get((layer, group))) is not None}
+        own: dict[int, Tensor] = {}
+        for batch in row.decode:
+            log, span = logs[batch.span.group], batch.span
+            own[span.group] = self._read(log, 0, span.log_length, room=batch.index_BS.shape[0])
+        ancestors: dict[AncestorSpan, KeysValues] = {}
+        for ancestor in row.ancestors:
+            source = ancestor.source
+            if source.group is None:
+                continue
+            if source.group in own:
+                tokens_CKX = own[source.group][source.log_start : source.log_start + ancestor.num_keys]
+            else:
+                tokens_CKX = self._read(logs[source.group], source.log_start, ancestor.num_keys, room=0)
+            ancestors[ancestor] = logs[source.group].split(tokens_CKX)
+        return LoadedContext(own, ancestors, logs, self._scratch)
+
+    def store(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> None:
+        """Take the KV of a row's new tokens: into logs, and into the scratch for later rows of the sweep."""
+        for span in row.plan.scratch:
+            tokens = slice(span.start, span.start + span.length)
+            self._scratch[span.node] = KeysValues(keys_TKH[tokens], values_TKW[tokens])
+        for keep in row.plan.keeps:
+            self._append(layer, keep, keys_TKH, values_TKW, context)
+
+    def end_layer(self) -> None:
+        """Forget the scratch: the sweep moves on to the next layer."""
+        self._scratch.clear()
+
+    def free(self, group: int) -> None:
+        """Give back the room of a group's logs."""
+        del self._capacities[group]
+        for key in [key for key in self._logs if key[1] == group]:
+            log = self._logs.pop(key)
+            if log.last_write is not None:
+                log.last_write.wait()
+            log.extent.free()
+
+    def close(self) -> None:
+        """Give back everything."""
+        for group in tuple(self._capacities):
+            self.free(group)
+
+    @staticmethod
+    def _groups(row: Row) -> set[int]:
+        groups = {batch.span.group for batch in row.decode}
+        return groups | {span.source.group for span in row.ancestors if span.source.group is not None}
+
+    def _read(self, log: _Log, start: int, num_tokens: int, *, room: int) -> Tensor:
+        """Tokens of a log on the device, with room for more behind them; in place where that is possible."""
+        if (view := log.extent.view()) is not None:
+            return log.shaped(view)[start : start + num_tokens + room]
+        if log.last_write is not None:
+            log.last_write.wait()
+        buffer = torch.empty((num_tokens + room) * log.token_bytes, dtype=torch.uint8, device=self._device)
+        log.extent.read(buffer[: num_tokens * log.token_bytes], start * log.token_bytes)
+        self._trace.moved("kv_in", num_tokens * log.token_bytes)
+        return log.shaped(buffer)
+
+    def _append(
+        self, layer: int, keep: Keep, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext
+    ) -> None:
+        log = self._log(layer, keep.group, keys_TKH, values_TKW)
+        spans = [slice(start, start + length) for start, length in keep.spans]
+        tokens_CKX = torch.cat([torch.cat([keys_TKH[span], values_TKW[span]], dim=-1) for span in spans])
+        end = keep.log_start + keep.num_tokens
+        if keep.group in context.own:
+            context.own[keep.group][keep.log_start : end] = tokens_CKX
+        if (view := log.extent.view()) is None:
+            log.last_write = self._lane_out.submit(self._write, log, keep.log_start, tokens_CKX)
+        elif keep.group not in context.own:  # otherwise the loaded log is the view itself
+            log.shaped(view)[keep.log_start : end] = tokens_CKX
+
+    def _write(self, log: _Log, start: int, tokens_CKX: Tensor) -> None:
+        data = tokens_CKX.reshape(-1).view(torch.uint8)
+        log.extent.write(data, start * log.token_bytes)
+        self._trace.moved("kv_out", data.numel())
+
+    def _log(self, layer: int, group: int, keys_TKH: Tensor, values_TKW: Tensor) -> _Log:
+        """The log, made when its first tokens arrive: only then is the layer's shape known."""
+        if (layer, group) not in self._logs:
+            _, num_heads, key_size = keys_TKH.shape
+            value_size = values_TKW.shape[-1]
+            token_bytes = num_heads * (key_size + value_size) * keys_TKH.element_size()
+            extent = self._tiers[layer].allocate(self._capacities[group] * token_bytes)
+            self._logs[layer, group] = _Log(extent, num_heads, key_size, value_size, keys_TKH.dtype)
+        return self._logs[layer, group]

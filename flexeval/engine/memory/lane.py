@@ -1,0 +1,126 @@
+"""Overlap behind one word. A lane runs work beside the caller; a transfer hands the result back.
+
+Two ordering rules, and no other synchronization anywhere in the engine:
+  submit: the lane sees everything the caller had enqueued so far.
+  wait:   the caller sees everything the lane enqueued for this transfer.
+
+Knows threads and streams; not what is moved or why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+class _Outcome(NamedTuple, Generic[T]):
+    value: T
+    event: torch.cuda.Event | None
+
+
+def _lend(value: object, stream: torch.cuda.Stream) -> None:
+    """Keep CUDA memory alive until `stream` has used it: the allocator must not recycle it early."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
+            leaf.record_stream(stream)
+
+
+class Transfer(Generic[T]):
+    """A result in flight on a lane."""
+
+    def __init__(self, future: Future[_Outcome[T]]):
+        self._future = future
+
+    def wait(self) -> T:
+        """The result, once the host has enqueued it; the caller's stream waits for the copy, the host does not."""
+        value, event = self._future.result()
+        if event is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(event)
+            _lend(value, stream)
+        return value
+
+
+class Lane(Protocol):
+    """Runs work in the order it was submitted."""
+
+    busy_s: float
+    """Host seconds spent in submitted work."""
+
+    def submit(self, work: Callable[..., T], *args: Any) -> Transfer[T]:
+        """Start `work(*args)`; an exception surfaces at `wait`."""
+        ...
+
+    def close(self) -> None:
+        """Finish what was submitted."""
+        ...
+
+
+class InlineLane:
+    """No overlap: the same order of work on the caller's own thread. The reference of every test."""
+
+    def __init__(self) -> None:
+        self.busy_s = 0.0
+
+    def submit(self, work: Callable[..., T], *args: Any) -> Transfer[T]:
+        """Run now."""
+        start = time.perf_counter()
+        done: Future[_Outcome[T]] = Future()
+        done.set_result(_Outcome(work(*args), None))
+        self.busy_s += time.perf_counter() - start
+        return Transfer(done)
+
+    def close(self) -> None:
+        """Nothing is ever left to do."""
+
+
+class ThreadLane:
+    """One worker thread and, on a GPU, one CUDA stream."""
+
+    def __init__(self, name: str, device: torch.device):
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.busy_s = 0.0
+
+    def submit(self, work: Callable[..., T], *args: Any) -> Transfer[T]:
+        """Queue for the worker, behind what the caller has enqueued on its own stream."""
+        seen = None
+        if self._stream is not None:
+            seen = torch.cuda.current_stream().record_event()
+            _lend(args, self._stream)
+        return Transfer(self._worker.submit(self._run, seen, work, args))
+
+    def _run(self, seen: torch.cuda.Event | None, work: Callable[..., T], args: tuple[Any, ...]) -> _Outcome[T]:
+        start = time.perf_counter()
+        with torch.inference_mode(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if seen is not None and self._stream is not None:
+                self._stream.wait_event(seen)
+            value = work(*args)
+            event = self._stream.record_event() if self._stream else None
+        self.busy_s += time.perf_counter() - start
+        return _Outcome(value, event)
+
+    def close(self) -> None:
+        """Wait for the worker to finish and end it."""
+        self._worker.shutdown()
+
+
+def ahead(lane: Lane, load: Callable[[K], T], keys: Iterable[K], *, depth: int = 1) -> Iterator[T]:
+    """Yield `load(key)` for each key, with the next `depth` loads already in flight on `lane`."""
+    in_flight: deque[Transfer[T]] = deque()
+    for key in keys:
+        in_flight.append(lane.submit(load, key))
+        if len(in_flight) > depth:
+            yield in_flight.popleft().wait()
+    while in_flight:
+        yield in_flight.popleft().wait()

@@ -1,0 +1,141 @@
+"""One layer's parameters as one contiguous run of bytes. Knows names, shapes and offsets; not the layer's arithmetic.
+
+A slab is [tensors kept as they are | coded matrices]. With a codec, every matrix is coded along its input dimension,
+all matrices as one run, so that one unpack serves the whole layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexeval.engine.memory.codec import Codec
+
+ALIGNMENT = 64
+"""Bytes; every tensor starts at a multiple, wide enough for any vector load."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A tensor of a layer, before anything is stored."""
+
+    name: str
+    """Its name within the layer."""
+    shape: tuple[int, ...]
+    """Its shape in the layer."""
+    dtype: torch.dtype
+    """The type the layer computes with."""
+    is_input_first: bool = False
+    """Whether a matrix is stored [..., input, output] (GPT-2's Conv1D) rather than [..., output, input]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Raw:
+    spec: TensorSpec
+    offset: int  # bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.spec.shape) * self.spec.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Coded:
+    spec: TensorSpec
+    offset: int  # values
+    row_size: int
+    padded_row_size: int
+
+    @property
+    def num_values(self) -> int:
+        return math.prod(self.spec.shape) // self.row_size * self.padded_row_size
+
+
+class SlabLayout:
+    """Where each tensor of one layer lies in the layer's slab."""
+
+    def __init__(self, specs: list[TensorSpec], codec: Codec | None):
+        """Lay out `specs` in order; with a codec, everything of two or more dimensions is coded."""
+        self.codec = codec
+        self._raw: list[_Raw] = []
+        self._coded: list[_Coded] = []
+        offset = num_values = 0
+        for spec in specs:
+            if codec is not None and len(spec.shape) >= 2:
+                row_size = spec.shape[-2] if spec.is_input_first else spec.shape[-1]
+                padded = math.ceil(row_size / codec.group_size) * codec.group_size
+                self._coded.append(_Coded(spec=spec, offset=num_values, row_size=row_size, padded_row_size=padded))
+                num_values += self._coded[-1].num_values
+            else:
+                self._raw.append(_Raw(spec=spec, offset=offset))
+                offset += math.ceil(self._raw[-1].num_bytes / ALIGNMENT) * ALIGNMENT
+        self._num_raw_bytes = offset
+        self.num_coded_values = num_values
+        """Numbers the codec unpacks; the caller provides room for them."""
+        coded_bytes = codec.num_bytes(num_values) if codec is not None and num_values else 0
+        self.num_bytes = math.ceil((offset + coded_bytes) / ALIGNMENT) * ALIGNMENT
+        """Exact length of the slab."""
+        types = {coded.spec.dtype for coded in self._coded}
+        assert len(types) <= 1, (types, "coded matrices of one layer share a type")
+        self.coded_dtype = types.pop() if types else torch.float32
+        """The type coded matrices are unpacked to."""
+
+    def pack(self, tensors: Mapping[str, Tensor], *, device: torch.device) -> Tensor:
+        """The slab of one layer: uint8 `[num_bytes]` on `device`."""
+        slab = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
+        for raw in self._raw:
+            tensor = tensors[raw.spec.name].to(device, raw.spec.dtype).contiguous()
+            assert tensor.shape == raw.spec.shape, (raw.spec, tensor.shape)
+            slab[raw.offset : raw.offset + raw.num_bytes] = tensor.view(-1).view(torch.uint8)
+        if self._coded:
+            assert self.codec is not None
+            values = torch.zeros(self.num_coded_values, dtype=self.coded_dtype, device=device)
+            for coded in self._coded:
+                self._place(coded, values).copy_(tensors[coded.spec.name])
+                self._fill_padding(coded, values)
+            encoded = self.codec.encode(values)
+            slab[self._num_raw_bytes : self._num_raw_bytes + encoded.numel()] = encoded
+        return slab
+
+    def unpack(self, slab: Tensor, workspace: Tensor | None) -> dict[str, Tensor]:
+        """Every tensor as a view: into `slab` itself, or into `workspace` for what the codec had to unpack.
+
+        Args:
+            slab: uint8 `[num_bytes]`.
+            workspace: `[>= num_coded_values]` of `coded_dtype` on the same device; None where nothing is coded.
+        """
+        tensors = {
+            raw.spec.name: slab[raw.offset : raw.offset + raw.num_bytes].view(raw.spec.dtype).view(raw.spec.shape)
+            for raw in self._raw
+        }
+        if self._coded:
+            assert self.codec is not None and workspace is not None
+            values = workspace[: self.num_coded_values]
+            num_bytes = self.codec.num_bytes(self.num_coded_values)
+            self.codec.decode(slab[self._num_raw_bytes : self._num_raw_bytes + num_bytes], values)
+            tensors.update((coded.spec.name, self._place(coded, values)) for coded in self._coded)
+        return tensors
+
+    @staticmethod
+    def _rows(coded: _Coded, values: Tensor) -> Tensor:
+        """The matrix's padded rows `[num_rows, padded_row_size]` within the coded run."""
+        return values[coded.offset : coded.offset + coded.num_values].view(-1, coded.padded_row_size)
+
+    @classmethod
+    def _place(cls, coded: _Coded, values: Tensor) -> Tensor:
+        """The matrix, in its own shape, as a view into the coded run."""
+        rows = cls._rows(coded, values)[:, : coded.row_size]
+        if not coded.spec.is_input_first:
+            return rows.unflatten(0, coded.spec.shape[:-1])
+        *lead, _, output = coded.spec.shape
+        return rows.unflatten(0, (*lead, output)).transpose(-1, -2)
+
+    @classmethod
+    def _fill_padding(cls, coded: _Coded, values: Tensor) -> None:
+        """Repeat each row's last number, so that padding never widens a group's range."""
+        rows = cls._rows(coded, values)
+        rows[:, coded.row_size :] = rows[:, coded.row_size - 1 : coded.row_size]

@@ -1,0 +1,223 @@
+"""Where bytes rest: GPU memory, host memory, disk. Knows bytes and addresses; not what they mean.
+
+A tier hands out extents. An extent on memory that the compute device can address is used in place (`view`); any other
+is copied in and out (`read`, `write`), on the calling lane's thread and stream.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexeval.config import format_size
+from flexeval.errors import CapacityError
+from flexeval.policy.policy import Tier as TierName
+
+
+class Extent(Protocol):
+    """A run of bytes at rest."""
+
+    num_bytes: int
+    """Its length."""
+
+    def view(self) -> Tensor | None:
+        """The bytes in place (uint8), where the compute device can address them."""
+        ...
+
+    def read(self, out: Tensor, offset: int = 0) -> None:
+        """Fill `out` (uint8, contiguous, any device) with the bytes from `offset` on."""
+        ...
+
+    def write(self, data: Tensor, offset: int = 0) -> None:
+        """Store `data` (uint8, contiguous, any device) at `offset`."""
+        ...
+
+    def free(self) -> None:
+        """Give the room back."""
+        ...
+
+
+class Tier(Protocol):
+    """A place with room for extents."""
+
+    name: TierName
+    """`gpu`, `cpu` or `disk`."""
+    used_bytes: int
+    """Room handed out now."""
+    peak_bytes: int
+    """The most ever handed out."""
+
+    def allocate(self, num_bytes: int) -> Extent:
+        """Room for `num_bytes`. Raises `CapacityError` where there is none."""
+        ...
+
+    def close(self) -> None:
+        """Give back everything, also outside the process."""
+        ...
+
+
+class _Meter:
+    """Counts the bytes a tier has handed out."""
+
+    def __init__(self, name: TierName):
+        self.name = name
+        self.used_bytes = 0
+        self.peak_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        self.used_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def give_back(self, num_bytes: int) -> None:
+        self.used_bytes -= num_bytes
+        assert self.used_bytes >= 0, (self.name, self.used_bytes)
+
+
+class MemoryTier(_Meter):
+    """The memory of one device; host memory is page-locked where a GPU copies from it."""
+
+    def __init__(self, name: TierName, device: torch.device, *, compute_device: torch.device):
+        super().__init__(name)
+        self.device = device
+        self.is_addressable = device == compute_device
+        self._is_pinned = device.type == "cpu" and compute_device.type == "cuda"
+
+    def allocate(self, num_bytes: int) -> MemoryExtent:
+        """Room in this memory. Raises `CapacityError`."""
+        try:
+            data = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            raise CapacityError(
+                f"no room for {format_size(num_bytes)} more in {self.name} memory",
+                where=f"{format_size(self.used_bytes)} in use",
+                mend="Move more of the model to another tier (--disk DIR), or choose a smaller setting such as w4",
+            ) from error
+        return MemoryExtent(self, data, is_pinned=self._is_pinned and _pin(data))
+
+    def close(self) -> None:
+        """Memory goes back with its extents."""
+
+
+class MemoryExtent:
+    """Bytes in the memory of one device."""
+
+    def __init__(self, tier: MemoryTier, data: Tensor, *, is_pinned: bool):
+        self._tier = tier
+        self._data = data
+        self._is_pinned = is_pinned
+        self.num_bytes = data.numel()
+        tier.take(self.num_bytes)
+
+    def view(self) -> Tensor | None:
+        """The bytes themselves, on the compute device."""
+        return self._data if self._tier.is_addressable else None
+
+    def read(self, out: Tensor, offset: int = 0) -> None:
+        """Copy out; asynchronous on the current stream between host and GPU."""
+        out.copy_(self._data[offset : offset + out.numel()], non_blocking=self._is_pinned)
+
+    def write(self, data: Tensor, offset: int = 0) -> None:
+        """Copy in; asynchronous on the current stream between host and GPU."""
+        self._data[offset : offset + data.numel()].copy_(data, non_blocking=self._is_pinned)
+
+    def free(self) -> None:
+        """Give the memory back."""
+        if self._is_pinned:
+            torch.cuda.synchronize()
+            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr()))  # type: ignore[no-untyped-call]
+            self._is_pinned = False
+        self._tier.give_back(self.num_bytes)
+        self._data = torch.empty(0, dtype=torch.uint8)
+        self.num_bytes = 0
+
+
+def _pin(data: Tensor) -> bool:
+    """Page-lock plain memory: `pin_memory=True` would round its size up to a power of two."""
+    if data.numel() == 0:
+        return False
+    _check_cuda(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))  # type: ignore[no-untyped-call]
+    return True
+
+
+def _check_cuda(status: object) -> None:
+    if int(status) != 0:  # type: ignore[call-overload]
+        raise CapacityError(
+            f"the host memory could not be page-locked (CUDA error {status})",
+            mend="Raise the limit on locked memory (ulimit -l), or use less host memory (--cpu-memory)",
+        )
+
+
+class DiskTier(_Meter):
+    """Files in a folder of its own, which goes when the tier closes."""
+
+    def __init__(self, directory: Path):
+        super().__init__(TierName.DISK)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(prefix="flexeval-", dir=directory)
+        self._num_files = 0
+
+    def allocate(self, num_bytes: int) -> DiskExtent:
+        """A file of that length. Raises `CapacityError` where the disk is full."""
+        path = Path(self._folder.name) / f"{self._num_files:06d}.bin"
+        self._num_files += 1
+        return DiskExtent(self, path, num_bytes)
+
+    def close(self) -> None:
+        """Delete the folder."""
+        self._folder.cleanup()
+
+
+class DiskExtent:
+    """Bytes in one file."""
+
+    def __init__(self, tier: DiskTier, path: Path, num_bytes: int):
+        self._tier = tier
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            if num_bytes:
+                os.posix_fallocate(self._file, 0, num_bytes)
+        except OSError as error:
+            os.close(self._file)
+            path.unlink()
+            raise CapacityError(
+                f"no room for {format_size(num_bytes)} on disk: {error.strerror}",
+                where=str(path.parent),
+                mend="Free some room, or name another folder with --disk",
+            ) from error
+        self.num_bytes = num_bytes
+        tier.take(num_bytes)
+
+    def view(self) -> Tensor | None:
+        """Never addressable."""
+        return None
+
+    def read(self, out: Tensor, offset: int = 0) -> None:
+        """Read the file; to a GPU by way of host memory."""
+        host = out if out.device.type == "cpu" else torch.empty(out.numel(), dtype=torch.uint8)
+        buffer = memoryview(host.numpy())
+        while buffer:
+            num_read = os.preadv(self._file, [buffer], offset)
+            assert num_read > 0, (self._path, offset, len(buffer), "file is shorter than its extent")
+            buffer, offset = buffer[num_read:], offset + num_read
+        if host is not out:
+            out.copy_(host)
+
+    def write(self, data: Tensor, offset: int = 0) -> None:
+        """Write the file; from a GPU by way of host memory."""
+        buffer = memoryview(data.cpu().numpy())
+        while buffer:
+            num_written = os.pwritev(self._file, [buffer], offset)
+            buffer, offset = buffer[num_written:], offset + num_written
+
+    def free(self) -> None:
+        """Delete the file."""
+        os.close(self._file)
+        self._path.unlink()
+        self._tier.give_back(self.num_bytes)
+        self.num_bytes = 0

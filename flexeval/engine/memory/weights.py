@@ -1,0 +1,88 @@
+"""The weights at rest and on their way: one slab a layer. Knows slabs, tiers and codecs; not what layers compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flexeval.engine.checkpoint import Checkpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.memory.codec import Codec
+from flexeval.engine.memory.lane import Lane
+from flexeval.engine.memory.slab import SlabLayout
+from flexeval.engine.memory.tier import Extent, Tier
+from flexeval.engine.trace import Trace
+
+
+class WeightStore:
+    """All layers' slabs; streamed layers pass through two buffers, coded ones are unpacked into one workspace."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        checkpoint: Checkpoint,
+        tiers: Sequence[Tier],
+        *,
+        codec: Codec | None,
+        device: torch.device,
+        lane: Lane,
+        trace: Trace,
+        on_layer: Callable[[int], None] = lambda layer: None,
+    ):
+        """Read the checkpoint layer by layer and put layer l's slab on `tiers[l]`.
+
+        Raises `CapacityError` where a tier is full, and what the checkpoint raises.
+        """
+        self.lane = lane
+        self._anatomy = anatomy
+        self._trace = trace
+        self._layouts = [SlabLayout(anatomy.layer_specs(layer), codec) for layer in range(anatomy.num_layers)]
+        self._extents: list[Extent] = []
+        self._is_bound = [False] * anatomy.num_layers
+        for layer, (layout, tier) in enumerate(zip(self._layouts, tiers, strict=True)):
+            extent = tier.allocate(layout.num_bytes)
+            self._extents.append(extent)
+            extent.write(layout.pack(checkpoint.layer(layer), device=torch.device("cpu")))
+            on_layer(layer)
+        streamed = max((extent.num_bytes for extent in self._extents if extent.view() is None), default=0)
+        self._buffers = [torch.empty(streamed, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._num_loads = 0
+        coded = max((layout.num_coded_values for layout in self._layouts), default=0)
+        types = {layout.coded_dtype for layout in self._layouts if layout.num_coded_values}
+        self._workspace = torch.empty(coded, dtype=types.pop(), device=device) if types else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slabs at rest."""
+        return sum(layout.num_bytes for layout in self._layouts)
+
+    def load(self, layer: int) -> Tensor:
+        """A layer's slab on the compute device; runs on the weights' lane.
+
+        Two loads may be outstanding: the one in use and the next. `Lane.submit` orders a third behind the use of the
+        first, whose buffer it takes.
+        """
+        extent = self._extents[layer]
+        if (view := extent.view()) is not None:
+            return view
+        buffer = self._buffers[self._num_loads % 2][: extent.num_bytes]
+        self._num_loads += 1
+        extent.read(buffer)
+        self._trace.moved("weights", extent.num_bytes)
+        return buffer
+
+    def bind(self, layer: int, slab: Tensor) -> None:
+        """Let the layer compute with a loaded slab, unpacked if it is coded."""
+        if self._is_bound[layer]:
+            return
+        layout = self._layouts[layer]
+        self._anatomy.bind_layer(layer, layout.unpack(slab, self._workspace))
+        self._is_bound[layer] = self._extents[layer].view() is not None and not layout.num_coded_values
+
+    def close(self) -> None:
+        """Give back everything."""
+        for extent in self._extents:
+            extent.free()
+        self._extents = []

@@ -1,0 +1,357 @@
+"""Which rows the next sweep computes: admits groups, follows sequences, retires what is done.
+
+Knows the plan and the state of each sequence in plain integers; never touches a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from flexeval.engine.compute.readout import Drawn, Readout, Scored
+from flexeval.planning.groups import Group, make_groups
+from flexeval.planning.prefix import PrefixTree, build_tree
+from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, Keep, KeySource, RowPlan, Score
+from flexeval.policy.policy import Policy
+from flexeval.request import FinishReason, TokenRequest, TokenResult
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A request on its way."""
+
+    node: int
+    own_log_tokens: list[int] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    elapsed_s: float = 0.0
+
+
+class Scheduler:
+    """The state of one batch of requests."""
+
+    def __init__(self, requests: Sequence[TokenRequest], policy: Policy):
+        """Plan the whole batch; nothing is admitted yet."""
+        self._requests = requests
+        self._policy = policy
+        self.tree: PrefixTree = build_tree([r.prompt_ids for r in requests], max_node_tokens=policy.row_tokens)
+        self.groups: list[Group] = make_groups(
+            self.tree,
+            is_decoding=[request.max_tokens > 1 for request in requests],
+            row_tokens=policy.row_tokens,
+            group_tokens=policy.sweep_tokens,
+            group_sequences=policy.group_sequences,
+        )
+        self._children = self.tree.children()
+        self._group_of = {node: index for index, group in enumerate(self.groups) for row in group.rows for node in row}
+        self._is_scored = self._mark(lambda request: request.score_prompt)
+        self._decodes = self._mark(lambda request: request.max_tokens > 1)
+        self._sequences = {
+            request: _Sequence(node) for node, entry in enumerate(self.tree.nodes) for request in entry.prompts
+        }
+        self._num_admitted = 0
+        self._admitted: list[int] = []  # by the sweep just planned
+        self._num_unfinished = [
+            sum(len(self.tree.nodes[node].prompts) for row in group.rows for node in row) for group in self.groups
+        ]
+        self._kept_at: dict[int, int] = {}  # node -> where in its group's log its KV begins
+        self._log_lengths: dict[int, int] = {}
+        self._decoding: dict[int, list[int]] = {}  # group -> requests that go on generating
+        self._scores: dict[int, list[Scored]] = {
+            node: [Scored(0.0, ())] * len(entry.token_ids)
+            for node, entry in enumerate(self.tree.nodes)
+            if self._is_scored[node]
+        }
+        self._weights: dict[int, int] = {}
+        self._unassigned_s = 0.0
+        self._finished: list[int] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unanswered."""
+        return any(self._num_unfinished)
+
+    def plan_sweep(self) -> list[RowPlan]:
+        """The rows of the next sweep: one step of every sequence in flight, and groups that may enter."""
+        rows = self._decode_rows()
+        admitted = self._admitted = self._admit(sum(row.num_tokens for row in rows))
+        self._keep(admitted)
+        place = {node: row for group in admitted for row in self.groups[group].rows for node in row}
+        rows += [
+            self._fresh_row(group, row, place=place, admitted=admitted)
+            for group in admitted
+            for row in self.groups[group].rows
+        ]
+        assert rows, "a sweep without rows"
+        return rows
+
+    def num_drawn(self, plan: RowPlan) -> dict[int, int]:
+        """Tokens that the requests of a row have drawn so far."""
+        return {request: len(self._sequences[request].drawn) for _, request in plan.generators}
+
+    def record(self, plan: RowPlan, readout: Readout) -> None:
+        """Take what was read off a row."""
+        for score, scored in zip(plan.scores, readout.scored, strict=True):
+            self._scores[score.node][score.index] = scored
+        for (_, request), drawn in zip(plan.generators, readout.drawn, strict=True):
+            self._sequences[request].drawn.append(drawn)
+
+    def finish_sweep(self, elapsed_s: float) -> list[tuple[int, TokenResult]]:
+        """End the sweep: share its time among the requests in it and answer those that are done."""
+        self._unassigned_s += elapsed_s
+        total = sum(self._weights.values())
+        for request, weight in self._weights.items():
+            self._sequences[request].elapsed_s += self._unassigned_s * weight / total
+        if total:
+            self._unassigned_s = 0.0
+        done = [(request, reason) for request in self._weights if (reason := self._reason(request)) is not None]
+        self._weights = {}
+        results = []
+        for request, reason in done:
+            results.append((request, self._result(request, reason)))
+            group = self._group_of[self._sequences[request].node]
+            self._num_unfinished[group] -= 1
+            if request in self._decoding.get(group, ()):
+                self._decoding[group].remove(request)
+        return results
+
+    def retired_groups(self) -> list[int]:
+        """Groups whose log nobody will read again, each named once."""
+        needed = {group for group in range(len(self.groups)) if self._num_unfinished[group]}
+        needed |= {other for group in needed for other in self.groups[group].depends_on}
+        retired = [group for group in self._log_lengths if group not in needed]
+        for group in retired:
+            del self._log_lengths[group]
+            self._decoding.pop(group, None)
+        return retired
+
+    def opened_groups(self) -> list[tuple[int, int]]:
+        """Groups that the sweep just planned opens a log for, and the tokens each can come to hold at most."""
+        return [
+            (group, self._log_lengths[group] + sum(self._requests[r].max_tokens - 1 for r in self.groups[group].sequences))
+            for group in self._admitted
+            if group in self._log_lengths
+        ]
+
+    # -- what is in flight ------------------------------------------------------------------------------------------
+
+    def _mark(self, predicate: Callable[[TokenRequest], bool]) -> list[bool]:
+        """Per node, whether some request that runs through it satisfies `predicate`."""
+        marked = [any(predicate(self._requests[p]) for p in node.prompts) for node in self.tree.nodes]
+        for index in range(len(marked) - 1, -1, -1):
+            parent = self.tree.nodes[index].parent
+            if marked[index] and parent is not None:
+                marked[parent] = True
+        return marked
+
+    def _nodes(self, group: int) -> list[int]:
+        return [node for row in self.groups[group].rows for node in row]
+
+    def _admit(self, num_tokens: int) -> list[int]:
+        """Groups that enter now: as many as the sweep and the KV room take, and always one if nothing else runs."""
+        admitted: list[int] = []
+        num_decoding = sum(bool(requests) for requests in self._decoding.values())
+        while self._num_admitted < len(self.groups):
+            group = self.groups[self._num_admitted]
+            fits = num_tokens + group.num_tokens <= self._policy.sweep_tokens
+            has_room = not group.sequences or num_decoding < self._policy.num_groups
+            if not (fits and has_room) and (num_tokens or not has_room):
+                break
+            admitted.append(self._num_admitted)
+            num_tokens += group.num_tokens
+            num_decoding += bool(group.sequences)
+            self._num_admitted += 1
+        return admitted
+
+    def _keep(self, admitted: list[int]) -> None:
+        """Decide whose KV outlives this sweep: what goes on generating, and what later groups descend from."""
+        is_kept: dict[int, bool] = {}
+        for group in reversed(admitted):
+            for node in reversed(self._nodes(group)):
+                children = self._children[node]
+                is_kept[node] = self._decodes[node] or any(
+                    self._group_of[child] >= self._num_admitted or is_kept[child] for child in children
+                )
+        for group in admitted:
+            length = 0
+            for node in self._nodes(group):
+                if is_kept[node]:
+                    self._kept_at[node] = length
+                    length += len(self.tree.nodes[node].token_ids)
+            if length:
+                self._log_lengths[group] = length
+            self._decoding[group] = list(self.groups[group].sequences)
+            for request in self.groups[group].sequences:
+                node = self._sequences[request].node
+                start = self._kept_at[node]
+                self._sequences[request].own_log_tokens = list(range(start, start + self._length(node)))
+
+    def _length(self, node: int) -> int:
+        return len(self.tree.nodes[node].token_ids)
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+
+    def _fresh_row(
+        self, group: int, row: tuple[int, ...], *, place: dict[int, tuple[int, ...]], admitted: list[int]
+    ) -> RowPlan:
+        nodes = self.tree.nodes
+        spans: list[FreshSpan] = []
+        scores: list[Score] = []
+        generators: list[tuple[int, int]] = []
+        start = 0
+        for node in row:
+            length = self._length(node)
+            spans.append(FreshSpan(node=node, start=start, length=length))
+            last = start + length - 1
+            for request in nodes[node].prompts:
+                self._weights[request] = length
+                if self._requests[request].max_tokens > 0:
+                    generators.append((last, request))
+            if self._is_scored[node]:
+                ids = nodes[node].token_ids
+                scores += [Score(offset=start + i - 1, token_id=ids[i], node=node, index=i) for i in range(1, length)]
+            scores += [
+                Score(offset=last, token_id=nodes[child].token_ids[0], node=child, index=0)
+                for child in self._children[node]
+                if self._is_scored[child]
+            ]
+            start += length
+        starts = {span.node: span.start for span in spans}
+        kept = [span for span in spans if span.node in self._kept_at]
+        return RowPlan(
+            token_ids=tuple(token for node in row for token in nodes[node].token_ids),
+            positions=tuple(
+                nodes[node].first_position + offset for node in row for offset in range(self._length(node))
+            ),
+            fresh=tuple(spans),
+            ancestors=self._ancestors([(s.start, s.length, s.node) for s in spans], starts, place),
+            keeps=(
+                Keep(
+                    group=group,
+                    log_start=self._kept_at[kept[0].node],
+                    spans=tuple((span.start, span.length) for span in kept),
+                ),
+            )
+            if kept
+            else (),
+            scratch=tuple(
+                span for span in spans if any(place.get(child, row) is not row for child in self._subtree(span.node))
+            ),
+            scores=tuple(scores),
+            generators=tuple(generators),
+        )
+
+    def _subtree(self, node: int) -> list[int]:
+        """Descendants of a node."""
+        found: list[int] = []
+        pending = list(self._children[node])
+        while pending:
+            found.append(child := pending.pop())
+            pending += self._children[child]
+        return found
+
+    def _decode_rows(self) -> list[RowPlan]:
+        rows: list[RowPlan] = []
+        batch: list[int] = []
+        for group, requests in self._decoding.items():
+            if not requests:
+                continue
+            num_sequences = sum(len(self._decoding[other]) for other in batch)
+            if batch and num_sequences + len(requests) > self._policy.group_sequences:
+                rows.append(self._decode_row(batch))
+                batch = []
+            batch.append(group)
+        return [*rows, self._decode_row(batch)] if batch else rows
+
+    def _decode_row(self, groups: list[int]) -> RowPlan:
+        spans: list[DecodeSpan] = []
+        keeps: list[Keep] = []
+        members: list[tuple[int, int, int]] = []
+        order: list[int] = []
+        for group in groups:
+            start, requests, log_length = len(order), self._decoding[group], self._log_lengths[group]
+            for offset, request in enumerate(requests):
+                self._sequences[request].own_log_tokens.append(log_length + offset)
+                members.append((start + offset, 1, self._sequences[request].node))
+                self._weights[request] = 1
+            spans.append(
+                DecodeSpan(
+                    group=group,
+                    start=start,
+                    log_length=log_length,
+                    own_tokens=tuple(tuple(self._sequences[request].own_log_tokens) for request in requests),
+                    first_own_positions=tuple(
+                        self.tree.nodes[self._sequences[request].node].first_position for request in requests
+                    ),
+                )
+            )
+            keeps.append(Keep(group=group, log_start=log_length, spans=((start, len(requests)),)))
+            self._log_lengths[group] += len(requests)
+            order += requests
+        return RowPlan(
+            token_ids=tuple(self._sequences[request].drawn[-1].token_id for request in order),
+            positions=tuple(
+                len(self._requests[request].prompt_ids) + len(self._sequences[request].drawn) - 1 for request in order
+            ),
+            decode=tuple(spans),
+            ancestors=self._ancestors(members, {}, {}),
+            keeps=tuple(keeps),
+            generators=tuple(enumerate(order)),
+        )
+
+    def _ancestors(
+        self, members: list[tuple[int, int, int]], starts: dict[int, int], place: dict[int, tuple[int, ...]]
+    ) -> tuple[AncestorSpan, ...]:
+        """For each ancestor of the row's members (start, length, node): the tokens that see it, as one span."""
+        ranges: dict[int, tuple[int, int]] = {}
+        for start, length, node in members:
+            for ancestor in self.tree.path(node)[:-1]:
+                first, stop = ranges.get(ancestor, (start, start))
+                assert stop == start, (ancestor, first, stop, start, "descendants lie depth first, without a gap")
+                ranges[ancestor] = (first, start + length)
+        return tuple(
+            AncestorSpan(
+                start=first,
+                length=stop - first,
+                num_keys=self._length(ancestor),
+                first_key_position=self.tree.nodes[ancestor].first_position,
+                source=self._source(ancestor, starts, place),
+            )
+            for ancestor, (first, stop) in ranges.items()
+        )
+
+    def _source(self, node: int, starts: dict[int, int], place: dict[int, tuple[int, ...]]) -> KeySource:
+        if node in starts:
+            return KeySource(row_start=starts[node])
+        if node in place:
+            return KeySource(scratch_node=node)
+        return KeySource(group=self._group_of[node], log_start=self._kept_at[node])
+
+    # -- answers ----------------------------------------------------------------------------------------------------
+
+    def _reason(self, request: int) -> FinishReason | None:
+        """Why a request is done, or None while it is not."""
+        asked, drawn = self._requests[request], self._sequences[request].drawn
+        if asked.max_tokens == 0:
+            return FinishReason.LENGTH
+        if drawn[-1].token_id in asked.eos_ids:
+            return FinishReason.ENDOFTEXT
+        if asked.is_stopped is not None and asked.is_stopped([token.token_id for token in drawn]):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(drawn) == asked.max_tokens else None
+
+    def _result(self, request: int, reason: FinishReason) -> TokenResult:
+        asked, sequence = self._requests[request], self._sequences[request]
+        prompt = (
+            [s for node in self.tree.path(sequence.node) for s in self._scores[node]] if asked.score_prompt else []
+        )
+        wants_top = asked.num_top_logprobs > 0
+        cut = asked.num_top_logprobs
+        return TokenResult(
+            token_ids=tuple(drawn.token_id for drawn in sequence.drawn),
+            logprobs=tuple(drawn.logprob for drawn in sequence.drawn),
+            finish_reason=reason,
+            top_logprobs=tuple(drawn.top_logprobs[:cut] for drawn in sequence.drawn) if wants_top else (),
+            prompt_logprobs=tuple(scored.logprob for scored in prompt),
+            prompt_top_logprobs=tuple(scored.top_logprobs[:cut] for scored in prompt) if wants_top else (),
+            elapsed_s=sequence.elapsed_s,
+        )

@@ -1,0 +1,78 @@
+"""One pass over the layers for all rows of a sweep, in zig-zag order (FlexGen, Algorithm 1).
+
+Knows the order of work and what overlaps; neither which rows there are (the scheduler) nor what logits are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.attention import PackedAttention
+from flexeval.engine.compute.port import AttentionOptions
+from flexeval.engine.compute.row import Row
+from flexeval.engine.memory.hidden import HiddenStore
+from flexeval.engine.memory.kv import KVCache, LoadedContext
+from flexeval.engine.memory.lane import ahead
+from flexeval.engine.memory.weights import WeightStore
+from flexeval.engine.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweeper:
+    """What a sweep needs of the engine."""
+
+    anatomy: Anatomy
+    """The model's layers."""
+    weights: WeightStore
+    """Their weights."""
+    attention: PackedAttention
+    """How packed rows attend."""
+    trace: Trace
+    """Where time is counted."""
+
+    def sweep(self, rows: Sequence[Row], cache: KVCache, hidden: HiddenStore) -> Iterator[Tensor]:
+        """Run all rows through all layers; yield each row's hidden states `[1, T, D]` after the last one, in order.
+
+        The next layer's weights, the next row's KV and the next row's hidden states are always on their way while the
+        current row is computed.
+        """
+        layers = range(self.anatomy.num_layers)
+        cells = [(layer, row) for layer in layers for row in rows]
+        weights_ahead = ahead(self.weights.lane, self.weights.load, layers)
+        context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
+        # A lone row's next input is this cell's output: it cannot be fetched before it is there.
+        hidden_ahead = ahead(
+            hidden.lane, hidden.load, [row.index for _, row in cells], depth=1 if len(rows) > 1 else 0
+        )
+        with self.trace.phase("embed"):
+            calls = {}
+            for row in rows:
+                embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
+                calls[row.index] = embedded.calls
+                hidden.save(row.index, embedded.hidden_1TD)
+        with self.trace.phase("layers"):
+            for layer in layers:
+                self.weights.bind(layer, next(weights_ahead))
+                for row in rows:
+                    hidden_1TD, context = next(hidden_ahead), next(context_ahead)
+                    self.anatomy.port.attend = self._attend(layer, row, cache, context)
+                    hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer])
+                    hidden.save(row.index, hidden_1TD)
+                cache.end_layer()
+        self.anatomy.port.attend = None
+        self.trace.num_sweeps += 1
+        yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
+        hidden.close()
+
+    def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext):  # type: ignore[no-untyped-def]
+        def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
+            cache.store(layer, row, k_TKH, v_TKW, context)
+            return self.attention(q_TNH, k_TKH, v_TKW, options, row, context)
+
+        return attend
+
+

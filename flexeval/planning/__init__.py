@@ -1,0 +1,1 @@
+"""What to compute and in which order: integers only, no tensors, no text."""

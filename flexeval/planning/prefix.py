@@ -1,0 +1,116 @@
+"""A token prefix tree: what prompts share is computed once. Knows token ids; not what they mean or cost.
+
+Few-shot headers are most of a benchmark's prompt tokens. Each node of the tree is a run of tokens that is computed
+once; a prompt is the path from a root to a node. (Hydragen, Juravsky et al. 2024; RadixAttention, Zheng et al. 2024.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_SAVED_TOKENS = 32
+"""A shared run becomes a node of its own only where it saves this many tokens; attention per node costs too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A run of tokens that follows its parent's."""
+
+    parent: int | None
+    """Index of the node before it, or None where a prompt begins."""
+    first_position: int
+    """Position of its first token in every prompt that holds it."""
+    token_ids: tuple[int, ...]
+    """Its tokens, at least one."""
+    prompts: tuple[int, ...]
+    """The prompts that end with its last token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixTree:
+    """Every prompt as a path through shared nodes."""
+
+    nodes: tuple[Node, ...]
+    """Depth first: a node comes after its parent, and its descendants follow it without a gap."""
+    num_asked_tokens: int
+    """Tokens of all prompts."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens of all nodes."""
+        return sum(len(node.token_ids) for node in self.nodes)
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root to `node`, both included."""
+        path = [node]
+        while (parent := self.nodes[path[-1]].parent) is not None:
+            path.append(parent)
+        return path[::-1]
+
+    def children(self) -> list[list[int]]:
+        """The children of each node, in order."""
+        children: list[list[int]] = [[] for _ in self.nodes]
+        for index, node in enumerate(self.nodes):
+            if node.parent is not None:
+                children[node.parent].append(index)
+        return children
+
+
+def build_tree(
+    prompts: Sequence[Sequence[int]], *, max_node_tokens: int, min_saved_tokens: int = MIN_SAVED_TOKENS
+) -> PrefixTree:
+    """The prefix tree of `prompts` (each of at least one token).
+
+    Args:
+        prompts: Token ids; equal prompts end in the same node.
+        max_node_tokens: A longer run becomes a chain of nodes, so that any one fits a row.
+        min_saved_tokens: What a shared run must save at least.
+    """
+    assert all(prompts), "a prompt has at least one token"
+    order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
+    ordered = [prompts[index] for index in order]
+    shared = np.array([0, *(_common_length(a, b) for a, b in zip(ordered, ordered[1:], strict=False))], dtype=np.int64)
+    nodes: list[Node] = []
+
+    def add(parent: int | None, first: int, tokens: Sequence[int], ending: Sequence[int]) -> int:
+        for start in range(0, len(tokens), max_node_tokens):
+            part = tuple(tokens[start : start + max_node_tokens])
+            is_last = start + max_node_tokens >= len(tokens)
+            nodes.append(
+                Node(
+                    parent=parent,
+                    first_position=first + start,
+                    token_ids=part,
+                    prompts=tuple(sorted(ending)) if is_last else (),
+                )
+            )
+            parent = len(nodes) - 1
+        assert parent is not None
+        return parent
+
+    # Each entry: prompts [low, high) in sorted order, which share their first `done` tokens, all in `parent`'s path.
+    pending: list[tuple[int, int, int, int | None]] = [(0, len(ordered), 0, None)] if prompts else []
+    while pending:
+        low, high, done, parent = pending.pop()
+        common = int(shared[low + 1 : high].min()) if high - low > 1 else len(ordered[low])
+        bounds = [low, *(low + 1 + np.flatnonzero(shared[low + 1 : high] == common)).tolist(), high]
+        num_ending = next((i for i in range(low, high) if len(ordered[i]) > common), high) - low
+        branches = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a >= low + num_ending]
+        num_users = len(branches) + (num_ending > 0)
+        if common > done and (num_users == 1 or (num_users - 1) * (common - done) >= min_saved_tokens):
+            ending = [order[i] for i in range(low, low + num_ending)]
+            parent, done = add(parent, done, ordered[low][done:common], ending), common
+        elif num_ending:
+            add(parent, done, ordered[low][done:common], [order[i] for i in range(low, low + num_ending)])
+        pending.extend((a, b, done, parent) for a, b in reversed(branches))
+    return PrefixTree(nodes=tuple(nodes), num_asked_tokens=sum(map(len, prompts)))
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
+    return int(differs[0]) if len(differs) else length

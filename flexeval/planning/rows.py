@@ -1,0 +1,127 @@
+"""What one packed row of a sweep is made of, in plain integers. Knows spans and offsets; neither tensors nor policy.
+
+A row is the unit of computation: new tokens of several sequences, back to back, without padding. *Fresh* spans are
+nodes of the prefix tree on their first pass; a *decode* span is one new token of each sequence of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreshSpan:
+    """A node computed for the first time: its tokens attend to each other causally."""
+
+    node: int
+    """Index in the prefix tree."""
+    start: int
+    """First of its tokens in the row."""
+    length: int
+    """Its tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSpan:
+    """One new token for each of some sequences whose own KV lies in one log."""
+
+    group: int
+    """The group whose log it is; the new tokens' KV is appended to it."""
+    start: int
+    """First of its tokens in the row."""
+    log_length: int
+    """Tokens in the log before this step."""
+    own_tokens: tuple[tuple[int, ...], ...]
+    """Per sequence, where in the log its own context lies, in order, the new token last."""
+    first_own_positions: tuple[int, ...]
+    """Per sequence, the position of the first token of that context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeySource:
+    """Where the KV of an ancestor is found while a row is computed: exactly one of three places."""
+
+    row_start: int | None = None
+    """In this very row, from this token on."""
+    scratch_node: int | None = None
+    """Left at this layer by an earlier row of the sweep, under this node."""
+    group: int | None = None
+    """In the log of this group, ..."""
+    log_start: int = 0
+    """... from this token on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AncestorSpan:
+    """Consecutive tokens of a row that all descend from one node and see all of its tokens."""
+
+    start: int
+    """First of the tokens in the row."""
+    length: int
+    """How many."""
+    num_keys: int
+    """Tokens of the ancestor."""
+    first_key_position: int
+    """Position of its first token."""
+    source: KeySource
+    """Where its KV is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Tokens of a row whose KV is appended to the log of a group."""
+
+    group: int
+    """Whose log."""
+    log_start: int
+    """Where in the log the first of them goes."""
+    spans: tuple[tuple[int, int], ...]
+    """(first token in the row, how many), in order."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens appended."""
+        return sum(length for _, length in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A log-probability to read off: that of `token_id` after the row's token `offset`."""
+
+    offset: int
+    """Token of the row whose logits are read."""
+    token_id: int
+    """Whose log-probability."""
+    node: int
+    """Node that the token belongs to, ..."""
+    index: int
+    """... and its place there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """Everything about one row that does not depend on the layer."""
+
+    token_ids: tuple[int, ...]
+    """New tokens."""
+    positions: tuple[int, ...]
+    """Position of each in its own sequence."""
+    fresh: tuple[FreshSpan, ...] = ()
+    """Nodes on their first pass."""
+    decode: tuple[DecodeSpan, ...] = ()
+    """Sequences that generate."""
+    ancestors: tuple[AncestorSpan, ...] = ()
+    """What they see before their own context."""
+    keeps: tuple[Keep, ...] = ()
+    """KV to keep beyond this sweep."""
+    scratch: tuple[FreshSpan, ...] = ()
+    """Nodes whose KV later rows of this sweep need."""
+    scores: tuple[Score, ...] = ()
+    """Log-probabilities of prompt tokens to read off."""
+    generators: tuple[tuple[int, int], ...] = ()
+    """(token of the row, request): where the next token of a request is drawn."""
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of the row."""
+        return len(self.token_ids)
