@@ -53,7 +53,8 @@ def _build_whole(directory: Path, build: Callable[[Path], None]) -> None:
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         build(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's 0700 would lock others out of a shared cache
+        for path in (unfinished, *unfinished.rglob("*")):  # made private by mkdtemp and safetensors; caches are shared
+            path.chmod(0o755 if path.is_dir() else 0o644)
         unfinished.rename(directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

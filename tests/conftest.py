@@ -1,0 +1,11 @@
+"""What many tests share: the demo model, fetched and converted once per machine."""
+
+import pytest
+
+from flexeval.models import ModelSource, resolve
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ModelSource:
+    """The demo model. The first use on a machine downloads 93 MB and takes half a minute."""
+    return resolve("smollm2")
