@@ -25,8 +25,8 @@ HEADER = {
 # setting: (chance to keep a right answer, chance to mend a wrong one, seconds a question, tier bytes, load seconds)
 SETTINGS = {
     "none": (1.0, 0.0, 0.92, {"gpu": 20 * GIB, "cpu": 41 * GIB}, 31.0),
-    "w4": (0.95, 0.07, 0.31, {"gpu": 17 * GIB, "cpu": 3 * GIB}, 58.0),
-    "w4-g32": (0.97, 0.05, 0.36, {"gpu": 18 * GIB, "cpu": 4 * GIB}, 61.0),
+    "w4": (0.95, 0.05, 0.31, {"gpu": 17 * GIB, "cpu": 3 * GIB}, 58.0),
+    "w4-g32": (0.97, 0.04, 0.36, {"gpu": 18 * GIB, "cpu": 4 * GIB}, 61.0),
     "w4-g128": (0.84, 0.03, 0.30, {"gpu": 16 * GIB, "cpu": 2 * GIB}, 55.0),
 }
 
@@ -34,20 +34,19 @@ SETTINGS = {
 def synthetic(
     settings: Sequence[str] = tuple(SETTINGS),
     tasks: Sequence[TaskInfo] = TASKS,
-    num_questions: int = 40,
+    num_questions: int = 60,
     name: str = "synthetic",
     seed: int = 7,
     hostile: bool = False,
 ) -> RunResults:
     """A run as a pipeline would report it; `hostile` answers try to break the page."""
-    random_base = random.Random(seed)
     truth = {
-        (task.name, number): random_base.random() < 0.4 + 0.1 * position
+        (task.name, number): random.Random(f"{seed}/{task.name}/{number}").random() < 0.4 + 0.1 * position
         for position, task in enumerate(tasks)
         for number in range(num_questions)
     }
     instances = [
-        _instance(task, setting, number, truth[task.name, number], hostile)
+        _instance(task, setting, number, seed, truth[task.name, number], hostile)
         for setting in settings
         for task in tasks
         for number in range(num_questions)
@@ -69,16 +68,14 @@ def synthetic(
     )
 
 
-def _instance(task: TaskInfo, setting: str, number: int, is_right: bool, hostile: bool) -> InstanceResult:
+def _instance(task: TaskInfo, setting: str, number: int, seed: int, is_right: bool, hostile: bool) -> InstanceResult:
     keeps, mends, question_s, _, _ = SETTINGS[setting]
-    dice = random.Random(f"{task.name}/{setting}/{number}")
+    dice = random.Random(f"{seed}/{task.name}/{setting}/{number}")
     right = dice.random() < keeps if is_right else dice.random() < mends
     graded = task.metric == "f1_score"
-    score = (
-        (round(dice.uniform(0.4, 1.0), 3) if right else round(dice.uniform(0.0, 0.3), 3)) if graded else float(right)
-    )
     answer = f" {number * 3 % 17}"
     output = answer if right else f" {(number * 3 + 1 + dice.randrange(2)) % 17}"
+    score = random.Random(f"{number}/{output}").uniform(0.4, 1.0) * (1 if right else 0.4) if graded else float(right)
     if task.name == "gsm":
         output = f" First we add {number} and {number * 2}, which is {number * 3}. The answer is{output}."
     prompt = HEADER.get(task.name, "The following are multiple choice questions (with answers).\n\n")

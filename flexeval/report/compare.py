@@ -77,9 +77,7 @@ def _difference(
     p_value = sign_flip_p(changes)
     num_up, num_down = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
     return Difference(
-        estimate=paired_difference(
-            [ours.score for ours, _ in pairs], [theirs.score for _, theirs in pairs], in_unit=in_points
-        ),
+        estimate=paired_difference([changes], [1.0], in_unit=in_points),
         p_value=p_value,
         corrected_p=p_value,
         num_better=num_up if task.higher_is_better else num_down,
@@ -151,14 +149,12 @@ def _overall(
     parts = [cell.difference for row in averaged if (cell := row.cells[index]).difference]
     if not parts:
         return None
-    changes = [
-        change * weight / row.num_questions
-        for row, weight in zip(averaged, weights, strict=True)
-        for change in _changes(by_task[row.task.name], index, baseline)
-    ]
-    p_value = sign_flip_p(changes)
+    strata = [_changes(by_task[row.task.name], index, baseline) for row in averaged]
+    p_value = sign_flip_p(
+        [change * weight / len(stratum) for stratum, weight in zip(strata, weights, strict=True) for change in stratum]
+    )
     return Difference(
-        estimate=weighted_sum([part.estimate for part in parts], weights),
+        estimate=paired_difference(strata, weights, in_unit=all(row.in_points for row in averaged)),
         p_value=p_value,
         corrected_p=p_value,
         num_better=sum(part.num_better for part in parts),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -51,39 +52,58 @@ def mean(scores: Sequence[float], *, in_unit: bool) -> Estimate:
     values = np.asarray(scores, dtype=float)
     assert values.size, "no scores"
     value = float(values.mean())
-    if _is_binary(values):
+    if np.isin(values, (0, 1)).all():
         interval = stats.binomtest(int(values.sum()), values.size).proportion_ci(LEVEL, method="wilson")
         # Wilson's bounds at 0 and 1 are exact; rounding must not put them inside the value.
         return Estimate(
             value=value, low=min(float(interval.low), value), high=max(float(interval.high), value), num=values.size
         )
-    return _student(values, limits=(0, 1) if in_unit else None)
+    moments = _sample_moments(values)
+    if math.isnan(moments.variance):
+        return Estimate(value=value, low=math.nan, high=math.nan, num=values.size)
+    half = _student_quantile(moments.freedom) * math.sqrt(moments.variance)
+    lowest, highest = (0.0, 1.0) if in_unit else (-math.inf, math.inf)
+    return Estimate(value=value, low=max(lowest, value - half), high=min(highest, value + half), num=values.size)
 
 
-def paired_difference(scores: Sequence[float], baseline: Sequence[float], *, in_unit: bool) -> Estimate:
-    """Mean of `scores - baseline`, question by question; `in_unit` says that both lie in [0, 1].
+def paired_difference(strata: Sequence[Sequence[float]], weights: Sequence[float], *, in_unit: bool) -> Estimate:
+    """Weighted sum over strata (tasks) of the mean difference of paired scores.
 
     Right-or-wrong scores: Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial
-    proportions based on paired data", J. Educ. Behav. Stat. 37, which keeps a width when no answer changed. Graded
-    scores: Student's interval on the differences. Graded scores in [0, 1] of which none changed: no difference exceeds
-    1, so the interval of "right or wrong, none changed" holds them.
+    proportions based on paired data", J. Educ. Behav. Stat. 37. It adds one gained and one lost question, which keeps
+    a width where nothing changed; several strata share that pair. Graded scores: Student's interval of the differences.
+    Over strata the variances add up, with the degrees of freedom of Satterthwaite 1946, "An approximate distribution
+    of estimates of variance components", Biometrics Bulletin 2.
+
+    Args:
+        strata: Differences of scores, question by question, of each stratum.
+        weights: Positive weight of each stratum's mean.
+        in_unit: Whether scores lie in [0, 1]: differences of -1, 0 and 1 are then those of right-or-wrong scores.
     """
-    ours, theirs = np.asarray(scores, dtype=float), np.asarray(baseline, dtype=float)
-    assert ours.shape == theirs.shape and ours.size, (ours.shape, theirs.shape)
-    differences = ours - theirs
-    if (_is_binary(ours) and _is_binary(theirs)) or (in_unit and not differences.any()):
-        total = differences.size + 2
-        gained = (int((differences > 0).sum()) + 1) / total
-        lost = (int((differences < 0).sum()) + 1) / total
-        half = Z * math.sqrt((gained + lost - (gained - lost) ** 2) / total)
-        center = gained - lost
-        return Estimate(
-            value=float(differences.mean()),
-            low=max(-1.0, center - half),
-            high=min(1.0, center + half),
-            num=differences.size,
-        )
-    return _student(differences, limits=(-1, 1) if in_unit else None)
+    arrays = [np.asarray(differences, dtype=float) for differences in strata]
+    assert len(arrays) == len(weights) and all(array.size for array in arrays), weights
+    whole = [in_unit and bool(np.isin(array, (-1, 0, 1)).all()) for array in arrays]
+    num_whole = sum(whole)
+    moments = [
+        _adjusted_moments(array, 1 / num_whole) if is_whole else _sample_moments(array)
+        for array, is_whole in zip(arrays, whole, strict=True)
+    ]
+    value = sum(weight * float(array.mean()) for array, weight in zip(arrays, weights, strict=True))
+    num = sum(array.size for array in arrays)
+    center = sum(weight * part.center for part, weight in zip(moments, weights, strict=True))
+    terms = [weight**2 * part.variance for part, weight in zip(moments, weights, strict=True)]
+    variance = sum(terms)
+    if math.isnan(variance):
+        return Estimate(value=value, low=math.nan, high=math.nan, num=num)
+    doubt = sum(term**2 / part.freedom for term, part in zip(terms, moments, strict=True))
+    half = _student_quantile(variance**2 / doubt if doubt else math.inf) * math.sqrt(variance)
+    most = sum(weights) if in_unit else math.inf
+    return Estimate(
+        value=value,
+        low=min(value, max(-most, center - half)),
+        high=max(value, min(most, center + half)),
+        num=num,
+    )
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -144,15 +164,27 @@ def smallest_visible(difference: Estimate) -> float:
     return (Z + float(stats.norm.ppf(0.8))) * standard_error
 
 
-def _is_binary(values: np.ndarray) -> bool:
-    return bool(np.all((values == 0) | (values == 1)))
+class _Moments(NamedTuple):
+    center: float
+    variance: float
+    """Of the mean; NaN where the data give none."""
+    freedom: float
 
 
-def _student(values: np.ndarray, *, limits: tuple[float, float] | None) -> Estimate:
-    value = float(values.mean())
-    spread = float(values.std(ddof=1)) if values.size > 1 else 0.0
-    if not spread:
-        return Estimate(value=value, low=math.nan, high=math.nan, num=values.size)
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, values.size - 1)) * spread / math.sqrt(values.size)
-    lowest, highest = limits or (-math.inf, math.inf)
-    return Estimate(value=value, low=max(lowest, value - half), high=min(highest, value + half), num=values.size)
+def _adjusted_moments(differences: np.ndarray, num_added: float) -> _Moments:
+    """Bonett and Price's, with `num_added` gained and as many lost questions added."""
+    total = differences.size + 2 * num_added
+    gained = (int((differences > 0).sum()) + num_added) / total
+    lost = (int((differences < 0).sum()) + num_added) / total
+    center = gained - lost
+    return _Moments(center, (gained + lost - center**2) / total, math.inf)
+
+
+def _sample_moments(differences: np.ndarray) -> _Moments:
+    spread = float(differences.std(ddof=1)) if differences.size > 1 else 0.0
+    variance = spread**2 / differences.size if spread else math.nan
+    return _Moments(float(differences.mean()), variance, differences.size - 1.0)
+
+
+def _student_quantile(freedom: float) -> float:
+    return float(stats.t.ppf(0.5 + LEVEL / 2, freedom))

@@ -22,10 +22,10 @@ class Kind(StrEnum):
     """How a setting's quality compares with the baseline's."""
 
     BASELINE = "baseline"
-    SAME = "no detectable difference"
+    SAME = "no detectable difference in quality"
     WORSE = "loses quality"
     BETTER = "gains quality"
-    UNKNOWN = "no common scale"
+    UNKNOWN = "quality has no common scale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +39,12 @@ class Verdict:
     cost: str
     """Speed and memory: `1.31x as fast, 3.10x less memory`."""
     quality: str
-    """The difference, its interval, p value and number of questions."""
+    """The score or difference, with its interval, p value and number of questions."""
 
     @property
     def sentence(self) -> str:
         """All of it in one sentence."""
-        return f"{self.setting}: {self.cost}; {self.quality}."
+        return f"{self.setting}: {self.cost}; {self.kind}: {self.quality}."
 
 
 def verdicts(comparison: Comparison) -> list[Verdict]:
@@ -73,12 +73,12 @@ def answer(comparison: Comparison) -> list[str]:
             f"A true drop of {_amount(comparison, drop)} would often go unseen.",
         ]
     return [
-        *_recommendations(kept, base),
+        *_recommendations(comparison, kept, base),
         f"With {num}, a true drop below about {_amount(comparison, drop)} would often go unseen.",
     ]
 
 
-def _recommendations(kept: Sequence[SettingRow], base: SettingRow) -> list[str]:
+def _recommendations(comparison: Comparison, kept: Sequence[SettingRow], base: SettingRow) -> list[str]:
     faster = [(row.speedup, row) for row in kept if row.speedup and row.speedup > _FASTER]
     smaller = [(row.memory_ratio, row) for row in kept if row.memory_ratio and row.memory_ratio > 1]
     speedup, fastest = max(faster, key=lambda pair: pair[0], default=(1.0, base))
@@ -91,6 +91,8 @@ def _recommendations(kept: Sequence[SettingRow], base: SettingRow) -> list[str]:
             f"Use {_name(fastest)}: the fastest setting without a detectable loss of quality "
             f"({show.ratio(speedup)} as fast as {_name(base)})."
         )
+        if fastest.difference:
+            sentences.append(f"Its quality against {_name(base)}: {_change(comparison, fastest.difference)}.")
     if smallest is not base and smallest is not fastest:
         sentences.append(
             f"If memory is short, {_name(smallest)} uses the least without a detectable loss "
@@ -108,16 +110,13 @@ def _smallest_visible(rows: Sequence[SettingRow]) -> float:
 def _verdict(comparison: Comparison, row: SettingRow) -> Verdict:
     is_baseline = row is comparison.settings[comparison.baseline]
     if row.quality is None:
-        kind, quality = Kind.UNKNOWN, "quality has no common scale over the tasks"
+        kind, quality = Kind.UNKNOWN, "see the tasks"
     elif row.difference is None:
+        bounds = show.interval(row.quality, in_points=comparison.in_points)
         kind = Kind.BASELINE
-        quality = (
-            f"scores {_amount(comparison, row.quality.value)} "
-            f"(95% interval {show.interval(row.quality, in_points=comparison.in_points)}, "
-            f"n = {show.count(row.quality.num)})"
-        )
+        quality = f"{_amount(comparison, row.quality.value)} (95% interval {bounds}, n = {show.count(row.quality.num)})"
     else:
-        kind, quality = _kind(comparison, row.difference), _quality(comparison, row.difference)
+        kind, quality = _kind(comparison, row.difference), _change(comparison, row.difference)
     cost = _absolute_cost(row) if is_baseline else _relative_cost(row)
     return Verdict(setting=_name(row), kind=kind, cost=cost, quality=quality)
 
@@ -128,17 +127,13 @@ def _kind(comparison: Comparison, difference: Difference) -> Kind:
     return Kind.BETTER if (difference.estimate.value > 0) == comparison.higher_is_better else Kind.WORSE
 
 
-def _quality(comparison: Comparison, difference: Difference) -> str:
+def _change(comparison: Comparison, difference: Difference) -> str:
     estimate = difference.estimate
-    facts = (
-        f"95% interval {show.interval(estimate, in_points=comparison.in_points, signed=True)}, "
-        f"{show.p_value(difference.p_value)}, n = {show.count(estimate.num)}"
+    return (
+        f"{_amount(comparison, estimate.value, signed=True)} "
+        f"(95% interval {show.interval(estimate, in_points=comparison.in_points, signed=True)}, "
+        f"{show.p_value(difference.p_value)}, n = {show.count(estimate.num)})"
     )
-    kind = _kind(comparison, difference)
-    if kind == Kind.SAME:
-        return f"no detectable difference in quality ({_amount(comparison, estimate.value, signed=True)}, {facts})"
-    verb = "loses" if kind == Kind.WORSE else "gains"
-    return f"{verb} {_amount(comparison, abs(estimate.value))} ({facts})"
 
 
 def _amount(comparison: Comparison, value: float, *, signed: bool = False) -> str:

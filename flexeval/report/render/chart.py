@@ -18,7 +18,7 @@ from flexeval.report.tables import Comparison
 WIDTH, HEIGHT = 520, 340
 LEFT, TOP, RIGHT, BOTTOM = 52, 12, WIDTH - 14, HEIGHT - 46
 _LABEL_GAP = 11
-_CHARACTER_WIDTH = 7.3
+_CHARACTER_WIDTH = 8.2
 _LINE_HEIGHT = 15
 _LONGEST_LABEL = 24
 
@@ -53,6 +53,8 @@ class Mark:
     """The setting's name, cut if long."""
     box: Box
     """Where the label goes."""
+    anchor: str
+    """The edge of the box that the label starts from, in SVG's words: `start` or `end`."""
     title: str
     """The mark in words."""
 
@@ -120,6 +122,7 @@ def trade_off(comparison: Comparison) -> Chart | None:
             ends=(y_axis(bounds[0]), y_axis(bounds[1])) if (bounds := _bounds(quality)) else None,
             label=name,
             box=box,
+            anchor="start" if box.left > x else "end",
             title=f"{row.result.setting}: {show.score(quality.value, in_points=comparison.in_points)} "
             f"({show.interval(quality, in_points=comparison.in_points)}), {show.digits(speed * per)} questions/{unit}",
         )

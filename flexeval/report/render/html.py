@@ -9,8 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
@@ -53,7 +52,6 @@ def page(comparison: Comparison) -> str:
             nothing=show.NOTHING,
             significant=SIGNIFICANT,
             overall_scale=_scale(row.difference.estimate for row in comparison.settings if row.difference),
-            score_scale=_scale(row.quality for row in comparison.settings if row.quality),
             task_scales=_task_scales(comparison),
             tiers=list(dict.fromkeys(tier for row in comparison.settings for tier in row.result.peak_bytes)),
             lanes=_lanes(comparison),
@@ -79,25 +77,35 @@ def _scale(estimates: Iterable[Estimate]) -> float:
 
 
 def _task_scales(comparison: Comparison) -> dict[str, float]:
-    """One scale for all tasks in points, so that their bars compare; its own for each other task."""
+    """What a bar's end stands for: one scale for all tasks in points, so that their bars compare."""
 
-    def ends(row: TaskRow) -> list[Estimate]:
-        differences = [cell.difference.estimate for cell in row.cells if cell.difference]
-        return differences or [cell.score for cell in row.cells]
+    def widest(rows: Sequence[TaskRow]) -> float:
+        return _scale(cell.difference.estimate for row in rows for cell in row.cells if cell.difference)
 
-    shared = _scale(estimate for row in comparison.tasks if row.in_points for estimate in ends(row))
-    return {row.task.name: shared if row.in_points else _scale(ends(row)) for row in comparison.tasks}
+    shared = widest([row for row in comparison.tasks if row.in_points]) if len(comparison.settings) > 1 else 1.0
+    return {
+        row.task.name: shared
+        if row.in_points
+        else widest([row])
+        if len(comparison.settings) > 1
+        else _scale(cell.score for cell in row.cells)
+        for row in comparison.tasks
+    }
 
 
-def _lanes(comparison: Comparison) -> list[dict[str, Any]]:
-    return [
-        {
-            "setting": row.result.setting,
-            "name": name,
-            "busy_s": lane.get("busy_s", 0.0),
-            "num_bytes": lane.get("num_bytes", 0.0),
-            "share": lane.get("busy_s", 0.0) / row.engine_s if row.engine_s > 0 else None,
-        }
-        for row in comparison.settings
-        for name, lane in row.result.lanes.items()
-    ]
+def _lanes(comparison: Comparison) -> dict[str, list[dict[str, float | None] | None]]:
+    """Per lane a cell for each setting; None where the setting has no such lane."""
+    names = dict.fromkeys(name for row in comparison.settings for name in row.result.lanes)
+    return {
+        name: [
+            {
+                "busy_s": lane.get("busy_s", 0.0),
+                "num_bytes": lane.get("num_bytes", 0.0),
+                "share": lane.get("busy_s", 0.0) / row.engine_s if row.engine_s > 0 else None,
+            }
+            if (lane := row.result.lanes.get(name)) is not None
+            else None
+            for row in comparison.settings
+        ]
+        for name in names
+    }

@@ -64,7 +64,7 @@ def _question(question: Question, comparison: Comparison, task: int, num_shared:
         visible(question.instance_id),
         _keep_end(base.prompt[num_shared:], limit),
         _keep_start(base.reference, limit),
-        [round(answer.score, 4) for answer in question.answers],
+        [answer.score for answer in question.answers],
         [
             None if answer is not base and answer.output == base.output else _keep_start(answer.output, limit)
             for answer in question.answers

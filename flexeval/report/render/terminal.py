@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -34,16 +35,9 @@ def print_table(results: RunResults, console: Console | None = None) -> None:
 def _table(comparison: Comparison) -> Table:
     several = len(comparison.settings) > 1
     per, unit = show.rate_unit([row.questions_per_s for row in comparison.settings if row.questions_per_s])
-    result = Table(title=Text(show.visible(f"{comparison.results.name}: {comparison.results.model}")))
+    result = Table(box=SIMPLE_HEAD, title=Text(show.visible(f"{comparison.results.name}: {comparison.results.model}")))
     result.add_column("setting")
-    names = [
-        "quality",
-        *(["difference", "p"] if several else []),
-        f"questions/{unit}",
-        "tokens/s",
-        "peak memory",
-        "load",
-    ]
+    names = ["quality", *(["difference", "p"] if several else []), f"questions/{unit}", "peak memory"]
     for name in names:
         result.add_column(name, justify="right")
     for row in comparison.settings:
@@ -71,7 +65,5 @@ def _difference(comparison: Comparison, row: SettingRow) -> list[str]:
 def _cost(row: SettingRow, per: int) -> list[str]:
     return [
         show.digits(row.questions_per_s * per) if row.questions_per_s else show.NOTHING,
-        show.digits(row.tokens_per_s) if row.tokens_per_s else show.NOTHING,
         format_size(row.memory_bytes) if row.memory_bytes else show.NOTHING,
-        show.seconds(row.result.load_s),
     ]

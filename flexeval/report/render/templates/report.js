@@ -17,6 +17,7 @@
     return node;
   };
   const output = (question, setting) => question[OUTPUTS][setting] ?? question[OUTPUTS][data.baseline];
+  const score = (question, setting) => String(Number(question[SCORES][setting].toPrecision(3)));
   const gain = (question, setting) =>
     Math.sign(question[SCORES][setting] - question[SCORES][data.baseline]) * data.tasks[question[TASK]].sign;
 
@@ -41,7 +42,7 @@
 
   function chip(question, setting) {
     const change = ["worse", "", "better"][gain(question, setting) + 1];
-    const words = `${data.settings[setting]} ${question[SCORES][setting]}`;
+    const words = `${data.settings[setting]} ${score(question, setting)}`;
     const node = element("span", `chip ${change}`, words);
     if (change) node.title = change;
     return node;
@@ -61,7 +62,7 @@
     }
     grid.append(box("Prompt", question[PROMPT], "whole"), box("Correct", question[REFERENCE], "whole"));
     data.settings.forEach((name, setting) => {
-      grid.append(box(`${name}: ${question[SCORES][setting]}`, output(question, setting)));
+      grid.append(box(`${name}: ${score(question, setting)}`, output(question, setting)));
     });
     return grid;
   }
