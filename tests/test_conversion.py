@@ -44,7 +44,7 @@ def tensors(rng: np.random.Generator, vocab_size: int) -> dict[str, np.ndarray]:
 def write_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteGguf:
     """Writes a tiny Llama as GGUF; the cache is empty."""
     monkeypatch.setenv("FLEXEVAL_CACHE", str(tmp_path / "cache"))
-    tokens = ["<|end|>", *byte_alphabet(), "Ġ1"]
+    tokens = ["<|end|>", *byte_alphabet(), "Ġ1", "er"]
 
     def write(
         *,
@@ -70,7 +70,7 @@ def write_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteGguf:
             writer.add_tokenizer_pre(split)
         writer.add_token_list(tokens)
         writer.add_token_types([3] + [1] * (len(tokens) - 1))
-        writer.add_token_merges(["Ġ 1"])
+        writer.add_token_merges(["Ġ 1", "e r"])
         writer.add_eos_token_id(0)
         writer.add_bos_token_id(0)
         if num_files > 1:
@@ -102,7 +102,7 @@ def test_weights_are_the_dequantized_ones(write_gguf: WriteGguf, kind: GGMLQuant
     source = resolve(str(write_gguf(kind=kind)))
     assert (source.name, source.note) == ("tiny-llama", f"dequantized from {kind.name}")
     found = load_file(source.directory / "model.safetensors")
-    stored = tensors(np.random.default_rng(0), 258)
+    stored = tensors(np.random.default_rng(0), 259)
     for theirs, ours in {
         "token_embd": "model.embed_tokens",
         "blk.0.attn_v": "model.layers.0.self_attn.v_proj",
