@@ -1,0 +1,44 @@
+# Everything from a clean checkout: `make demo`, `make test`. Needs Python 3.11, pip and a package index.
+
+PYTHON ?= python3
+# pip chooses the build (CPU, CUDA) that your index offers; the rest is then resolved around it.
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
+
+BIN := .venv/bin
+STAMP := .venv/.complete
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check clean
+
+help:  ## List these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(STAMP)  ## Make the environment in .venv
+
+demo: $(STAMP)  ## Evaluate the demo model on the demo suite, with and without 4-bit weights
+	$(BIN)/flexeval run --suite demo --setting none --setting w4
+
+test: $(STAMP)  ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## Remove the environment and caches of this checkout
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+
+# uv installs the many small packages in half of pip's time. It does not read pip's configuration: hand it the index.
+$(STAMP): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is too old: run make with PYTHON=python3.11 or newer" >&2; exit 1; }
+	@echo "Making the environment in .venv: $(TORCH) first, then the rest (a minute or two) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" uv
+	@index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
+		if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@touch $@
+	@echo "The environment is ready."
