@@ -50,7 +50,7 @@ def missing_bytes(model: CostModel, sizes: Policy, price: Mapping[Tier, float]) 
         Bytes for each tier that lacks any; None where even unbounded room in these tiers does not help.
     """
     problem = pulp.LpProblem("missing", pulp.LpMinimize)
-    added = {tier: pulp.LpVariable(f"added_{tier}", 0) for tier in price}
+    added = {tier: problem.add_variable(f"added_{tier}", 0) for tier in price}
     problem += pulp.lpSum(price[tier] * added[tier] for tier in price)
     _constrain(problem, model, sizes, added)
     if not _solve(problem, whole=True):
@@ -70,7 +70,7 @@ def _timed(model: CostModel, sizes: Policy) -> tuple[pulp.LpProblem, Placement]:
     objective_s: Linear = 0
     for phase, sweep in plan_sweeps(sizes, model.workload).items():
         lane_s = model.lane_seconds(sizes, sweep, placement)
-        sweep_ms = pulp.LpVariable(f"{phase}_ms", 0)
+        sweep_ms = problem.add_variable(f"{phase}_ms", 0)
         for seconds in lane_s.values():
             problem += sweep_ms >= MS * seconds
         objective_s += model.phase_objective(sweep, sweep_ms / MS, lane_s)
@@ -87,10 +87,10 @@ def _constrain(
     counts, streams, on_disk = {}, {}, {}
     for kind, num in model.num_items(sizes).items():
         counts[kind] = {
-            tier: pulp.LpVariable(f"{kind}_{tier}", 0, num if tier in tiers else 0, cat="Integer") for tier in Tier
+            tier: problem.add_variable(f"{kind}_{tier}", 0, num if tier in tiers else 0, cat="Integer") for tier in Tier
         }
-        streams[kind] = pulp.LpVariable(f"{kind}_streams", cat="Binary")
-        on_disk[kind] = pulp.LpVariable(f"{kind}_on_disk", cat="Binary")
+        streams[kind] = problem.add_variable(f"{kind}_streams", cat="Binary")
+        on_disk[kind] = problem.add_variable(f"{kind}_on_disk", cat="Binary")
         problem += pulp.lpSum(counts[kind].values()) == num
         problem += num - counts[kind][hardware.home] <= num * streams[kind]
         problem += counts[kind][Tier.DISK] <= num * on_disk[kind]

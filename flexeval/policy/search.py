@@ -95,7 +95,7 @@ def _grid(model: CostModel) -> Iterator[Policy]:
 
 
 def _row_sizes(model: CostModel) -> list[int]:
-    """The power of two from which layer calls run near their peak rate, and an eighth of it for tight memory.
+    """The power of two from which layer calls run near their peak rate, and a sixteenth of it for tight memory.
 
     A call of t tokens runs at peak * t / (t + t_half) (see `CostModel.compute_seconds`); 8 t_half gives 8/9 of peak.
     """
@@ -104,7 +104,7 @@ def _row_sizes(model: CostModel) -> list[int]:
     half = call_s * hardware.flops_per_s / (2 * shape.layer_params)
     low, high = ROW_TOKENS
     large = min(high, max(low, 2 ** ceil(log2(8 * half))))
-    return sorted({large, max(low, large // 8)}, reverse=True)
+    return sorted({large, max(low, large // 16)}, reverse=True)
 
 
 def _powers_of_two(most: int) -> list[int]:

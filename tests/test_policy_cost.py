@@ -1,0 +1,141 @@
+"""The cost model against FlexGen's formulas written out by hand, and against what must hold of any such model."""
+
+from dataclasses import replace
+
+import pytest
+from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_30B, OPT_125M, T4, generating, opt, scoring
+
+from flexeval.policy.cost import CostModel, Lane
+from flexeval.policy.hardware import Hardware
+from flexeval.policy.policy import ModelShape, Policy, Split, Tier, Workload
+from flexeval.policy.sweeps import plan_sweeps
+
+FLEXGEN_30B = Policy(
+    weights=Split(gpu=0.2, cpu=0.8),
+    kv=Split(cpu=1.0),
+    hidden=Split(cpu=1.0),
+    row_tokens=8192,
+    sweep_tokens=144 * 512,
+    group_sequences=48,
+    num_groups=3,
+)
+"""FlexGen's published policy (table 2 and appendix): 20/80, 0/100, 0/100, 48 x 3."""
+
+
+def cost_of(policy: Policy, shape: ModelShape, workload: Workload, hardware: Hardware):
+    return CostModel(shape=shape, workload=workload, hardware=hardware).cost(policy)
+
+
+def test_lanes_are_flexgens_formulas():
+    # Sheng et al., section 4.3 and appendix A.3: s prompt tokens, n generated, l layers, b sequences, h1 and h2 widths.
+    s, n, l, b, h1, h2 = 512, 32, 48, 144, 7168, 4 * 7168  # noqa: E741
+    layer = 8 * h1**2 + 4 * h1 * h2
+    on_gpu = 10  # 0.2 * 48 layers, rounded
+    cost = cost_of(FLEXGEN_30B, OPT_30B, generating(b, s, n), T4)
+    prefill, decode = cost.lanes["prefill"], cost.lanes["decode"]
+    hidden = 2 * h1 * b * l
+    assert prefill[Lane.TO_GPU] * 12e9 == pytest.approx(layer * (l - on_gpu) + hidden * s)
+    assert prefill[Lane.FROM_GPU] * 12e9 == pytest.approx(4 * s * h1 * b * l + hidden * s)
+    assert decode[Lane.TO_GPU] * 12e9 == pytest.approx(
+        (n - 1) * (layer * (l - on_gpu) + 4 * b * (s + n / 2) * h1 * l + hidden)
+    )
+    assert decode[Lane.FROM_GPU] * 12e9 == pytest.approx((n - 1) * (4 * b * h1 * l + hidden))
+    assert prefill[Lane.DISK_READ] == prefill[Lane.DISK_WRITE] == decode[Lane.DISK_READ] == 0
+    flops = b * l * (8 * s * h1**2 + 4 * s * h1 * h2 + 4 * s**2 * h1)
+    assert prefill[Lane.COMPUTE] == pytest.approx(flops / 21.24e12, rel=0.05)  # memory and launches are little here
+    assert prefill[Lane.COMPUTE] > flops / 21.24e12
+    assert cost.total_s == pytest.approx(max(prefill.values()) + max(decode.values()))
+
+
+def test_disk_shares_cross_both_links():
+    policy = replace(FLEXGEN_30B, weights=Split(cpu=0.5, disk=0.5), kv=Split(disk=1.0), hidden=Split(disk=1.0))
+    on_cpu = cost_of(replace(policy, weights=Split(cpu=1.0)), OPT_30B, generating(144), T4).lanes["decode"]
+    lanes = cost_of(policy, OPT_30B, generating(144), T4).lanes["decode"]
+    assert lanes[Lane.TO_GPU] == on_cpu[Lane.TO_GPU]
+    layer_reads_s = 31 * 24 * OPT_30B.layer_bytes / T4.disk_read_bytes_per_s
+    assert lanes[Lane.DISK_READ] - on_cpu[Lane.DISK_READ] == pytest.approx(layer_reads_s)
+    assert lanes[Lane.DISK_WRITE] == pytest.approx(lanes[Lane.FROM_GPU] * 12)
+
+
+def test_equal_lengths_take_n_minus_1_sweeps_a_block():
+    policy = Policy(group_sequences=4, num_groups=3, sweep_tokens=10**6)
+    sweeps = plan_sweeps(policy, generating(60, 100, 8))
+    assert (sweeps["prefill"].num_sweeps, sweeps["prefill"].num_tokens) == (5, 1200)
+    assert (sweeps["decode"].num_sweeps, sweeps["decode"].num_tokens, sweeps["decode"].num_calls) == (35, 12, 3)
+
+
+def test_refill_ends_with_the_longest_sequence():
+    work = replace(generating(10, 100, 8), num_generated_tokens=10 + 99, max_generated_tokens=100)
+    decode = plan_sweeps(Policy(group_sequences=10), work)["decode"]
+    assert decode.num_sweeps == 99
+    assert decode.num_sweeps * decode.num_tokens == pytest.approx(99)
+
+
+def test_every_token_is_computed_once():
+    policy = Policy(row_tokens=512, sweep_tokens=7000, group_sequences=8, num_groups=2)
+    sweeps = plan_sweeps(policy, MIXED)
+    assert sweeps["prefill"].num_sweeps * sweeps["prefill"].num_tokens == pytest.approx(60_000)
+    assert sweeps["prefill"].num_sweeps * sweeps["prefill"].num_kv_written == pytest.approx(20_000)
+    assert sweeps["decode"].num_sweeps * sweeps["decode"].num_tokens == pytest.approx(20_000 - 100)
+
+
+def test_scoring_keeps_no_kv():
+    policy = Policy(weights=Split(gpu=1.0), kv=Split(cpu=1.0), hidden=Split(gpu=1.0), sweep_tokens=10**6)
+    cost = cost_of(policy, OPT_125M, scoring(100), T4)
+    assert list(cost.lanes) == ["prefill"]
+    assert cost.lanes["prefill"][Lane.FROM_GPU] == 0
+    assert cost.peak_bytes[Tier.CPU] == 0
+
+
+def test_many_groups_of_one_cost_more_than_one_group_of_many():
+    one = cost_of(replace(FLEXGEN_30B, group_sequences=1, num_groups=144), OPT_30B, generating(144), T4)
+    many = cost_of(replace(FLEXGEN_30B, group_sequences=144, num_groups=1), OPT_30B, generating(144), T4)
+    weight_reads_s = 31 * 48 * 143 * OPT_30B.layer_compute_bytes / T4.memory_bytes_per_s
+    excess_s = one.lanes["decode"][Lane.COMPUTE] - many.lanes["decode"][Lane.COMPUTE]
+    assert excess_s > weight_reads_s
+    assert one.lanes["decode"][Lane.TO_GPU] == many.lanes["decode"][Lane.TO_GPU]
+
+
+def test_cpu_device_has_no_link():
+    policy = Policy(weights=Split(cpu=0.5, disk=0.5))
+    lanes = cost_of(policy, OPT_125M, generating(4), replace(LAPTOP, **LAPTOP_DISK)).lanes["decode"]
+    assert set(lanes) == {Lane.COMPUTE, Lane.DISK_READ, Lane.DISK_WRITE}
+    assert lanes[Lane.DISK_READ] == pytest.approx(31 * 6 * OPT_125M.layer_bytes / 2e9)
+    assert set(cost_of(Policy(), OPT_125M, generating(4), LAPTOP).lanes["decode"]) == {Lane.COMPUTE}
+
+
+def test_packed_weights_move_less_and_unpack_once_a_layer():
+    packed = opt(48, 7168, 56, weight_bits=4.5)
+    plain, w4 = (cost_of(FLEXGEN_30B, shape, generating(144), T4) for shape in (OPT_30B, packed))
+    saved_bytes = 31 * 38 * (OPT_30B.layer_bytes - packed.layer_bytes)
+    lanes = plain.lanes["decode"], w4.lanes["decode"]
+    assert (lanes[0][Lane.TO_GPU] - lanes[1][Lane.TO_GPU]) * 12e9 == pytest.approx(saved_bytes)
+    unpack_s = 31 * 48 * (packed.layer_bytes + packed.layer_compute_bytes) / T4.memory_bytes_per_s
+    assert lanes[1][Lane.COMPUTE] - lanes[0][Lane.COMPUTE] == pytest.approx(unpack_s)
+    saved_room = 12 * (OPT_30B.layer_bytes - packed.layer_bytes)  # ten layers and two buffers
+    assert plain.peak_bytes[Tier.GPU] - w4.peak_bytes[Tier.GPU] == saved_room - packed.layer_compute_bytes
+
+
+def test_peak_bytes_are_what_rests_there_and_two_buffers():
+    work = generating(144)
+    everything_home = Policy(weights=Split(gpu=1.0), kv=Split(gpu=1.0), hidden=Split(gpu=1.0), row_tokens=512)
+    home = cost_of(everything_home, OPT_30B, work, T4).peak_bytes
+    assert home[Tier.CPU] == home[Tier.DISK] == 0
+    weights_away = cost_of(replace(everything_home, weights=Split(cpu=1.0)), OPT_30B, work, T4).peak_bytes
+    assert weights_away[Tier.CPU] == 48 * OPT_30B.layer_bytes
+    assert home[Tier.GPU] - weights_away[Tier.GPU] == 46 * OPT_30B.layer_bytes
+    on_disk = cost_of(replace(everything_home, weights=Split(disk=1.0)), OPT_30B, work, T4).peak_bytes
+    assert on_disk[Tier.DISK] == 48 * OPT_30B.layer_bytes
+    assert on_disk[Tier.CPU] == 2 * OPT_30B.layer_bytes
+    assert on_disk[Tier.GPU] == weights_away[Tier.GPU]
+    kv_away = cost_of(replace(everything_home, kv=Split(cpu=1.0)), OPT_30B, work, T4).peak_bytes
+    assert kv_away[Tier.CPU] == 48 * 16 * 544 * OPT_30B.kv_bytes_per_token  # one group of 16 is in flight
+    assert home[Tier.GPU] - kv_away[Tier.GPU] == 46 * 16 * 544 * OPT_30B.kv_bytes_per_token
+
+
+def test_shared_prefixes_are_stored_once():
+    alone = generating(64)
+    shared = replace(alone, num_shared_tokens=500, max_own_tokens=44, num_prompt_tokens=500 + 64 * 12)
+    policy = Policy(kv=Split(cpu=1.0), group_sequences=64)
+    stored = [cost_of(policy, OPT_30B, work, LAPTOP).peak_bytes[Tier.CPU] for work in (alone, shared)]
+    assert stored[0] - stored[1] > 48 * OPT_30B.kv_bytes_per_token * (64 * 544 - (500 + 64 * 44)) * 0.99

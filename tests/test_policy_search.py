@@ -1,0 +1,215 @@
+"""The search against brute force, on the published models and machines, and where nothing fits."""
+
+import random
+from dataclasses import replace
+from itertools import product
+
+import pulp
+import pytest
+from policy_cases import (
+    LAPTOP,
+    LAPTOP_DISK,
+    MIXED,
+    OPT_6_7B,
+    OPT_30B,
+    OPT_125M,
+    OPT_175B,
+    T4,
+    generating,
+    opt,
+    scoring,
+)
+
+from flexeval.policy.cost import CostModel, Lane
+from flexeval.policy.policy import KINDS, Policy, Split, Tier
+from flexeval.policy.program import best_placement, least_seconds
+from flexeval.policy.search import TOLERANCE, _grid, check, search
+
+
+def everything_on(tier):
+    return Split(**{tier: 1.0})
+
+
+def placements(num_items):
+    """Every way to put whole items on three tiers."""
+    for gpu, cpu in product(range(num_items + 1), repeat=2):
+        if gpu + cpu <= num_items:
+            disk = num_items - gpu - cpu
+            yield Split(gpu=gpu / num_items, cpu=cpu / num_items, disk=disk / num_items)
+
+
+def brute_force(model, sizes):
+    """Least objective over all placements that `check` lets pass."""
+    best = None
+    num_items = model.num_items(sizes)
+    for weights, kv, hidden in product(*(list(placements(num_items[kind])) for kind in KINDS)):
+        policy = replace(sizes, weights=weights, kv=kv, hidden=hidden)
+        cost = model.cost(policy)
+        if all(peak <= model.hardware.capacity_bytes(tier) for tier, peak in cost.peak_bytes.items()):
+            best = min(best or cost.objective_s, cost.objective_s)
+    return best
+
+
+def small_instance(seed):
+    """Four layers, a few rows, and tiers that hold a random part of them."""
+    rng = random.Random(seed)
+    device = rng.choice(["cuda", "cuda", "cpu"])
+    packed = rng.random() < 0.3
+    shape = opt(4, 256, 4, weight_bits=4.5 if packed else 16)
+    shape = replace(shape, hidden_bytes_per_token=rng.choice([512, 16384]))
+    work = rng.choice([generating(12, 64, 16), scoring(12, 64), replace(MIXED, max_prompt_tokens=100)])
+    row_tokens, sweep_tokens = rng.choice([(256, 768), (128, 768)])
+    sizes = Policy(row_tokens=row_tokens, sweep_tokens=sweep_tokens, group_sequences=rng.choice([2, 6]), num_groups=2)
+    machine = replace(T4, device=device)
+    model = CostModel(shape=shape, workload=work, hardware=machine)
+    at_home, on_disk = (
+        model.cost(replace(sizes, **{kind: everything_on(tier) for kind in KINDS})).peak_bytes
+        for tier in (machine.home, Tier.DISK)
+    )
+    least, most = sorted([on_disk[machine.home], at_home[machine.home]])
+    home_bytes = int(least + rng.uniform(-0.2, 1.1) * (most - least))
+    machine = replace(
+        machine,
+        gpu_bytes=home_bytes if device == "cuda" else 0,
+        cpu_bytes=int(on_disk[Tier.DISK] * rng.uniform(0.3, 1.0)) if device == "cuda" else home_bytes,
+        disk_bytes=int(on_disk[Tier.DISK] * rng.uniform(0.3, 1.0)),
+        to_gpu_bytes_per_s=rng.uniform(1e9, 5e10),
+        from_gpu_bytes_per_s=rng.uniform(1e9, 5e10),
+    )
+    return replace(model, hardware=machine), sizes
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_placement_equals_brute_force(seed):
+    model, sizes = small_instance(seed)
+    expected = brute_force(model, sizes)
+    policy = best_placement(model, sizes)
+    if expected is None:
+        assert policy is None
+        return
+    check(policy, model.shape, model.workload, model.hardware)
+    assert model.cost(policy).objective_s == pytest.approx(expected, rel=2e-4)
+    assert least_seconds(model, sizes) <= expected * (1 + 1e-6)
+
+
+def test_small_instances_cover_what_matters():
+    found = [(model, best_placement(model, sizes)) for model, sizes in map(small_instance, range(24))]
+    assert any(policy is None for _, policy in found)
+    placed = [policy for _, policy in found if policy]
+    for kind in KINDS:
+        assert any(getattr(policy, kind).gpu not in (0, 1) or getattr(policy, kind).disk for policy in placed), kind
+    assert {model.hardware.device for model, policy in found if policy} == {"cuda", "cpu"}
+
+
+def test_search_equals_brute_force_over_the_grid():
+    shape, work = opt(5, 256, 4), generating(3, 300, 8)
+    machine = replace(T4, gpu_bytes=shape.resident_bytes + 22 * 10**6, cpu_bytes=5 * 10**6, disk_bytes=20 * 10**6)
+    model = CostModel(shape=shape, workload=work, hardware=machine)
+    bests = [best for sizes in _grid(model) if (best := brute_force(model, sizes)) is not None]
+    found = search(shape, work, machine)
+    assert found.kv.gpu not in (0, 1)  # the machine is too small for everything
+    assert found.weights.disk > 0
+    assert model.cost(found).objective_s == pytest.approx(min(bests), rel=2 * TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def searched():
+    """Searched policies with their predictions, by model name."""
+    models = {"6.7b": OPT_6_7B, "30b": OPT_30B, "175b": OPT_175B, "175b-w4": opt(96, 12288, 96, weight_bits=4.5)}
+    work = generating(1024)
+    found = {name: search(shape, work, T4) for name, shape in models.items()}
+    return {
+        name: (policy, CostModel(shape=models[name], workload=work, hardware=T4).cost(policy))
+        for name, policy in found.items()
+    }
+
+
+def test_opt_30b_on_a_t4_streams_most_weights_and_keeps_off_the_disk(searched):
+    policy, cost = searched["30b"]
+    assert policy.weights.cpu > 0.7
+    assert policy.weights.gpu > 0
+    assert policy.kv.cpu > 0.9
+    assert policy.weights.disk == policy.kv.disk == policy.hidden.disk == 0
+    assert policy.group_sequences >= 8  # not hundreds of groups of one
+    assert policy.block_sequences >= 96
+    assert cost.lanes["decode"][Lane.TO_GPU] == max(cost.lanes["decode"].values())
+
+
+def test_opt_175b_on_a_t4_needs_the_disk_and_w4_hardly(searched):
+    plain, packed = searched["175b"][0], searched["175b-w4"][0]
+    assert plain.weights.disk > 0.4
+    assert plain.kv.disk > 0.5
+    assert packed.weights.disk == 0
+    assert packed.weights.cpu > 0.8
+
+
+def test_opt_6_7b_on_a_t4_keeps_its_weights_on_the_gpu(searched):
+    policy, _ = searched["6.7b"]
+    assert policy.weights == everything_on("gpu")
+
+
+@pytest.mark.parametrize(("name", "published"), [("30b", 7.32), ("175b", 0.69), ("175b-w4", 1.12)])
+def test_predictions_are_of_the_size_flexgen_measured(searched, name, published):
+    # FlexGen, table 1 and section 6; another engine (it attends on the CPU, and runs max_tokens), so a factor of two.
+    throughput = 1024 * 32 / searched[name][1].total_s
+    assert published / 2 < throughput < published * 2
+
+
+@pytest.mark.parametrize("work", [generating(100), scoring(100), MIXED])
+def test_what_fits_stays_on_the_compute_device(work):
+    big_gpu = replace(T4, gpu_bytes=80 * 10**9)
+    for machine in (big_gpu, LAPTOP, replace(LAPTOP, **LAPTOP_DISK)):
+        policy = search(OPT_125M, work, machine)
+        assert policy.weights == policy.kv == policy.hidden == everything_on(machine.home)
+
+
+def test_cpu_device_spills_to_disk_what_does_not_fit():
+    machine = replace(LAPTOP, **LAPTOP_DISK)
+    policy = search(OPT_30B, MIXED, machine)
+    assert policy.weights.gpu == policy.kv.gpu == policy.hidden.gpu == 0
+    assert 0 < policy.weights.cpu < 0.3
+    assert policy.weights.disk > 0.7
+
+
+def test_scoring_reads_streamed_weights_few_times():
+    policy = search(OPT_30B, scoring(1000), T4)
+    model = CostModel(shape=OPT_30B, workload=scoring(1000), hardware=T4)
+    lanes = model.cost(policy).lanes["prefill"]
+    assert policy.weights.cpu > 0.5
+    assert lanes[Lane.COMPUTE] == max(lanes.values())  # weights stream behind the arithmetic
+
+
+@pytest.mark.parametrize("machine", [T4, LAPTOP])
+def test_equal_input_gives_equal_answer(machine):
+    answers = [search(OPT_125M, MIXED, replace(machine, cpu_bytes=16 * 10**9)) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert answers[0].to_json() == answers[1].to_json()
+
+
+def test_search_never_exceeds_a_tier():
+    for gpu_gb, cpu_gb in [(8, 200), (24, 61)]:
+        machine = replace(T4, gpu_bytes=gpu_gb * 10**9, cpu_bytes=cpu_gb * 10**9, disk_bytes=0)
+        policy = search(OPT_30B, generating(200), machine)
+        check(policy, OPT_30B, generating(200), machine)
+
+
+def test_cbc_takes_over_where_highs_is_missing(monkeypatch):
+    model, sizes = small_instance(0)
+    with_highs = model.cost(best_placement(model, sizes)).objective_s
+    monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
+    assert not pulp.HiGHS().available()
+    assert model.cost(best_placement(model, sizes)).objective_s == pytest.approx(with_highs, rel=2e-4)
+
+
+def test_solver_is_bounded(monkeypatch):
+    used = {}
+    solve = pulp.LpProblem.solve
+
+    def record(problem, solver):
+        used["seconds"] = solver.timeLimit
+        return solve(problem, solver)
+
+    monkeypatch.setattr(pulp.LpProblem, "solve", record)
+    model, sizes = small_instance(0)
+    best_placement(model, sizes)
+    assert 0 < used["seconds"] <= 5
