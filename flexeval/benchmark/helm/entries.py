@@ -1,0 +1,75 @@
+"""From a suite's run entries to HELM's run specs, and from those to names for people. Builds no questions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from helm.benchmark.presentation.run_entry import RunEntry
+from helm.benchmark.run import run_entries_to_run_specs
+from helm.benchmark.run_spec import RunSpec
+
+from flexeval.benchmark.suites import Suite
+
+_SILENT = frozenset(
+    {
+        "max_eval_instances",
+        "max_tokens",
+        "max_train_instances",
+        "method",
+        "model",
+        "num_train_trials",
+        "output_format_instructions",
+        "stop",
+        "use_chain_of_thought",
+        "use_official_examples",
+    }
+)
+"""Arguments in the name of a run that people need not see, unless two tasks would have one name."""
+
+
+def build_run_specs(entry: str, suite: Suite, deployment: str, max_eval_instances: int | None) -> list[RunSpec]:
+    """Return the runs that a suite's entry stands for; HELM raises whatever comes to it.
+
+    Args:
+        entry: HELM's description of the entry.
+        suite: The suite it belongs to, for its defaults.
+        deployment: HELM's name of the model.
+        max_eval_instances: Upper limit of questions per run, over what the entry and the suite say.
+    """
+    specs = run_entries_to_run_specs(
+        [RunEntry(description=entry, priority=None, groups=list(suite.groups.get(entry, ())) or None)],
+        max_eval_instances=suite.max_eval_instances,
+        num_train_trials=suite.num_train_trials,
+        models_to_run=[deployment],
+    )
+    return [_limit(spec, max_eval_instances) for spec in specs]
+
+
+def task_names(specs: Sequence[RunSpec]) -> list[str]:
+    """Return a name for each run that is the same for every model: `mmlu: abstract_algebra`.
+
+    Where the short names of two runs are equal, both get all their arguments.
+    """
+    short = [_name(spec, _SILENT) for spec in specs]
+    times = Counter(short)
+    names = [name if times[name] == 1 else _name(spec, {"model"}) for name, spec in zip(short, specs, strict=True)]
+    assert len(set(names)) == len(names), f"two runs of one name: {names}"
+    return names
+
+
+def _limit(spec: RunSpec, max_eval_instances: int | None) -> RunSpec:
+    limits = [limit for limit in (spec.adapter_spec.max_eval_instances, max_eval_instances) if limit is not None]
+    return replace(spec, adapter_spec=replace(spec.adapter_spec, max_eval_instances=min(limits) if limits else None))
+
+
+def _name(spec: RunSpec, hidden: Iterable[str]) -> str:
+    head, _, tail = spec.name.partition(":")
+    arguments = [argument.partition("=") for argument in tail.split(",") if argument]
+    shown = [
+        value if value and not value[0].isdigit() else f"{key}={value}"
+        for key, _, value in arguments
+        if key not in hidden
+    ]
+    return f"{head}: {', '.join(shown)}" if shown else head

@@ -1,0 +1,168 @@
+"""One number per question: which of HELM's metrics it is, and its value for every question. Must not know who answers.
+
+HELM reports dozens of statistics per run. Its scenarios declare the one that its leaderboards show, and on which split.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from helm.benchmark.adaptation.request_state import RequestState
+from helm.benchmark.metrics.basic_metrics import compute_perplexity_metrics
+from helm.benchmark.metrics.metric import PerInstanceStats
+from helm.benchmark.metrics.metric_name import MetricName
+from helm.benchmark.metrics.statistic import Stat, merge_stat
+from helm.benchmark.scenarios.scenario import Scenario
+
+from flexeval.benchmark.helm.runs import AdaptedRun
+from flexeval.errors import ResultsError
+from flexeval.request import Completion
+from flexeval.results import InstanceResult
+
+PREFERENCE = (
+    "quasi_exact_match",
+    "exact_match",
+    "final_number_exact_match",
+    "exact_match_indicator",
+    "f1_set_match",
+    "f1_score",
+    "rouge_l",
+    "bits_per_byte",
+)
+"""Metrics tried in this order for a scenario that declares none, or one that HELM has not per question."""
+
+LOWER_IS_BETTER = frozenset(
+    {"bits_per_byte", "perplexity", "error_rate", "wer_score", "toxic_frac", "absolute_value_difference", "distance"}
+)
+"""Metrics of HELM's schemas that a good model makes small."""
+
+Question = tuple[str, int]
+"""HELM's instance id and the train trial."""
+
+
+class Headline(NamedTuple):
+    """The metric that stands for a run."""
+
+    metric: str
+    """HELM's name of it."""
+    split: str
+    """The split it is taken on."""
+
+
+def question_stats(stats: Iterable[PerInstanceStats]) -> dict[Question, dict[str, float]]:
+    """Gather HELM's metrics on each question as asked: perturbed copies of it are left out.
+
+    A long document is scored in several windows: their sums are added before anything is derived from them.
+    """
+    merged: dict[Question, dict[MetricName, Stat]] = defaultdict(dict)
+    for item in stats:
+        if item.perturbation is None:
+            for stat in item.stats:
+                merge_stat(merged[item.instance_id, item.train_trial_index], stat)
+    return {
+        question: {
+            stat.name.name: stat.mean
+            for stat in (*compute_perplexity_metrics(by_name), *by_name.values())
+            if stat.mean is not None
+        }
+        for question, by_name in merged.items()
+    }
+
+
+def choose_headline(run: AdaptedRun, stats: Mapping[Question, Mapping[str, float]]) -> Headline:
+    """Return the metric that the scenario declares, or else the first of `PREFERENCE` that HELM computed.
+
+    Raises:
+        ResultsError: HELM computed none of them per question.
+    """
+    declared = _declared(run.scenario)
+    splits = Counter(str(state.instance.split) for state in _asked(run))
+    split = declared.split if declared and declared.split in splits else splits.most_common(1)[0][0]
+    computed = {name for values in stats.values() for name in values}
+    candidates = [declared.metric, *PREFERENCE] if declared else PREFERENCE
+    for metric in candidates:
+        if metric in computed:
+            return Headline(metric=metric, split=split)
+    raise ResultsError(
+        f"HELM computed no metric per question that can stand for {run.spec.name}: only {', '.join(sorted(computed))}",
+        mend=f"Leave the entry out, or declare one of {', '.join(PREFERENCE)} in the scenario's get_metadata",
+    )
+
+
+def instance_results(
+    run: AdaptedRun,
+    answers: Sequence[Completion],
+    stats: Mapping[Question, Mapping[str, float]],
+    headline: Headline,
+    *,
+    task: str,
+    setting: str,
+) -> list[InstanceResult]:
+    """Return one result per question of the headline's split, in HELM's order.
+
+    Args:
+        run: The run.
+        answers: The answer to each request of `run.state`, in its order, each with its own share of the time.
+        stats: What `question_stats` returned for it.
+        headline: What `choose_headline` returned for it.
+        task: Name of the task.
+        setting: Name of the setting.
+    """
+    asked: dict[Question, list[tuple[RequestState, Completion]]] = defaultdict(list)
+    for state, answer in zip(run.state.request_states, answers, strict=True):
+        if state.instance.perturbation is None and state.instance.split == headline.split:
+            asked[str(state.instance.id), state.train_trial_index].append((state, answer))
+    has_trials = run.spec.adapter_spec.num_train_trials > 1
+    results = []
+    for question, parts in asked.items():
+        values = stats.get(question, {})
+        if headline.metric not in values:
+            raise ResultsError(f"HELM computed no {headline.metric} for question {question[0]}", where=run.spec.name)
+        state, answer = parts[0]
+        completions = [one for _, part in parts for one in (part, *part.alternatives)]
+        results.append(
+            InstanceResult(
+                task=task,
+                setting=setting,
+                instance_id=f"{question[0]}-trial{question[1]}" if has_trials else question[0],
+                score=values[headline.metric],
+                prompt=state.request.prompt,
+                output=_chosen(state, values) if "predicted_index" in values else _output(state, answer),
+                reference=" | ".join(_references(state)),
+                num_prompt_tokens=sum(part.num_prompt_tokens for _, part in parts),
+                num_generated_tokens=sum(one.num_generated_tokens for one in completions),
+                elapsed_s=sum(part.elapsed_s for _, part in parts),
+            )
+        )
+    return results
+
+
+def _declared(scenario: Scenario) -> Headline | None:
+    try:
+        metadata = scenario.get_metadata()
+    except NotImplementedError:
+        return None
+    return Headline(metric=metadata.main_metric, split=metadata.main_split)
+
+
+def _asked(run: AdaptedRun) -> list[RequestState]:
+    return [state for state in run.state.request_states if state.instance.perturbation is None]
+
+
+def _chosen(state: RequestState, values: Mapping[str, float]) -> str:
+    """Return the choice that scored best, where every choice was a request of its own."""
+    return state.instance.references[int(values["predicted_index"])].output.text
+
+
+def _output(state: RequestState, answer: Completion) -> str:
+    """Return what was generated; of an echoed prompt nothing is repeated."""
+    return answer.text.removeprefix(state.request.prompt) if state.request.echo_prompt else answer.text
+
+
+def _references(state: RequestState) -> list[str]:
+    """Return the correct answers, behind their letters where the model was asked for a letter."""
+    letters = {text: f"{letter}. " for letter, text in (state.output_mapping or {}).items()}
+    correct = [reference.output.text for reference in state.instance.all_correct_references]
+    return [letters.get(text, "") + text for text in correct]

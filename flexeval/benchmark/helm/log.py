@@ -1,0 +1,46 @@
+"""HELM talks a lot: its log, prints and progress bars go to a file. Knows the streams, not what is said."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+_IMPORT_TIMEOUT_S = 10.0
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Import HELM within the block: its metrics then fetch an NLTK model, aloud and with no limit of time.
+
+    Where that fails nothing is lost here: `missing.missing_for_metrics` looks for the model before a run that needs it.
+    """
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_IMPORT_TIMEOUT_S)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+@contextmanager
+def helm_talks_to(path: Path) -> Iterator[None]:
+    """Append to `path` whatever HELM says within the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger("helm")
+    level, propagate, handlers = logger.level, logger.propagate, logger.handlers
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.setLevel(logging.INFO)
+        logger.propagate, logger.handlers = False, [handler]
+        try:
+            with redirect_stdout(file), redirect_stderr(file):
+                yield
+        finally:
+            logger.setLevel(level)
+            logger.propagate, logger.handlers = propagate, handlers

@@ -1,0 +1,133 @@
+"""One HELM run in two halves: from a run spec to requests, and from their answers to HELM's run directory.
+
+This is `helm.benchmark.runner.Runner.run_one` cut where it executes, so that all runs of a suite wait for one engine
+call in between and no question is made twice. A test holds the written files against HELM's own runner. Must not know
+who answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from helm.benchmark.adaptation.adapters.adapter_factory import AdapterFactory
+from helm.benchmark.adaptation.scenario_state import ScenarioState
+from helm.benchmark.annotation_executor import AnnotationExecutionSpec, AnnotationExecutor
+from helm.benchmark.data_preprocessor import DataPreprocessor
+from helm.benchmark.metrics.metric import PerInstanceStats, create_metric
+from helm.benchmark.metrics.metric_service import MetricService
+from helm.benchmark.metrics.statistic import Stat
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.runner import downsample_eval_instances, remove_per_instance_stats_nans, remove_stats_nans
+from helm.benchmark.scenarios.scenario import (
+    EVAL_SPLITS,
+    Scenario,
+    create_scenario,
+    get_scenario_cache_path,
+    with_instance_ids,
+)
+from helm.benchmark.window_services.tokenizer_service import TokenizerService
+from helm.common.general import asdict_without_nones
+from helm.common.local_context import LocalContext
+
+from flexeval.benchmark.helm.convert import Batch, from_helm, to_helm
+from flexeval.files import write_text
+from flexeval.request import Completion, Request
+
+_PARALLELISM = 1  # HELM's threads share one tokenizer behind a lock: more of them only wait
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptedRun:
+    """A run whose requests are known."""
+
+    spec: RunSpec
+    """HELM's specification of it."""
+    scenario: Scenario
+    """Where its questions come from."""
+    state: ScenarioState
+    """The questions, and the requests made of them, without results."""
+    requests: tuple[Request, ...]
+    """The same requests in flexeval's words, in the order of `state.request_states`."""
+
+
+class RunRoom:
+    """The place where runs are adapted and scored: HELM's output folder and services.
+
+    Args:
+        output: HELM's output folder: `scenarios/` and `runs/` lie in it.
+        local: HELM's folder of configuration files (`prod_env`).
+        suite: Name of HELM's suite: runs are written to `runs/<suite>`.
+        added_prefix: Text of the token that the engine puts before a prompt, if it does.
+    """
+
+    def __init__(self, output: Path, local: Path, suite: str, added_prefix: str):
+        self._output = output
+        self._runs = output / "runs" / suite
+        self._added_prefix = added_prefix
+        self._eval_cache = self._runs / "eval_cache"
+        self._eval_cache.mkdir(parents=True, exist_ok=True)
+        context = LocalContext(base_path=str(local))
+        self._tokenizer_service = TokenizerService(context)
+        self._metric_service = MetricService(context)
+        self._annotator = AnnotationExecutor(AnnotationExecutionSpec(local_path=str(local), parallelism=_PARALLELISM))
+
+    def adapt(self, spec: RunSpec) -> AdaptedRun:
+        """Make the questions of a run and the requests that ask them. May download what the scenario needs.
+
+        Raises:
+            RequestError: HELM asks for something that no engine can do.
+        """
+        scenario = create_scenario(spec.scenario_spec)
+        instances = scenario.get_instances(get_scenario_cache_path(str(self._output), scenario.name))
+        if any(instance.id is None for instance in instances):
+            instances = with_instance_ids(instances)
+        adapter_spec = spec.adapter_spec
+        if adapter_spec.max_eval_instances is not None:
+            splits = adapter_spec.eval_splits or EVAL_SPLITS
+            instances = downsample_eval_instances(instances, adapter_spec.max_eval_instances, splits)
+        instances = DataPreprocessor(spec.data_augmenter_spec).preprocess(instances, _PARALLELISM)
+        adapter = AdapterFactory.get_adapter(adapter_spec, self._tokenizer_service)
+        request_states = adapter.adapt(instances, _PARALLELISM)
+        return AdaptedRun(
+            spec=spec,
+            scenario=scenario,
+            state=ScenarioState(adapter_spec, request_states, spec.annotators),
+            requests=tuple(from_helm(state.request) for state in request_states),
+        )
+
+    def score(self, run: AdaptedRun, answers: Sequence[Completion], batch: Batch) -> list[PerInstanceStats]:
+        """Compute the metrics of a run, write its directory, and return the metrics on single questions.
+
+        Args:
+            run: What `adapt` returned.
+            answers: The answer to each of `run.requests`, in their order.
+            batch: The batch they were answered in.
+        """
+        request_states = [
+            replace(state, result=to_helm(state.request, answer, batch=batch, added_prefix=self._added_prefix))
+            for state, answer in zip(run.state.request_states, answers, strict=True)
+        ]
+        state = self._annotator.execute(ScenarioState(run.spec.adapter_spec, request_states, run.spec.annotators))
+        stats: list[Stat] = []
+        per_instance: list[PerInstanceStats] = []
+        for metric_spec in run.spec.metric_specs:
+            metric = create_metric(metric_spec)
+            result = metric.evaluate(state, self._metric_service, str(self._eval_cache), _PARALLELISM)
+            stats.extend(result.aggregated_stats)
+            per_instance.extend(result.per_instance_stats)
+        stats, per_instance = remove_stats_nans(stats), remove_per_instance_stats_nans(per_instance)
+        directory = self._runs / run.spec.name
+        _write(directory / "run_spec.json", asdict_without_nones(run.spec))
+        _write(directory / "scenario.json", asdict_without_nones(run.scenario))
+        _write(directory / "scenario_state.json", asdict_without_nones(state))
+        _write(directory / "stats.json", [asdict_without_nones(stat) for stat in stats])
+        _write(directory / "per_instance_stats.json", [asdict_without_nones(stat) for stat in per_instance])
+        return per_instance
+
+
+def _write(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2))

@@ -1,0 +1,204 @@
+"""A suite under one setting: all requests of all its runs at once, and all their answers back into HELM.
+
+Others call the engine, once, between `collect` and `score`. Must not know who answers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.runner import set_benchmark_output_path
+
+from flexeval.benchmark.data import lay_out, packaged_source
+from flexeval.benchmark.helm.convert import Batch
+from flexeval.benchmark.helm.entries import build_run_specs, task_names
+from flexeval.benchmark.helm.headline import LOWER_IS_BETTER, choose_headline, instance_results, question_stats
+from flexeval.benchmark.helm.log import helm_talks_to
+from flexeval.benchmark.helm.missing import MissingData, diagnose, missing_for_metrics
+from flexeval.benchmark.helm.models import ModelCard, register
+from flexeval.benchmark.helm.runs import AdaptedRun, RunRoom
+from flexeval.benchmark.helm.schema import write_schema
+from flexeval.benchmark.network import impatient_downloads
+from flexeval.benchmark.resources import import_tasks
+from flexeval.benchmark.suites import Suite
+from flexeval.errors import ConfigError, DataError, FlexevalError
+from flexeval.request import Completion, Request
+from flexeval.results import InstanceResult, TaskInfo
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how many steps of it are done, and how many there are."""
+
+
+class Scored(NamedTuple):
+    """What HELM made of the answers."""
+
+    tasks: list[TaskInfo]
+    """The tasks that were run, in the suite's order."""
+    instances: list[InstanceResult]
+    """Their questions, task by task."""
+
+
+class HelmSuite:
+    """A suite as HELM runs it for one model under one setting.
+
+    Args:
+        suite: What to run.
+        card: The model under a setting.
+        output: HELM's output folder; its configuration files go to `prod_env` in it, its log to `helm.log`.
+        max_eval_instances: At most so many questions per run, whatever the suite says; None leaves it to the suite.
+        skip_missing: Run without the entries whose data cannot be had, instead of raising.
+        progress: Told what is being done.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        card: ModelCard,
+        *,
+        output: Path,
+        max_eval_instances: int | None = None,
+        skip_missing: bool = False,
+        progress: Progress = lambda what, num_done, num_steps: None,
+    ):
+        self.skipped: dict[str, str] = {}
+        """Tasks (or entries that HELM could not build without their data) that are not run, and why."""
+        self._suite = suite
+        self._card = card
+        self._output = output.resolve()
+        self._max_eval_instances = max_eval_instances
+        self._skip_missing = skip_missing
+        self._progress = progress
+        self._log = self._output / "helm.log"
+        self._scenarios = self._output / "scenarios"
+        self._runs: dict[str, AdaptedRun] = {}
+        self._room: RunRoom | None = None
+
+    def collect(self) -> list[Request]:
+        """Build all runs, and return every different request of them in the order of first use.
+
+        Raises:
+            DataError: Data of some runs cannot be had; it names all of them and the paths they are expected at.
+            ConfigError: A run entry cannot be built.
+            RequestError: HELM asks for something that no engine can do.
+        """
+        import_tasks()
+        for name in self._suite.packaged_data:
+            lay_out(name, self._scenarios)
+        with helm_talks_to(self._log):
+            local = self._output / "prod_env"
+            special = register(self._card, local)
+            self._room = RunRoom(self._output, local, self._suite.name, special.added_prefix)
+            set_benchmark_output_path(str(self._output))  # some run specs read data from there
+        missing: dict[str, MissingData] = {}
+        with impatient_downloads():
+            specs = self._build_specs(missing)
+            self._runs = self._adapt(self._room, specs, missing)
+        if missing and not (self._skip_missing and self._runs):
+            raise _missing_data_error(missing, len(missing) + len(self._runs))
+        self.skipped = {task: f"no data at {path}: {reason}" for task, (path, reason) in missing.items()}
+        return list(dict.fromkeys(request for run in self._runs.values() for request in run.requests))
+
+    def score(self, completions: Sequence[Completion]) -> Scored:
+        """Compute HELM's metrics and write its run directories.
+
+        Args:
+            completions: The answer to each request that `collect` returned, in its order.
+
+        Raises:
+            ResultsError: HELM has no metric that can stand for a run.
+        """
+        assert self._room is not None, "score comes after collect"
+        uses = Counter(request for run in self._runs.values() for request in run.requests)
+        answers = dict(zip(uses, completions, strict=True))  # a Counter keeps the order of first use
+        batch = Batch.of(completions)
+        scored = Scored(tasks=[], instances=[])
+        for num_done, (task, run) in enumerate(self._runs.items()):
+            self._progress(f"scoring {task}", num_done, len(self._runs))
+            with helm_talks_to(self._log):
+                stats = question_stats(self._room.score(run, [answers[request] for request in run.requests], batch))
+            headline = choose_headline(run, stats)
+            # Questions that share a request share its time.
+            shares = [
+                replace(answers[request], elapsed_s=answers[request].elapsed_s / uses[request])
+                for request in run.requests
+            ]
+            results = instance_results(run, shares, stats, headline, task=task, setting=self._card.setting)
+            scored.instances.extend(results)
+            scored.tasks.append(
+                TaskInfo(
+                    name=task,
+                    metric=headline.metric,
+                    split=headline.split,
+                    group=run.spec.groups[0] if run.spec.groups else run.scenario.name,
+                    higher_is_better=headline.metric not in LOWER_IS_BETTER,
+                    source=self._source(run),
+                )
+            )
+        write_schema(self._output / "schema.yaml", self._suite, scored.tasks)
+        return scored
+
+    def _build_specs(self, missing: dict[str, MissingData]) -> dict[str, RunSpec]:
+        specs: list[RunSpec] = []
+        for entry in self._suite.entries:
+            try:
+                with helm_talks_to(self._log):
+                    specs += build_run_specs(entry, self._suite, self._card.deployment, self._max_eval_instances)
+            except Exception as error:
+                found = diagnose(error)
+                if found is None and isinstance(error, FlexevalError):
+                    raise
+                if found is None:
+                    raise ConfigError(
+                        f"HELM cannot build the run entry {entry!r}: {error}",
+                        where=str(self._suite.path),
+                        mend="Correct its name and arguments",
+                    ) from error
+                missing[entry] = found
+        return dict(zip(task_names(specs), specs, strict=True))
+
+    def _adapt(
+        self, room: RunRoom, specs: Mapping[str, RunSpec], missing: dict[str, MissingData]
+    ) -> dict[str, AdaptedRun]:
+        runs: dict[str, AdaptedRun] = {}
+        for num_done, (task, spec) in enumerate(specs.items()):
+            self._progress(f"reading {task}", num_done, len(specs))
+            found = missing_for_metrics(spec)
+            if found is None:
+                try:
+                    with helm_talks_to(self._log):
+                        run = room.adapt(spec)
+                except Exception as error:
+                    found = diagnose(error)
+                    if found is None:
+                        raise
+                else:
+                    if run.requests:
+                        runs[task] = run
+                        continue
+                    folder = self._scenarios / run.scenario.name
+                    found = MissingData(path=str(folder), reason="the data there hold no questions for this task")
+            missing[task] = found
+        return runs
+
+    def _source(self, run: AdaptedRun) -> str:
+        """Say where the questions come from when HELM did not fetch them: a task of ours describes itself."""
+        if type(run.scenario).__module__.startswith("helm."):
+            return packaged_source(run.scenario.name, self._scenarios)
+        return run.scenario.description
+
+
+def _missing_data_error(missing: Mapping[str, MissingData], num_tasks: int) -> DataError:
+    tasks_of: dict[str, list[str]] = defaultdict(list)
+    for task, found in missing.items():
+        tasks_of[found.path].append(task)
+    places = "; ".join(f"{path} for {', '.join(tasks)}" for path, tasks in tasks_of.items())
+    first = next(iter(missing.values()))
+    return DataError(
+        f"{len(missing)} of {num_tasks} tasks have no data. Expected: {places}. First failure: {first.reason}",
+        mend="Place the data there, connect to the network, or run the other tasks with --skip-missing",
+    )
