@@ -64,7 +64,7 @@ def test_what_does_not_fit_says_what_would(shape, machine, says, says_not):
 def test_long_sequences_that_do_not_fit_are_named():
     work = generating(4, 30_000, 2_000)
     with pytest.raises(CapacityError, match="halve the longest prompt and max_tokens"):
-        search(OPT_6_7B, work, replace(T4, gpu_bytes=6 * 10**9))
+        search(OPT_6_7B, work, replace(T4, gpu_bytes=3 * 10**9))
 
 
 def test_what_the_mend_names_does_mend():

@@ -139,3 +139,26 @@ def test_shared_prefixes_are_stored_once():
     policy = Policy(kv=Split(cpu=1.0), group_sequences=64)
     stored = [cost_of(policy, OPT_30B, work, LAPTOP).peak_bytes[Tier.CPU] for work in (alone, shared)]
     assert stored[0] - stored[1] > 48 * OPT_30B.kv_bytes_per_token * (64 * 544 - (500 + 64 * 44)) * 0.99
+
+
+def test_descendants_keep_one_layer_of_their_ancestors_on_the_device():
+    alone = scoring(100)
+    tree = replace(alone, mean_context_tokens=700.0)  # more is attended to than is computed: prefixes are shared
+    policy = Policy(weights=Split(gpu=1.0), kv=Split(gpu=1.0), hidden=Split(gpu=1.0), sweep_tokens=4096)
+    flat, deep = (cost_of(policy, OPT_125M, work, T4).peak_bytes[Tier.GPU] for work in (alone, tree))
+    assert deep - flat == 4096 * OPT_125M.kv_bytes_per_token
+
+
+def test_grouped_query_attention_is_widened_on_a_gpu_only():
+    grouped = replace(OPT_125M, num_kv_heads=3, kv_bytes_per_token=OPT_125M.kv_bytes_per_token // 4)
+    policy = Policy(weights=Split(cpu=1.0), kv=Split(disk=1.0), hidden=Split(cpu=1.0), group_sequences=8)
+    gathered_bytes = 8 * 544 * grouped.kv_bytes_per_token
+
+    def kv_room(hardware):
+        peaks = [cost_of(policy, shape, generating(8), hardware).peak_bytes for shape in (OPT_125M, grouped)]
+        return peaks[0][hardware.home] - peaks[1][hardware.home]
+
+    # Two staging buffers and one gathered copy shrink to a quarter; a GPU then adds a copy for every query head.
+    cpu_room = kv_room(replace(LAPTOP, **LAPTOP_DISK))
+    assert cpu_room == 3 * (4 - 1) * gathered_bytes
+    assert cpu_room - kv_room(T4) == 4 * gathered_bytes

@@ -174,7 +174,7 @@ class CostModel:
         """Most bytes of each tier in use at once: what rests there, staging buffers and workspace."""
         work, shape, home = self.workload, self.shape, self.hardware.home
         num_generating = work.num_generating_sequences
-        row_tokens = max(min(policy.row_tokens, work.num_prompt_tokens), work.max_prompt_tokens)
+        row_tokens = min(policy.row_tokens, work.num_prompt_tokens)
         block = min(policy.block_sequences, num_generating)
         group = min(policy.group_sequences, num_generating)
         group_kv = (group * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token
@@ -187,7 +187,7 @@ class CostModel:
         buffer_bytes = {"weights": shape.layer_bytes, "kv": group_kv, "hidden": row_bytes}
 
         peak = {tier: sum(item_bytes[kind] * placement.counts[kind][tier] for kind in KINDS) for tier in Tier}
-        peak[home] += self.workspace_bytes(policy, row_tokens) + row_bytes  # rows are unequal: one may be over
+        peak[home] += self.workspace_bytes(policy) + row_bytes  # rows are unequal: one may be over
         peak[home] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.streams[kind] for kind in KINDS)
         if home is Tier.GPU:  # what streams from disk passes through host memory
             peak[Tier.CPU] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.on_disk[kind] for kind in KINDS)
@@ -195,20 +195,26 @@ class CostModel:
         peak[Tier.DISK] += row_bytes * placement.on_disk["hidden"]
         return peak
 
-    def workspace_bytes(self, policy: Policy, row_tokens: int) -> int:
-        """Bytes of the compute device that no policy can move: embedding and head, and one layer call's temporaries."""
+    def workspace_bytes(self, policy: Policy) -> int:
+        """Bytes of the compute device that no policy can move: embedding and head, and one layer's temporaries."""
         work, shape = self.workload, self.shape
         width = max(shape.hidden_size, shape.num_query_heads * shape.head_size)
         token_bytes = (HIDDEN_COPIES * width + INTERMEDIATE_COPIES * shape.intermediate_size) * shape.dtype_bytes
+        group = min(policy.group_sequences, work.num_generating_sequences)
+        call_tokens = max(min(policy.row_tokens, work.num_prompt_tokens), group)
+        # Decode attention gathers a group's KV; a GPU's masked kernel wants it repeated for every query head besides.
+        copies = 1
+        if self.hardware.home is Tier.GPU and shape.num_query_heads > shape.num_kv_heads:
+            copies += shape.num_query_heads // shape.num_kv_heads
+        # The KV of nodes that later rows of a sweep descend from stays until the layer ends.
+        is_tree = work.num_prompt_tokens < work.num_sequences * work.mean_context_tokens
+        is_tree |= work.max_prompt_tokens > policy.row_tokens
+        kv_tokens = copies * group * work.max_own_tokens + (self.sweep_tokens(policy) if is_tree else 0)
         logits_bytes = min(LOGITS_CHUNK_BYTES, work.max_logits_rows * shape.vocab_size * 4)
-        # Keys and values one call attends to, made contiguous: a group's in decode, a sequence's or prefix's else.
-        group = min(policy.group_sequences, policy.row_tokens, work.num_generating_sequences)
-        context = work.max_own_tokens + (work.max_prompt_tokens if work.num_shared_tokens else 0)
-        attended_tokens = max(group * context, work.max_prompt_tokens)
         return (
             shape.resident_bytes
             + (shape.layer_compute_bytes if shape.is_packed else 0)
-            + max(row_tokens, group) * token_bytes
-            + attended_tokens * shape.kv_bytes_per_token
+            + call_tokens * token_bytes
+            + kv_tokens * shape.kv_bytes_per_token
             + LOGITS_COPIES * logits_bytes
         )

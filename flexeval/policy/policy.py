@@ -86,7 +86,7 @@ class Policy:
     hidden: Split = Split(cpu=1.0)
     """Over the rows of a sweep: a row's hidden states rest on one tier between two layers."""
     row_tokens: int = 2048
-    """Packed new tokens one layer call computes at most; a longer sequence is a row of its own."""
+    """Packed new tokens one layer call computes at most; a longer prompt takes several calls."""
     sweep_tokens: int = 16384
     """New tokens one sweep over the layers computes at most, all rows together; bounds the hidden states."""
     group_sequences: int = 16
