@@ -34,9 +34,10 @@ clean:  ## Remove the environment and caches of this checkout
 $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is too old: run make with PYTHON=python3.11 or newer" >&2; exit 1; }
-	@echo "Making the environment in .venv: $(TORCH) first, then the rest (a minute or two) ..."
+	@echo "Making the environment in .venv, in a minute or two: $(TORCH) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" uv
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check "$(TORCH)" uv
+	@echo "... and the rest ..."
 	@index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
 		if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
