@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from flexeval.results import InstanceResult, RunResults, SettingResult, TaskInfo
 
@@ -66,6 +68,12 @@ def synthetic(
         skipped={"wmt_14: hi-en": "its data is behind a login"},
         notes=["Scores are random numbers made for a test."],
     )
+
+
+def changed(change: Callable[[InstanceResult], dict[str, Any]], **arguments: Any) -> RunResults:
+    """A synthetic run whose answers have the fields that `change` returns for them replaced."""
+    results = synthetic(**arguments)
+    return replace(results, instances=[replace(instance, **change(instance)) for instance in results.instances])
 
 
 def _instance(task: TaskInfo, setting: str, number: int, seed: int, is_right: bool, hostile: bool) -> InstanceResult:

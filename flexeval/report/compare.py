@@ -53,16 +53,16 @@ def _task_row(task: TaskInfo, questions: Sequence[Question], baseline: int) -> T
         task=task,
         num_questions=len(questions),
         in_points=in_points,
-        cells=tuple(_cell(task, questions, index, baseline, in_points) for index in indices),
+        cells=tuple(_cell(task, questions, index, baseline, in_points=in_points) for index in indices),
     )
 
 
-def _cell(task: TaskInfo, questions: Sequence[Question], index: int, baseline: int, in_points: bool) -> Cell:
+def _cell(task: TaskInfo, questions: Sequence[Question], index: int, baseline: int, *, in_points: bool) -> Cell:
     answers = [question.answers[index] for question in questions]
     return Cell(
         setting=answers[0].setting,
         score=mean([answer.score for answer in answers], in_unit=in_points),
-        difference=None if index == baseline else _difference(task, questions, index, baseline, in_points),
+        difference=None if index == baseline else _difference(task, questions, index, baseline, in_points=in_points),
         num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
         num_generated_tokens=sum(answer.num_generated_tokens for answer in answers),
         elapsed_s=sum(answer.elapsed_s for answer in answers),
@@ -70,7 +70,7 @@ def _cell(task: TaskInfo, questions: Sequence[Question], index: int, baseline: i
 
 
 def _difference(
-    task: TaskInfo, questions: Sequence[Question], index: int, baseline: int, in_points: bool
+    task: TaskInfo, questions: Sequence[Question], index: int, baseline: int, *, in_points: bool
 ) -> Difference:
     pairs = [(question.answers[index], question.answers[baseline]) for question in questions]
     changes = _changes(questions, index, baseline)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from flexeval.report.statistics import Estimate
 
 NOTHING = "\N{EN DASH}"
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _RATES = ((1, "s"), (60, "min"), (3600, "h"))
 
 

@@ -180,10 +180,10 @@ def _adjusted_moments(differences: np.ndarray, num_added: float) -> _Moments:
     return _Moments(center, (gained + lost - center**2) / total, math.inf)
 
 
-def _sample_moments(differences: np.ndarray) -> _Moments:
-    spread = float(differences.std(ddof=1)) if differences.size > 1 else 0.0
-    variance = spread**2 / differences.size if spread else math.nan
-    return _Moments(float(differences.mean()), variance, differences.size - 1.0)
+def _sample_moments(values: np.ndarray) -> _Moments:
+    has_spread = np.ptp(values) > 0
+    variance = float(values.var(ddof=1)) / values.size if has_spread else math.nan
+    return _Moments(float(values.mean()), variance, values.size - 1.0)
 
 
 def _student_quantile(freedom: float) -> float:

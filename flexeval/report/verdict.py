@@ -57,12 +57,13 @@ def answer(comparison: Comparison) -> list[str]:
     rows = comparison.settings
     base = rows[comparison.baseline]
     if len(rows) == 1:
-        return [_verdict(comparison, base).sentence]
+        only = _verdict(comparison, base)
+        return [f"{only.setting} scores {only.quality} at {only.cost}."] if base.quality else [only.sentence]
     if base.quality is None:
         return ["The tasks have no common scale: choose by the table per task."]
     kept = [row for row in rows if row.difference and _kind(comparison, row.difference) != Kind.WORSE]
     if not kept:
-        return [f"Stay with {_name(base)}: every other setting loses quality."]
+        return [f"Every other setting loses quality against {_name(base)}.", *_least_loss(comparison)]
     num = f"{show.count(base.quality.num)} questions"
     drop = _smallest_visible(kept)
     if math.isnan(drop):
@@ -99,6 +100,13 @@ def _recommendations(comparison: Comparison, kept: Sequence[SettingRow], base: S
             f"({show.ratio(shrinkage)} less than {_name(base)})."
         )
     return sentences
+
+
+def _least_loss(comparison: Comparison) -> list[str]:
+    sign = 1 if comparison.higher_is_better else -1
+    losses = [(sign * row.difference.estimate.value, row) for row in comparison.settings if row.difference]
+    best = _verdict(comparison, max(losses, key=lambda pair: pair[0])[1])
+    return [f"{best.setting} loses least: {best.quality}; {best.cost}."]
 
 
 def _smallest_visible(rows: Sequence[SettingRow]) -> float:
@@ -152,7 +160,7 @@ def _absolute_cost(row: SettingRow) -> str:
 
 
 def _relative_cost(row: SettingRow) -> str:
-    parts = [f"{show.ratio(row.speedup)} as fast" if row.speedup else "speed not measured"]
+    parts = [f"{show.ratio(row.speedup)} as fast" if row.speedup else "of unknown speed"]
     if row.memory_ratio:
         less = row.memory_ratio >= 1
         times = show.ratio(row.memory_ratio if less else 1 / row.memory_ratio)

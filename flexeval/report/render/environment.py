@@ -1,4 +1,4 @@
-"""The templates' surroundings: where they lie, what they may call, and that HTML is escaped. Knows no page."""
+"""The templates' surroundings: where they lie, what they may call, how values become text. Knows no page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 
 from flexeval.config import format_size
 from flexeval.report import format as show
@@ -13,13 +14,19 @@ from flexeval.report.statistics import Estimate
 
 
 def environment() -> Environment:
-    """An environment that escapes everything in HTML and SVG and fails on a name that does not exist."""
+    """An environment for texts that others wrote.
+
+    Every value has its control characters written out and, in HTML and SVG, is escaped; a name that does not exist is
+    an error.
+    """
     result = Environment(
         loader=PackageLoader("flexeval.report.render", "templates"),
         autoescape=select_autoescape(("html", "svg")),
         undefined=StrictUndefined,
+        finalize=_harmless,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     result.filters.update(
         score=_score,
@@ -28,10 +35,8 @@ def environment() -> Environment:
         p_value=show.p_value,
         digits=show.digits,
         count=show.count,
-        ratio=show.ratio,
         seconds=show.seconds,
         size=format_size,
-        visible=show.visible,
         pretty=_pretty,
     )
     return result
@@ -42,6 +47,10 @@ def source(name: str) -> str:
     env = environment()
     assert env.loader is not None
     return env.loader.get_source(env, name)[0]
+
+
+def _harmless(value: Any) -> Any:
+    return show.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _score(value: float, in_points: bool) -> str:

@@ -40,11 +40,11 @@ def drill_down(comparison: Comparison) -> dict[str, Any]:
     )
     directions = {row.task.name: row.task.higher_is_better for row in comparison.tasks}
     return {
-        "settings": [row.result.setting for row in comparison.settings],
+        "settings": [visible(row.result.setting) for row in comparison.settings],
         "baseline": comparison.baseline,
         "tasks": [
             {
-                "name": name,
+                "name": visible(name),
                 "header": _keep_end(headers[name], _LONGEST_TEXT),
                 "sign": 1 if directions[name] else -1,
             }

@@ -16,7 +16,7 @@ from flexeval.results import RunResults
 
 
 def print_table(results: RunResults, console: Console | None = None) -> None:
-    """Print a row per setting, the caveats and the answer.
+    """Print a row per setting, caveats and the answer.
 
     Raises:
         ResultsError: The settings cannot be compared question by question.
@@ -24,8 +24,9 @@ def print_table(results: RunResults, console: Console | None = None) -> None:
     comparison = compare(results)
     console = console or Console()
     console.print(_table(comparison))
-    for note in comparison.notes:
-        console.print(Text(f"Mind: {show.visible(note)}", style="yellow"))
+    not_run = [f"{len(results.skipped)} of the suite's tasks not run"] if results.skipped else []
+    for note in (*comparison.notes, *not_run):
+        console.print(Text(f"Caveat: {show.visible(note)}", style="yellow"))
     first, *rest = answer(comparison)
     console.print(Text(show.visible(first), style="bold"))
     for sentence in rest:

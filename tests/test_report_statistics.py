@@ -1,0 +1,165 @@
+"""Intervals and tests against independent calculations: brute force, other formulas, scipy's own tests, simulation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from flexeval.report.statistics import (
+    Estimate,
+    holm,
+    mean,
+    paired_difference,
+    sign_flip_p,
+    smallest_visible,
+    weighted_sum,
+)
+
+
+def brute_force_p(differences):
+    observed = abs(sum(differences))
+    sums = [abs(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=len(differences))]
+    return np.mean(np.array(sums) >= observed - 1e-12)
+
+
+# Newcombe 1998, "Two-sided confidence intervals for the single proportion", Stat. Med. 17, table I, method 3.
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_right_or_wrong_scores_have_wilsons_interval(right, total, low, high):
+    estimate = mean([1.0] * right + [0.0] * (total - right), in_unit=True)
+    assert (estimate.value, estimate.num) == (right / total, total)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_graded_scores_have_students_interval():
+    scores = np.random.default_rng(1).normal(3, 2, 25)
+    expected = stats.ttest_1samp(scores, 0).confidence_interval(0.95)
+    estimate = mean(list(scores), in_unit=False)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(expected))
+
+
+def test_an_interval_of_scores_in_the_unit_range_stays_there():
+    assert mean([1.0, 1.0, 0.9], in_unit=True).high == 1.0
+    assert mean([1.0, 1.0, 0.9], in_unit=False).high > 1.0
+
+
+@pytest.mark.parametrize("scores", [[0.3], [0.1, 0.1, 0.1]])
+def test_scores_without_spread_have_no_interval(scores):
+    estimate = mean(scores, in_unit=True)
+    assert math.isnan(estimate.low) and math.isnan(estimate.high)
+
+
+def test_paired_difference_of_graded_scores_is_students_paired_interval():
+    random = np.random.default_rng(2)
+    ours, theirs = random.uniform(size=30), random.uniform(size=30)
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    estimate = paired_difference([list(ours - theirs)], [1.0], in_unit=True)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(expected))
+
+
+def test_paired_difference_of_right_or_wrong_scores_is_bonett_and_prices():
+    # 3 gained, 9 lost of 50: (4 - 10) / 52 -+ 1.96 sqrt((14/52 - (6/52)^2) / 52), by hand.
+    differences = [1.0] * 3 + [-1.0] * 9 + [0.0] * 38
+    estimate = paired_difference([differences], [1.0], in_unit=True)
+    assert estimate.value == pytest.approx(-6 / 50)
+    assert (estimate.low, estimate.high) == pytest.approx((-0.25288, 0.02211), abs=1e-5)
+
+
+def test_no_change_still_leaves_room_for_one():
+    few, many = (paired_difference([[0.0] * num], [1.0], in_unit=True) for num in (10, 1000))
+    assert few.value == 0
+    assert few.low == -few.high < -0.2
+    assert many.low == -many.high > -0.005
+    unbounded = paired_difference([[0.0] * 10], [1.0], in_unit=False)
+    assert math.isnan(unbounded.low)
+
+
+def test_one_stratum_without_spread_leaves_the_sum_without_interval():
+    estimate = paired_difference([[0.25], [1.0, 0.0, -1.0]], [0.5, 0.5], in_unit=True)
+    assert estimate.value == pytest.approx(0.125) and math.isnan(estimate.low)
+
+
+def test_welchs_interval_is_the_case_of_two_graded_strata():
+    random = np.random.default_rng(3)
+    one, two = random.normal(0, 1, 12), random.normal(0.5, 3, 20)
+    expected = stats.ttest_ind(one, -two, equal_var=False).confidence_interval(0.95)
+    estimate = paired_difference([list(one), list(two)], [1.0, 1.0], in_unit=False)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(expected))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_graded_changes_are_tested_exactly(seed):
+    differences = list(np.random.default_rng(seed).normal(0.4, 1, 9).round(3))
+    assert sign_flip_p([*differences, 0.0, 0.0]) == pytest.approx(brute_force_p(differences))
+
+
+def test_many_graded_changes_are_tested_by_resampling():
+    differences = list(np.random.default_rng(5).normal(0.35, 1, 16))
+    assert sign_flip_p(differences) == pytest.approx(brute_force_p(differences), abs=0.01)
+    assert sign_flip_p(differences) == sign_flip_p(differences)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 1), (1, 8), (5, 5), (30, 12), (0, 20)])
+def test_changes_of_one_size_are_mcnemars_exact_test(gained, lost):
+    num = gained + lost
+    tail = sum(math.comb(num, k) for k in range(min(gained, lost) + 1)) / 2**num
+    assert sign_flip_p([0.02] * gained + [-0.02] * lost + [0.0] * 7) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_no_change_is_no_evidence():
+    assert sign_flip_p([0.0, 0.0]) == 1.0
+
+
+def test_weighted_sum_adds_distances_in_squares():
+    one = Estimate(value=0.5, low=0.2, high=0.6, num=10)
+    two = Estimate(value=0.3, low=0.2, high=0.7, num=20)
+    total = weighted_sum([one, two], [0.5, 0.25])
+    assert total.value == pytest.approx(0.325)
+    assert total.low == pytest.approx(0.325 - math.hypot(0.5 * 0.3, 0.25 * 0.1))
+    assert total.high == pytest.approx(0.325 + math.hypot(0.5 * 0.1, 0.25 * 0.4))
+    assert total.num == 30
+
+
+def test_holm_on_his_worked_pattern():
+    # R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_the_smallest_visible_drop_is_seen_four_times_out_of_five():
+    estimate = Estimate(value=0.0, low=-1.96, high=1.96, num=100)
+    draws = np.random.default_rng(6).normal(-smallest_visible(estimate), 1.0, 20_000)
+    assert np.mean(draws < -1.96) == pytest.approx(0.8, abs=0.01)
+
+
+def coverage(intervals, truth):
+    return np.mean([interval.low <= truth <= interval.high for interval in intervals])
+
+
+def test_intervals_of_means_hold_the_truth_95_times_of_100():
+    random = np.random.default_rng(7)
+    for truth in (0.1, 0.5, 0.85):
+        draws = (random.random((400, 60)) < truth).astype(float)
+        assert 0.92 <= coverage([mean(list(draw), in_unit=True) for draw in draws], truth) <= 0.99
+
+
+@pytest.mark.parametrize(("num_tasks", "num_questions"), [(1, 40), (1, 200), (12, 20)])
+def test_intervals_of_paired_differences_hold_the_truth_95_times_of_100(num_tasks, num_questions):
+    random = np.random.default_rng(8)
+    weights = [1 / num_tasks] * num_tasks
+    draws = random.choice([-1.0, 0.0, 1.0], p=[0.09, 0.87, 0.04], size=(400, num_tasks, num_questions))
+    intervals = [paired_difference(list(draw), weights, in_unit=True) for draw in draws]
+    assert 0.93 <= coverage(intervals, 0.04 - 0.09) <= 0.985
+
+
+def test_no_more_than_five_false_alarms_in_a_hundred():
+    random = np.random.default_rng(9)
+    graded = [sign_flip_p(list(draw)) for draw in random.normal(0, 1, (400, 10))]
+    assert np.mean(np.array(graded) < 0.05) == pytest.approx(0.05, abs=0.025)
+    flips = [sign_flip_p(list(draw)) for draw in random.choice([-1, 0, 1], p=[0.1, 0.8, 0.1], size=(400, 100))]
+    assert 0 < np.mean(np.array(flips) < 0.05) <= 0.06

@@ -1,0 +1,88 @@
+"""The table, the comment and the terminal: a row for everything, and nothing in it breaks the format."""
+
+import csv
+import io
+import re
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from synthetic_results import TASKS, changed, synthetic
+
+from flexeval.report import format as show
+from flexeval.report.compare import compare
+from flexeval.report.render import markdown
+from flexeval.report.render.markdown import plain, summary
+from flexeval.report.render.table import table
+from flexeval.report.render.terminal import print_table
+from flexeval.report.verdict import answer
+
+
+@pytest.fixture(scope="module")
+def four():
+    return compare(synthetic())
+
+
+def test_the_table_reads_back_with_raw_numbers(four):
+    frame = pd.read_csv(io.StringIO(table(four)), float_precision="round_trip")
+    assert len(frame) == 24
+    assert not frame.duplicated(["task", "setting"]).any()
+    cell = four.tasks[5].cells[3]
+    row = frame[(frame.task == "gsm") & (frame.setting == "w4-g128")].iloc[0]
+    assert row.score == cell.score.value and row.score_low == cell.score.low
+    assert row.difference == cell.difference.estimate.value
+    assert row.corrected_p_value == cell.difference.corrected_p
+    assert (row.num_better, row.num_worse) == (cell.difference.num_better, cell.difference.num_worse)
+    assert row.questions_per_s == pytest.approx(60 / cell.elapsed_s)
+    assert frame[frame.setting == "none"].difference.isna().all()
+
+
+def test_the_table_quotes_what_would_break_it():
+    results = synthetic(num_questions=2, tasks=TASKS[:1], name='a "name", with\nnewline')
+    rows = list(csv.DictReader(io.StringIO(table(compare(results)))))
+    assert len(rows) == 4 and {row["run"] for row in rows} == {'a "name", with\nnewline'}
+
+
+def test_the_comment_has_a_row_per_task_and_setting(four):
+    lines = summary(four).splitlines()
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+    widths = {len(row) for row in rows}
+    assert widths == {8, 7}
+    wide = [tuple(cell.strip() for cell in row[:2]) for row in rows if len(row) == 7][2:]
+    assert wide == [(plain(row.task.name), cell.setting) for row in four.tasks for cell in row.cells]
+    for row in four.tasks:
+        for cell in row.cells:
+            assert show.interval(cell.score, in_points=True) in "\n".join(lines)
+
+
+def test_a_comment_too_long_for_github_points_to_the_table(monkeypatch, four):
+    monkeypatch.setattr(markdown, "_LONGEST_COMMENT", 2000)
+    text = summary(four)
+    assert "results.csv" in text and "gsm" not in text
+    assert answer(four)[0] in text and "Example GPU" in text
+
+
+def test_the_comment_escapes_what_markdown_would_act_on():
+    assert plain("a|b\nc <b> `x` *y* [z](w)") == r"a\|b c \<b\> \`x\` \*y\* \[z\](w)"
+    assert "@user" not in plain("ping @user")
+
+
+def test_the_terminal_shows_the_answer_and_a_row_per_setting(four):
+    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    print_table(synthetic(), console)
+    text = console.file.getvalue()
+    for row in four.settings:
+        assert row.result.setting in text
+        assert show.interval(row.quality, in_points=True) in text
+    assert answer(four)[0] in text
+    assert "Caveat: Scores are random numbers" in text
+    assert "Caveat: 1 of the suite's tasks not run" in text
+
+
+def test_the_terminal_takes_names_as_they_are():
+    results = changed(lambda one: {"setting": f"[red]{one.setting}"}, settings=["w4"], num_questions=2)
+    results = replace(results, settings=[replace(results.settings[0], setting="[red]w4")])
+    console = Console(width=100, file=io.StringIO())
+    print_table(results, console)
+    assert "[red]w4" in console.file.getvalue()
