@@ -68,9 +68,7 @@ class Executor:
         num_layers = anatomy.num_layers
         if overlap is None:
             overlap = any(not self._is_resident(split) for split in (policy.weights, policy.kv, policy.hidden))
-        self._lanes: dict[str, Lane] = {
-            name: ThreadLane(name, device) if overlap else InlineLane() for name in LANES
-        }
+        self._lanes: dict[str, Lane] = {name: ThreadLane(name, device) if overlap else InlineLane() for name in LANES}
         try:
             anatomy.bind_rest(checkpoint.rest(), device)
             self._kv_tiers = [self._tier(name) for name in policy.kv.spread(num_layers)]
@@ -87,9 +85,7 @@ class Executor:
         except BaseException:
             self._close_tiers()
             raise
-        self._sweeper = Sweeper(
-            anatomy=anatomy, weights=self._weights, attention=PackedAttention(), trace=self.trace
-        )
+        self._sweeper = Sweeper(anatomy=anatomy, weights=self._weights, attention=PackedAttention(), trace=self.trace)
 
     def __enter__(self) -> Executor:
         return self
@@ -130,7 +126,9 @@ class Executor:
                 for group, num_tokens in scheduler.opened_groups():
                     cache.open(group, num_tokens)
                 rows = [make_row(index, plan, self._device) for index, plan in enumerate(plans)]
-                for row, hidden_1TD in zip(rows, self._sweeper.sweep(rows, cache, self._make_hidden(len(rows))), strict=True):
+                for row, hidden_1TD in zip(
+                    rows, self._sweeper.sweep(rows, cache, self._make_hidden(len(rows))), strict=True
+                ):
                     with self.trace.phase("head"):
                         readout = read_row(
                             row.plan,
@@ -154,6 +152,14 @@ class Executor:
         for name, lane in self._lanes.items():
             self.trace.lanes[name].busy_s = lane.busy_s
         return [results[index] for index in range(len(requests))]
+
+    def peak_bytes(self) -> dict[str, int]:
+        """The most that was used of each tier: on a GPU everything, elsewhere what the engine's stores hold."""
+        peak = {str(name): tier.peak_bytes for name, tier in self.tiers.items()}
+        peak[self._device_tier.name] += self._anatomy.resident_bytes
+        if self._device.type == "cuda":
+            peak[TierName.GPU] = torch.cuda.max_memory_allocated(self._device)
+        return peak
 
     def _make_cache(self) -> KVCache:
         return KVCache(

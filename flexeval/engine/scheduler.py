@@ -127,7 +127,10 @@ class Scheduler:
     def opened_groups(self) -> list[tuple[int, int]]:
         """Groups that the sweep just planned opens a log for, and the tokens each can come to hold at most."""
         return [
-            (group, self._log_lengths[group] + sum(self._requests[r].max_tokens - 1 for r in self.groups[group].sequences))
+            (
+                group,
+                self._log_lengths[group] + sum(self._requests[r].max_tokens - 1 for r in self.groups[group].sequences),
+            )
             for group in self._admitted
             if group in self._log_lengths
         ]
@@ -341,9 +344,7 @@ class Scheduler:
 
     def _result(self, request: int, reason: FinishReason) -> TokenResult:
         asked, sequence = self._requests[request], self._sequences[request]
-        prompt = (
-            [s for node in self.tree.path(sequence.node) for s in self._scores[node]] if asked.score_prompt else []
-        )
+        prompt = [s for node in self.tree.path(sequence.node) for s in self._scores[node]] if asked.score_prompt else []
         wants_top = asked.num_top_logprobs > 0
         cut = asked.num_top_logprobs
         return TokenResult(

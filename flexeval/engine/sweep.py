@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
-from flexeval.engine.compute.port import AttentionOptions
+from flexeval.engine.compute.port import Attend, AttentionOptions
 from flexeval.engine.compute.row import Row
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache, LoadedContext
@@ -45,9 +45,7 @@ class Sweeper:
         weights_ahead = ahead(self.weights.lane, self.weights.load, layers)
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
-        hidden_ahead = ahead(
-            hidden.lane, hidden.load, [row.index for _, row in cells], depth=1 if len(rows) > 1 else 0
-        )
+        hidden_ahead = ahead(hidden.lane, hidden.load, [row.index for _, row in cells], depth=1 if len(rows) > 1 else 0)
         with self.trace.phase("embed"):
             calls = {}
             for row in rows:
@@ -59,20 +57,17 @@ class Sweeper:
                 self.weights.bind(layer, next(weights_ahead))
                 for row in rows:
                     hidden_1TD, context = next(hidden_ahead), next(context_ahead)
-                    self.anatomy.port.attend = self._attend(layer, row, cache, context)
-                    hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer])
+                    attend = self._attend(layer, row, cache, context)
+                    hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer], attend)
                     hidden.save(row.index, hidden_1TD)
                 cache.end_layer()
-        self.anatomy.port.attend = None
         self.trace.num_sweeps += 1
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
         hidden.close()
 
-    def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext):  # type: ignore[no-untyped-def]
+    def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
             cache.store(layer, row, k_TKH, v_TKW, context)
             return self.attention(q_TNH, k_TKH, v_TKW, options, row, context)
 
         return attend
-
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flexeval.engine.compute.port import ATTENTION_NAME, AttentionPort, register_attention
+from flexeval.engine.compute.port import (
+    ATTENTION_NAME,
+    Attend,
+    AttentionOptions,
+    AttentionPort,
+    register_attention,
+)
 from flexeval.engine.memory.slab import TensorSpec
 from flexeval.errors import UnsupportedModelError
 
@@ -53,6 +59,10 @@ class _Stub(nn.Module):
         return hidden if self.replacement is None else self.replacement
 
 
+class _AttentionReached(Exception):
+    """Ends a layer's call where its attention would begin."""
+
+
 class Anatomy:
     """The parts of one model, in evaluation mode, without weights until they are bound."""
 
@@ -62,12 +72,12 @@ class Anatomy:
         self.config = copy.deepcopy(config)  # transformers shares configs between models
         self.dtype = dtype
         self.model = build_on_meta(self.config, dtype, attention=ATTENTION_NAME)
-        self.port = AttentionPort()
+        self._port = AttentionPort()
         self.layers_name, layers = _find_layers(self.model)
         self.layers: list[nn.Module] = list(layers)
         for layer in self.layers:
             for module in layer.modules():
-                object.__setattr__(module, "attention_port", self.port)
+                object.__setattr__(module, "attention_port", self._port)
         self._stubs = [_Stub(layer) for layer in self.layers]
         parent, _, leaf = self.layers_name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._stubs))
@@ -76,6 +86,32 @@ class Anatomy:
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.layers)
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence that does not depend on the others in its row.
+
+        Rotary embeddings that change with the longest sequence of a call (dynamic NTK, LongRoPE) do so beyond the
+        length the model was first trained on; up to there they are the plain ones.
+        """
+        text = self.config.get_text_config()
+        rope = getattr(text, "rope_parameters", None) or {}
+        changing = {"dynamic", "longrope"}
+        by_layer_type = [entry for entry in rope.values() if isinstance(entry, dict)]
+        lengths = [
+            entry.get("original_max_position_embeddings")
+            or getattr(text, "original_max_position_embeddings", None)
+            or text.max_position_embeddings
+            for entry in (by_layer_type or [rope])
+            if entry.get("rope_type") in changing
+        ]
+        return int(min([text.max_position_embeddings, *lengths]))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of embedding, norms and head; tied tensors count once."""
+        distinct = {id(tensor): tensor for tensor in self.model.state_dict(keep_vars=True).values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
     def layer_specs(self, layer: int) -> list[TensorSpec]:
         """The tensors of a layer's slab: its parameters and the buffers a checkpoint holds."""
@@ -98,15 +134,22 @@ class Anatomy:
     def bind_rest(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Give embedding, norms and head their weights, and every remaining buffer its initial value."""
         for module in [*self.model.modules(), *(child for layer in self.layers for child in layer.modules())]:
-            persistent = set(module.state_dict(keep_vars=True))
-            volatile = [name for name, _ in module.named_buffers(recurse=False) if name not in persistent]
-            if volatile:
-                for name in volatile:
-                    module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
-                self.model._init_weights(module)
+            self._fill_buffers(module, device)
         _bind(self.model, {name: tensor.to(device) for name, tensor in tensors.items()})
         unbound = [name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta]
         assert not unbound, (unbound, "tensors without a value")
+
+    def _fill_buffers(self, module: nn.Module, device: torch.device) -> None:
+        """Compute the buffers that no checkpoint holds (rotary frequencies, scales), as transformers does on loading."""
+        in_checkpoint = set(module.state_dict(keep_vars=True))
+        absent = [name for name, buffer in module.named_buffers(recurse=False) if name not in in_checkpoint]
+        if any(module.get_buffer(name).is_meta for name in absent):
+            assert all(parameter.is_meta for parameter in module.parameters(recurse=False)), (
+                "weights come after buffers"
+            )
+            for name in absent:
+                module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
+            self.model._init_weights(module)
 
     def embed(self, ids_1T: Tensor, positions_1T: Tensor) -> Embedded:
         """Hidden states entering the first layer, and what every layer is called with."""
@@ -119,10 +162,30 @@ class Anatomy:
         assert seen[0] is not None
         return Embedded(seen[0][0], [call for _, call in seen])  # type: ignore[misc]
 
-    def run_layer(self, layer: int, hidden_1TD: Tensor, call: LayerCall) -> Tensor:
-        """One layer on one packed row; attention goes through `port`."""
+    def run_layer(self, layer: int, hidden_1TD: Tensor, call: LayerCall, attend: Attend) -> Tensor:
+        """One layer on one packed row. Raises `UnsupportedModelError` for a layer that does not let us attend."""
+        self._port.put(attend)
         output = self.layers[layer](hidden_1TD, *call.args, **call.kwargs)
+        if self._port.is_waiting:
+            raise UnsupportedModelError(
+                f"layer {layer} of {type(self.model).__name__} does not attend through transformers' attention interface",
+                mend="Choose a model whose attention transformers lets one replace (Llama, Qwen, Mistral, OPT, ...)",
+            )
         return output[0] if isinstance(output, tuple) else output
+
+    def kv_values_per_token(self, layer: int) -> int:
+        """Numbers in the keys and values of one token, found by calling the layer without memory, up to its attention."""
+        sizes: list[int] = []
+
+        def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
+            sizes.append(k_TKH[0].numel() + v_TKW[0].numel())
+            raise _AttentionReached
+
+        one_1T = torch.zeros(1, 1, dtype=torch.long, device="meta")
+        embedded = self.embed(one_1T, one_1T)
+        with suppress(_AttentionReached):
+            self.run_layer(layer, embedded.hidden_1TD, embedded.calls[layer], attend)
+        return sizes[0]
 
     def head(self, hidden_1TD: Tensor) -> Tensor:
         """Logits `[1, T, V]` of hidden states that left the last layer."""

@@ -59,9 +59,7 @@ class PackedAttention:
             if in_row is None:
                 keys_values = context.ancestor(span)
             else:
-                keys_values = KeysValues(
-                    k_TKH[in_row : in_row + span.num_keys], v_TKW[in_row : in_row + span.num_keys]
-                )
+                keys_values = KeysValues(k_TKH[in_row : in_row + span.num_keys], v_TKW[in_row : in_row + span.num_keys])
             self._ancestor(q_TNH, options, row, span, keys_values, out_TNW, lse_TN)
         if options.sinks_N is not None:  # a sink adds exp(sink) to the softmax's denominator and nothing to its sum
             out_TNW *= torch.sigmoid(lse_TN - options.sinks_N.float())[..., None].to(out_TNW.dtype)

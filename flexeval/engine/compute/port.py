@@ -40,10 +40,25 @@ Attend = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 
 
 class AttentionPort:
-    """The engine puts the current row's attention here before it calls a layer."""
+    """The engine puts the current row's attention here before it calls a layer; the layer takes it."""
 
     def __init__(self) -> None:
-        self.attend: Attend | None = None
+        self._attend: Attend | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no layer has taken what was put here: a layer that does not attend through transformers' interface."""
+        return self._attend is not None
+
+    def put(self, attend: Attend | None) -> None:
+        """Set the attention of the next layer call."""
+        self._attend = attend
+
+    def take(self) -> Attend:
+        """The attention of the layer that is running; once per call."""
+        assert self._attend is not None, "a layer attends outside a sweep, or twice"
+        attend, self._attend = self._attend, None
+        return attend
 
 
 def register_attention() -> None:
@@ -65,7 +80,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. Raises `UnsupportedModelError` for an argument we would have to ignore."""
+    """Transformers' attention interface. Raises `UnsupportedModelError` for an argument we would have to ignore."""
     unknown = sorted(name for name, value in kwargs.items() if name not in _HARMLESS and value is not None)
     if attention_mask is not None:
         unknown.append("attention_mask")
@@ -76,17 +91,12 @@ def _attention(
             f"attention of {type(module).__name__} asks for {', '.join(unknown)}, which the engine does not implement",
             mend="Choose another model, or the backend transformers",
         )
-    attend = module.attention_port.attend
-    assert attend is not None, "a layer was called outside a sweep"
+    attend = module.attention_port.take()
     options = AttentionOptions(
         scale=scaling if scaling is not None else query_1NTH.shape[-1] ** -0.5,
         window=sliding_window,
         softcap=softcap,
         sinks_N=s_aux,
     )
-    out_TNH = attend(
-        query_1NTH[0].transpose(0, 1), key_1KTH[0].transpose(0, 1), value_1KTH[0].transpose(0, 1), options
-    )
+    out_TNH = attend(query_1NTH[0].transpose(0, 1), key_1KTH[0].transpose(0, 1), value_1KTH[0].transpose(0, 1), options)
     return out_TNH[None], None
-
-

@@ -80,12 +80,12 @@ def read_row(
         index_R = torch.tensor(chunk, device=hidden_1TD.device)
         logits_RV = head(hidden_1TD[:, index_R])[0].float()
         logprobs_RV = logits_RV.log_softmax(-1)
-        tops = _top(logprobs_RV, num_top_logprobs)
+        tops = top_logprobs(logprobs_RV, num_top_logprobs)
         items = [(i, score) for i, score in enumerate(plan.scores) if score.offset in place]
         for (i, score), logprob in zip(items, _gather(logprobs_RV, place, [s for _, s in items]), strict=True):
             scored[i] = Scored(_finite(logprob), tops[place[score.offset]])
         pairs = [(i, offset, request) for i, (offset, request) in enumerate(plan.generators) if offset in place]
-        tokens = _draw(
+        tokens = draw_tokens(
             logits_RV,
             [place[offset] for _, offset, _ in pairs],
             [requests[request] for *_, request in pairs],
@@ -106,14 +106,15 @@ def _gather(logprobs_RV: Tensor, place: Mapping[int, int], scores: Sequence[Scor
     return logprobs_RV[rows, tokens].tolist()  # type: ignore[no-any-return]
 
 
-def _top(logprobs_RV: Tensor, num_top: int) -> list[TopLogprobs]:
+def top_logprobs(logprobs_RV: Tensor, num_top: int) -> list[TopLogprobs]:
+    """The `num_top` most probable tokens of each row."""
     if num_top == 0:
         return [()] * logprobs_RV.shape[0]
     values, tokens = logprobs_RV.topk(min(num_top, logprobs_RV.shape[1]), dim=-1)
     return [tuple(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
 
 
-def _draw(
+def draw_tokens(
     logits_RV: Tensor, rows: Sequence[int], requests: Sequence[TokenRequest], num_drawn: Sequence[int]
 ) -> list[int]:
     """The next token of each request: the most probable, or a sample from its own random stream."""

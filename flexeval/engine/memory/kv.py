@@ -154,9 +154,7 @@ class KVCache:
         self._trace.moved("kv_in", num_tokens * log.token_bytes)
         return log.shaped(buffer)
 
-    def _append(
-        self, layer: int, keep: Keep, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext
-    ) -> None:
+    def _append(self, layer: int, keep: Keep, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> None:
         log = self._log(layer, keep.group, keys_TKH, values_TKW)
         spans = [slice(start, start + length) for start, length in keep.spans]
         tokens_CKX = torch.cat([torch.cat([keys_TKH[span], values_TKW[span]], dim=-1) for span in spans])

@@ -1,0 +1,55 @@
+"""What a backend is: requests in, completions out, and what it cost. Knows no backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flexeval.request import Completion, Request
+
+OnCompletions = Callable[[Sequence[tuple[int, Completion]]], None]
+"""Told which requests (by index) are answered, as soon as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a backend has used since it was loaded."""
+
+    load_s: float
+    """Seconds to load the weights."""
+    num_prompt_tokens: int
+    """Prompt tokens of all sequences."""
+    num_computed_prompt_tokens: int
+    """Prompt tokens that were computed; fewer where shared ones are computed once."""
+    num_generated_tokens: int
+    """Tokens generated."""
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    """Largest use of each memory tier; tiers that were not measured are absent."""
+    policy: dict[str, Any] = field(default_factory=dict)
+    """The policy that ran, as JSON; empty where there is none."""
+    lanes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Per lane: `num_bytes` moved and `busy_s` seconds it was busy."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase of the work."""
+
+
+class Backend(Protocol):
+    """Answers requests with one model."""
+
+    name: str
+    """As it appears in reports."""
+
+    def generate(
+        self, requests: Sequence[Request], *, on_completions: OnCompletions = lambda completions: None
+    ) -> list[Completion]:
+        """Answer all requests, in their order. Raises; never answers a failed request with an empty completion."""
+        ...
+
+    def usage(self) -> Usage:
+        """What was used so far."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory, threads and files."""
+        ...

@@ -1,0 +1,117 @@
+"""Opening a model for a backend: its files, parts, weights, tokenizer and types. Knows what goes together; not how to run it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from flexeval.backends.text import TextHalf
+from flexeval.config import Setting
+from flexeval.engine.checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.family import check_family
+from flexeval.engine.memory.codec import Codec, Int4Codec
+from flexeval.errors import ConfigError, ModelError
+from flexeval.models import ModelSource, resolve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenModel:
+    """A model that is known to be right for the engine, before any weight is loaded."""
+
+    source: ModelSource
+    """Where its files lie."""
+    setting: Setting
+    """How it is compressed."""
+    codec: Codec | None
+    """What the setting does to matrices; None leaves them as they are."""
+    device: torch.device
+    """Where layers are computed."""
+    anatomy: Anatomy
+    """Its parts."""
+    checkpoint: Checkpoint
+    """Its weights."""
+    text: TextHalf
+    """Its tokenizer."""
+
+
+def open_model(model: str | ModelSource, *, setting: str | Setting, device: str, dtype: str) -> OpenModel:
+    """Find a model and check that it can be answered rightly.
+
+    Raises:
+        FlexevalError: It cannot be found, read or run, or an option is unknown.
+    """
+    chosen = Setting.parse(setting) if isinstance(setting, str) else setting
+    place = _pick_device(device)
+    source = resolve(model) if isinstance(model, str) else model
+    config = _read_config(source)
+    check_family(config)
+    anatomy = Anatomy(config, _pick_dtype(dtype, config, place))
+    return OpenModel(
+        source=source,
+        setting=chosen,
+        codec=Int4Codec(chosen.weight_group_size) if chosen.weight_bits == 4 else None,
+        device=place,
+        anatomy=anatomy,
+        checkpoint=RandomCheckpoint(anatomy) if source.is_dummy else SafetensorsCheckpoint(anatomy, source.directory),
+        text=TextHalf(source.tokenizer_dir, context_length=anatomy.context_length, eos_ids=_eos_ids(source, config)),
+    )
+
+
+def _pick_device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"unknown device {name!r}", mend="Devices are: auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no usable CUDA device", where="--device", mend="Use --device cpu")
+    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+
+
+def _pick_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in types:
+        return types[name]
+    if name != "auto":
+        raise ConfigError(f"unknown dtype {name!r}", mend=f"Types are: auto, {', '.join(types)}")
+    if device.type == "cuda":
+        stored = getattr(config.get_text_config(), "dtype", None)
+        return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+    return torch.bfloat16 if _is_bfloat16_faster() else torch.float32
+
+
+def _is_bfloat16_faster(num_tokens: int = 256, size: int = 768) -> bool:
+    """Time a small product in both types: only some processors multiply bfloat16 natively."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, w = torch.randn(num_tokens, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def _read_config(source: ModelSource) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.directory)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the configuration cannot be used: {error}", where=str(source.directory), mend="Fetch the model again"
+        ) from error
+
+
+def _eos_ids(source: ModelSource, config: PretrainedConfig) -> frozenset[int]:
+    """The tokens that end a text: of the generation configuration where there is one, else of the model's."""
+    value: Any = config.get_text_config().eos_token_id
+    if (source.directory / "generation_config.json").is_file():
+        value = GenerationConfig.from_pretrained(source.directory).eos_token_id or value
+    if value is None:
+        return frozenset()
+    return frozenset([value] if isinstance(value, int) else value)

@@ -1,0 +1,175 @@
+"""Wrong answers are refused, not discovered: before a model runs, a tiny one of its kind is held against transformers.
+
+Knows how to shrink a model's configuration without losing what makes its family special; not how to run the real one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+import flexeval
+from flexeval.cache import cached_directory
+from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.executor import Executor
+from flexeval.errors import UnsupportedModelError
+from flexeval.policy.policy import Policy
+from flexeval.request import TokenRequest
+
+TOLERANCE = 1e-4
+"""Largest difference of a log-probability in float32."""
+_MAX_LAYERS = 6
+_LIMITS = {
+    "vocab_size": 160,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "n_inner": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "sliding_window": 8,
+    "initializer_range": 0.05,
+    "init_std": 0.05,
+}
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Refuse a model whose family the engine would answer wrongly; a family found right is not checked again.
+
+    Raises:
+        UnsupportedModelError: With the difference that was measured.
+    """
+    try:
+        tiny = shrink(config)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"the {config.model_type} family is not built of attention layers as the engine knows them: {error}",
+            mend="Choose another model (Llama, Qwen, Mistral, OPT, ...)",
+        ) from error
+    versions = (flexeval.__version__, torch.__version__, transformers.__version__)
+    key = hashlib.sha256(json.dumps([versions, tiny.to_dict()], sort_keys=True, default=str).encode()).hexdigest()
+    cached_directory("families", f"{config.model_type}-{key[:24]}", lambda _: _compare(tiny))
+
+
+def shrink(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of a tiny model of the same class and flags: fewer, smaller layers of every kind it has."""
+    tiny = copy.deepcopy(config)
+    text = tiny.get_text_config()
+    num_layers = text.num_hidden_layers
+    keep = _layers_of_every_kind(text)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == num_layers and num_layers > keep:
+            setattr(text, name, type(value)(value[:keep]))
+    text.num_hidden_layers = keep
+    for name, limit in _LIMITS.items():
+        value = getattr(text, name, None)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(text, name, limit if isinstance(limit, float) else min(value, limit))
+    _shrink_heads(text)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(token := getattr(text, name, None), int):
+            setattr(text, name, token % text.vocab_size)
+        elif isinstance(token, list):
+            setattr(text, name, [one % text.vocab_size for one in token])
+    if not getattr(text, "rope_parameters", None):  # learned positions: a table of them
+        text.max_position_embeddings = min(getattr(text, "max_position_embeddings", 256), 256)
+    return tiny
+
+
+def _layers_of_every_kind(text: PretrainedConfig) -> int:
+    """How many leading layers hold every kind of layer that the model names, three at least."""
+    keep = max(3, min(getattr(text, "first_k_dense_replace", None) or 0, 1) + 1)
+    for value in vars(text).values():
+        if isinstance(value, list | tuple) and len(value) == text.num_hidden_layers:
+            kinds = [str(kind) for kind in value]
+            keep = max([keep, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    return min(keep, _MAX_LAYERS, text.num_hidden_layers)
+
+
+def _shrink_heads(text: PretrainedConfig) -> None:
+    """Four query heads at most, as many to a KV head as in the model, each of its own size."""
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None)
+    hidden_size = text.hidden_size
+    head_size = getattr(text, "head_dim", None) or hidden_size // heads
+    new_heads = min(heads, 4)
+    if isinstance(kv_heads, int):
+        new_kv_heads = max(1, new_heads * kv_heads // heads)
+        text.num_key_value_heads = new_kv_heads
+        new_heads = new_kv_heads * max(1, new_heads // new_kv_heads)
+    text.num_attention_heads = new_heads
+    text.hidden_size = new_heads * head_size
+    if isinstance(projection := getattr(text, "word_embed_proj_dim", None), int):
+        text.word_embed_proj_dim = text.hidden_size if projection == hidden_size else text.hidden_size // 2
+
+
+def _compare(config: PretrainedConfig) -> None:
+    """Run the tiny model both ways. Raises `UnsupportedModelError`."""
+    rng_state = torch.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        oracle = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        requests = _requests(config.get_text_config().vocab_size)
+        anatomy = Anatomy(config, torch.float32)
+        worst = 0.0
+        for policy in (Policy(), Policy(row_tokens=24, sweep_tokens=64, group_sequences=2, num_groups=2)):
+            checkpoint = StateDictCheckpoint(anatomy, oracle.state_dict())
+            with Executor(
+                anatomy, checkpoint, policy, codec=None, device=torch.device("cpu"), disk_tier=None
+            ) as executor:
+                results = executor.execute(requests)
+            for request, result in zip(requests, results, strict=True):
+                measured = [*result.prompt_logprobs[1:], *result.logprobs]
+                expected = _oracle_logprobs(oracle, [*request.prompt_ids, *result.token_ids])
+                worst = max(worst, *(abs(a - b) for a, b in zip(measured, expected, strict=True)))
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a family trips over, it cannot be trusted
+        raise UnsupportedModelError(
+            f"the {config.model_type} family cannot run here: {type(error).__name__}: {error}",
+            mend="Choose another model",
+        ) from error
+    finally:
+        torch.set_rng_state(rng_state)
+    if not worst <= TOLERANCE:
+        raise UnsupportedModelError(
+            f"the {config.model_type} family would be answered wrongly: "
+            f"log-probabilities differ from transformers' by {worst:.2g} (at most {TOLERANCE:g} is right)",
+            mend="Choose another model",
+        )
+
+
+def _requests(vocab_size: int) -> list[TokenRequest]:
+    """Ragged prompts, some with a shared header, that score and generate past a window of attention."""
+    tokens = torch.randint(3, vocab_size, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    header = tokens[:40]
+    prompts = [header + tokens[40:47], header + tokens[50:63], tokens[70:73], tokens[80:115], header + tokens[120:121]]
+    return [
+        TokenRequest(prompt_ids=tuple(prompt), max_tokens=3 + index, score_prompt=True)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+@torch.inference_mode()
+def _oracle_logprobs(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
+    """Log-probability of each token but the first, given those before it."""
+    logits_TV = model(torch.tensor([token_ids])).logits[0].float()
+    logprobs_TV = logits_TV[:-1].log_softmax(-1)
+    return logprobs_TV[torch.arange(len(token_ids) - 1), torch.tensor(token_ids[1:])].tolist()  # type: ignore[no-any-return]
