@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
 
 from flexeval.config import format_size
 from flexeval.report import format as show
@@ -50,7 +49,8 @@ def source(name: str) -> str:
 
 
 def _harmless(value: Any) -> Any:
-    return show.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    is_markup = hasattr(value, "__html__")  # made by a macro or marked `safe` in a template, not data
+    return show.visible(value) if isinstance(value, str) and not is_markup else value
 
 
 def _score(value: float, in_points: bool) -> str:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
 
 from flexeval.report import format as show
 from flexeval.report.render import chart
@@ -29,35 +28,31 @@ def page(comparison: Comparison) -> str:
     data = drill_down(comparison)
     per, unit = show.rate_unit([row.questions_per_s for row in comparison.settings if row.questions_per_s])
     picture = chart.trade_off(comparison)
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            c=comparison,
-            verdicts=verdicts(comparison),
-            answer=answer(comparison),
-            chart=picture,
-            canvas=chart,
-            data=data,
-            json=htmlsafe_json_dumps(data, ensure_ascii=False, separators=(",", ":")),
-            # Our own files, not data: the only text on the page that is not escaped.
-            style=Markup(style),
-            script=Markup(script),
-            policy=(
-                f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-                "base-uri 'none'; form-action 'none'"
-            ),
-            per=per,
-            unit=unit,
-            nothing=show.NOTHING,
-            significant=SIGNIFICANT,
-            overall_scale=_scale(row.difference.estimate for row in comparison.settings if row.difference),
-            task_scales=_task_scales(comparison),
-            tiers=list(dict.fromkeys(tier for row in comparison.settings for tier in row.result.peak_bytes)),
-            lanes=_lanes(comparison),
-            sources=[row.task for row in comparison.tasks if row.task.source],
-            left_out=[row.task.name for row in comparison.tasks if row.task.name not in comparison.averaged],
-        )
+    template = environment().get_template("report.html")
+    return template.render(
+        c=comparison,
+        verdicts=verdicts(comparison),
+        answer=answer(comparison),
+        chart=picture,
+        canvas=chart,
+        data=data,
+        json=htmlsafe_json_dumps(data, ensure_ascii=False, separators=(",", ":")),
+        style=style,
+        script=script,
+        policy=(
+            f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+            "base-uri 'none'; form-action 'none'"
+        ),
+        per=per,
+        unit=unit,
+        nothing=show.NOTHING,
+        significant=SIGNIFICANT,
+        overall_scale=_scale(row.difference.estimate for row in comparison.settings if row.difference),
+        task_scales=_task_scales(comparison),
+        tiers=list(dict.fromkeys(tier for row in comparison.settings for tier in row.result.peak_bytes)),
+        lanes=_lanes(comparison),
+        sources=[row.task for row in comparison.tasks if row.task.source],
+        left_out=[row.task.name for row in comparison.tasks if row.task.name not in comparison.averaged],
     )
 
 
