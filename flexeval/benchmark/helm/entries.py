@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from helm.benchmark.presentation.run_entry import RunEntry
@@ -14,6 +14,8 @@ from flexeval.benchmark.suites import Suite
 
 _SILENT = frozenset(
     {
+        "eval_split",
+        "follow_format_instructions",
         "max_eval_instances",
         "max_tokens",
         "max_train_instances",
@@ -52,20 +54,19 @@ def task_names(specs: Sequence[RunSpec]) -> list[str]:
 
     Where the short names of two runs are equal, both get all their arguments.
     """
-    short = [_name(spec, _SILENT) for spec in specs]
+    short = [short_name(spec.name) for spec in specs]
     times = Counter(short)
-    names = [name if times[name] == 1 else _name(spec, {"model"}) for name, spec in zip(short, specs, strict=True)]
+    names = [
+        name if times[name] == 1 else short_name(spec.name, hidden={"model"})
+        for name, spec in zip(short, specs, strict=True)
+    ]
     assert len(set(names)) == len(names), f"two runs of one name: {names}"
     return names
 
 
-def _limit(spec: RunSpec, max_eval_instances: int | None) -> RunSpec:
-    limits = [limit for limit in (spec.adapter_spec.max_eval_instances, max_eval_instances) if limit is not None]
-    return replace(spec, adapter_spec=replace(spec.adapter_spec, max_eval_instances=min(limits) if limits else None))
-
-
-def _name(spec: RunSpec, hidden: Iterable[str]) -> str:
-    head, _, tail = spec.name.partition(":")
+def short_name(text: str, *, hidden: Collection[str] = _SILENT) -> str:
+    """Return the name of a run, or a run entry, without its `hidden` arguments: `mmlu: abstract_algebra`."""
+    head, _, tail = text.partition(":")
     arguments = [argument.partition("=") for argument in tail.split(",") if argument]
     shown = [
         value if value and not value[0].isdigit() else f"{key}={value}"
@@ -73,3 +74,8 @@ def _name(spec: RunSpec, hidden: Iterable[str]) -> str:
         if key not in hidden
     ]
     return f"{head}: {', '.join(shown)}" if shown else head
+
+
+def _limit(spec: RunSpec, max_eval_instances: int | None) -> RunSpec:
+    limits = [limit for limit in (spec.adapter_spec.max_eval_instances, max_eval_instances) if limit is not None]
+    return replace(spec, adapter_spec=replace(spec.adapter_spec, max_eval_instances=min(limits) if limits else None))

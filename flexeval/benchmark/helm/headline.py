@@ -14,7 +14,7 @@ from helm.benchmark.metrics.basic_metrics import compute_perplexity_metrics
 from helm.benchmark.metrics.metric import PerInstanceStats
 from helm.benchmark.metrics.metric_name import MetricName
 from helm.benchmark.metrics.statistic import Stat, merge_stat
-from helm.benchmark.scenarios.scenario import Scenario
+from helm.benchmark.scenarios.scenario import TEST_SPLIT, Scenario
 
 from flexeval.benchmark.helm.runs import AdaptedRun
 from flexeval.errors import ResultsError
@@ -79,7 +79,8 @@ def choose_headline(run: AdaptedRun, stats: Mapping[Question, Mapping[str, float
     """
     declared = _declared(run.scenario)
     splits = Counter(str(state.instance.split) for state in _asked(run))
-    split = declared.split if declared and declared.split in splits else splits.most_common(1)[0][0]
+    wanted = declared.split if declared else TEST_SPLIT
+    split = wanted if wanted in splits else splits.most_common(1)[0][0]
     computed = {name for values in stats.values() for name in values}
     candidates = [declared.metric, *PREFERENCE] if declared else PREFERENCE
     for metric in candidates:

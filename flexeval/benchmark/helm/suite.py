@@ -16,7 +16,7 @@ from helm.benchmark.runner import set_benchmark_output_path
 
 from flexeval.benchmark.data import lay_out, packaged_source
 from flexeval.benchmark.helm.convert import Batch
-from flexeval.benchmark.helm.entries import build_run_specs, task_names
+from flexeval.benchmark.helm.entries import build_run_specs, short_name, task_names
 from flexeval.benchmark.helm.headline import LOWER_IS_BETTER, choose_headline, instance_results, question_stats
 from flexeval.benchmark.helm.log import helm_talks_to
 from flexeval.benchmark.helm.missing import MissingData, diagnose, missing_for_metrics
@@ -66,7 +66,7 @@ class HelmSuite:
         progress: Progress = lambda what, num_done, num_steps: None,
     ):
         self.skipped: dict[str, str] = {}
-        """Tasks (or entries that HELM could not build without their data) that are not run, and why."""
+        """Tasks that are not run because their data cannot be had, and why; known after `collect`."""
         self._suite = suite
         self._card = card
         self._output = output.resolve()
@@ -94,13 +94,15 @@ class HelmSuite:
             special = register(self._card, local)
             self._room = RunRoom(self._output, local, self._suite.name, special.added_prefix)
             set_benchmark_output_path(str(self._output))  # some run specs read data from there
-        missing: dict[str, MissingData] = {}
+        missing: dict[str, list[MissingData]] = defaultdict(list)
         with impatient_downloads():
             specs = self._build_specs(missing)
             self._runs = self._adapt(self._room, specs, missing)
         if missing and not (self._skip_missing and self._runs):
             raise _missing_data_error(missing, len(missing) + len(self._runs))
-        self.skipped = {task: f"no data at {path}: {reason}" for task, (path, reason) in missing.items()}
+        self.skipped = {
+            task: "; ".join(f"no data at {path}: {reason}" for path, reason in found) for task, found in missing.items()
+        }
         return list(dict.fromkeys(request for run in self._runs.values() for request in run.requests))
 
     def score(self, completions: Sequence[Completion]) -> Scored:
@@ -142,47 +144,47 @@ class HelmSuite:
         write_schema(self._output / "schema.yaml", self._suite, scored.tasks)
         return scored
 
-    def _build_specs(self, missing: dict[str, MissingData]) -> dict[str, RunSpec]:
+    def _build_specs(self, missing: dict[str, list[MissingData]]) -> dict[str, RunSpec]:
         specs: list[RunSpec] = []
         for entry in self._suite.entries:
             try:
                 with helm_talks_to(self._log):
                     specs += build_run_specs(entry, self._suite, self._card.deployment, self._max_eval_instances)
+            except FlexevalError:
+                raise
             except Exception as error:
                 found = diagnose(error)
-                if found is None and isinstance(error, FlexevalError):
-                    raise
                 if found is None:
                     raise ConfigError(
                         f"HELM cannot build the run entry {entry!r}: {error}",
                         where=str(self._suite.path),
                         mend="Correct its name and arguments",
                     ) from error
-                missing[entry] = found
+                missing[short_name(entry)].append(found)
         return dict(zip(task_names(specs), specs, strict=True))
 
     def _adapt(
-        self, room: RunRoom, specs: Mapping[str, RunSpec], missing: dict[str, MissingData]
+        self, room: RunRoom, specs: Mapping[str, RunSpec], missing: dict[str, list[MissingData]]
     ) -> dict[str, AdaptedRun]:
         runs: dict[str, AdaptedRun] = {}
         for num_done, (task, spec) in enumerate(specs.items()):
             self._progress(f"reading {task}", num_done, len(specs))
-            found = missing_for_metrics(spec)
-            if found is None:
-                try:
-                    with helm_talks_to(self._log):
-                        run = room.adapt(spec)
-                except Exception as error:
-                    found = diagnose(error)
-                    if found is None:
-                        raise
-                else:
-                    if run.requests:
-                        runs[task] = run
-                        continue
-                    folder = self._scenarios / run.scenario.name
-                    found = MissingData(path=str(folder), reason="the data there hold no questions for this task")
-            missing[task] = found
+            if found := missing_for_metrics(spec):
+                missing[task].append(found)
+            try:
+                with helm_talks_to(self._log):
+                    run = room.adapt(spec)
+            except Exception as error:
+                found = diagnose(error)
+                if found is None:
+                    raise
+                missing[task].append(found)
+                continue
+            if not run.requests:
+                folder = self._scenarios / run.scenario.name
+                missing[task].append(MissingData(path=str(folder), reason="they hold no questions for this task"))
+            if task not in missing:
+                runs[task] = run
         return runs
 
     def _source(self, run: AdaptedRun) -> str:
@@ -192,12 +194,13 @@ class HelmSuite:
         return run.scenario.description
 
 
-def _missing_data_error(missing: Mapping[str, MissingData], num_tasks: int) -> DataError:
+def _missing_data_error(missing: Mapping[str, Sequence[MissingData]], num_tasks: int) -> DataError:
     tasks_of: dict[str, list[str]] = defaultdict(list)
     for task, found in missing.items():
-        tasks_of[found.path].append(task)
+        for path, _ in found:
+            tasks_of[path].append(task)
     places = "; ".join(f"{path} for {', '.join(tasks)}" for path, tasks in tasks_of.items())
-    first = next(iter(missing.values()))
+    first = next(iter(missing.values()))[0]
     return DataError(
         f"{len(missing)} of {num_tasks} tasks have no data. Expected: {places}. First failure: {first.reason}",
         mend="Place the data there, connect to the network, or run the other tasks with --skip-missing",
