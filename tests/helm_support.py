@@ -1,0 +1,118 @@
+"""A tiny tokenizer and an engine that answers from a hash: what the HELM tests run on instead of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
+from flexeval.benchmark.suites import Suite
+from flexeval.request import Completion, FinishReason, Request
+
+CONTEXT = 2048
+TRAINING_TEXT = [
+    "Question: Which of these? A. one B. two C. three D. four Answer: A",
+    "The answer is 12. The following are multiple choice questions (with answers) about common sense.",
+    "Please solve the following problem. Target: yes no Input: < { } > Output: ( [ ] ) 0 1 2 3 4 5 6 7 8 9",
+]
+_SCRATCH = tempfile.TemporaryDirectory(prefix="flexeval-test-")
+
+
+@cache
+def tokenizer_dir(*, adds_bos: bool = False) -> Path:
+    """A byte-level tokenizer with end-of-text and BOS tokens; any text goes through it unchanged."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<eos>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(TRAINING_TEXT * 20, trainer)
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder = Path(_SCRATCH.name) / f"tokenizer-{adds_bos}"
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+def build_card(*, name: str = "flexeval/tiny", setting: str = "none", adds_bos: bool = False) -> ModelCard:
+    return ModelCard(
+        name=f"{name}-bos" if adds_bos else name,
+        model="tiny",
+        setting=setting,
+        tokenizer_dir=tokenizer_dir(adds_bos=adds_bos),
+        max_sequence_length=CONTEXT,
+    )
+
+
+def build_suite(*entries: str, max_eval_instances: int | None = 8, num_train_trials: int = 1) -> Suite:
+    """A suite that is not in any file."""
+    return Suite(
+        name="test",
+        path=Path("test.conf"),
+        entries=entries,
+        max_eval_instances=max_eval_instances,
+        num_train_trials=num_train_trials,
+    )
+
+
+def run_suite(suite: Suite, output: Path, card: ModelCard) -> tuple[list[Request], list[Completion], Scored]:
+    """Collect, answer with the fake engine, score."""
+    helm_suite = HelmSuite(suite, card, output=output)
+    requests = helm_suite.collect()
+    completions = FakeEngine(card.tokenizer_dir).generate(requests)
+    return requests, completions, helm_suite.score(completions)
+
+
+class FakeEngine:
+    """Answers like an engine: real tokens, true counts, and content that depends on the request alone."""
+
+    def __init__(self, folder: Path):
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.batches: list[list[Request]] = []
+        self.is_open = False
+
+    def __enter__(self) -> FakeEngine:
+        self.is_open = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.is_open = False
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self.batches.append(list(requests))
+        answers = []
+        for request in requests:
+            first, *others = [self._complete(request, index) for index in range(request.num_completions)]
+            answers.append(replace(first, alternatives=tuple(others)))
+        return answers
+
+    def _complete(self, request: Request, index: int) -> Completion:
+        content = f"{request.prompt}|{request.seed}|{index}"
+        rng = random.Random(int(hashlib.md5(content.encode()).hexdigest(), 16))
+        has_bos = str(request.prompt).startswith("<s>")
+        prompt_ids = self._tokenizer.encode(request.prompt, add_special_tokens=not has_bos)
+        text = rng.choice([" A", " B", " C", " D", " yes", " } >", " The answer is 12."])
+        ids = self._tokenizer.encode(text, add_special_tokens=False)[: request.max_tokens]
+        shown = [*prompt_ids, *ids] if request.echo else ids
+        return Completion(
+            text=self._tokenizer.decode(shown),
+            token_ids=tuple(shown),
+            tokens=tuple(self._tokenizer.decode([one]) for one in shown),
+            logprobs=tuple(0.0 if request.echo and place == 0 else -rng.random() for place in range(len(shown))),
+            finish_reason=FinishReason.LENGTH if len(ids) == request.max_tokens else FinishReason.STOP,
+            num_prompt_tokens=len(prompt_ids),
+            num_generated_tokens=len(ids),
+            elapsed_s=0.25,
+        )
