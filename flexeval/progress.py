@@ -1,0 +1,100 @@
+"""What is going on, for a person who waits: a bar with an ETA on a terminal, a line now and then elsewhere.
+
+Knows rich and the clock; not what is being done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+Update = Callable[[int, int], None]
+"""(steps done, steps in all)."""
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress(Protocol):
+    """Shows one activity after another."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        ...
+
+    def activity(self, label: str) -> AbstractActivity:
+        """Show an activity while the `with` block runs; it yields the function to report steps with."""
+        ...
+
+
+class AbstractActivity(Protocol):
+    """A `with` block that yields an `Update`."""
+
+    def __enter__(self) -> Update: ...
+    def __exit__(self, *_: object) -> bool | None: ...
+
+
+class TerminalProgress:
+    """Bars on a terminal."""
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, markup=False, highlight=False)
+
+    @contextmanager
+    def activity(self, label: str) -> Iterator[Update]:
+        """A bar with steps, elapsed and remaining time."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=self._console) as bars:
+            task = bars.add_task(label, total=None)
+            yield lambda num_done, num_steps: bars.update(task, completed=num_done, total=num_steps)
+
+
+class LineProgress:
+    """Plain lines, at most one every quarter of a minute: for logs."""
+
+    def __init__(self, write: Callable[[str], None]):
+        self._write = write
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._write(text)
+
+    @contextmanager
+    def activity(self, label: str) -> Iterator[Update]:
+        """A line when it begins, one now and then, one when it ends."""
+        start = last = time.monotonic()
+        done = 0
+        self._write(f"{label} ...")
+
+        def update(num_done: int, num_steps: int) -> None:
+            nonlocal last, done
+            done, now = num_done, time.monotonic()
+            if now - last >= _SECONDS_BETWEEN_LINES and num_done:
+                last = now
+                left = (now - start) / num_done * (num_steps - num_done)
+                self._write(f"{label}: {num_done} of {num_steps}, about {left:.0f} s left")
+
+        yield update
+        self._write(f"{label}: done{f', {done}' if done else ''} in {time.monotonic() - start:.0f} s")
+
+
+def choose_progress(console: Console) -> Progress:
+    """Bars where somebody can see them, lines elsewhere."""
+    if console.is_terminal:
+        return TerminalProgress(console)
+    return LineProgress(lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
