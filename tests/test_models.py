@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flexeval.errors import ModelError
-from flexeval.models import ModelSource, resolve
+from flexeval.models import ModelSource, fingerprint, resolve
 
 TINY_LLAMA = {
     "model_type": "llama",
@@ -36,6 +36,24 @@ def test_a_directory_is_taken_as_it_is(directory: Path) -> None:
     assert source == ModelSource(
         ref=str(directory), name="my-model", directory=directory, tokenizer_dir=directory, is_dummy=False, note=""
     )
+
+
+def test_the_fingerprint_follows_the_files(directory: Path) -> None:
+    import os
+
+    source = resolve(str(directory))
+    seen = [fingerprint(source)]
+    assert fingerprint(source) == seen[0]
+    os.utime(directory / "config.json", ns=(0, 0))
+    assert fingerprint(source) == seen[0]
+    (directory / "config.json").write_text(json.dumps(TINY_LLAMA | {"rms_norm_eps": 0.5}))
+    seen.append(fingerprint(source))
+    weights = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    seen.append(fingerprint(source))
+    (directory / "tokenizer.json").write_text("{}")
+    seen.append(fingerprint(source))
+    assert len(set(seen)) == 4
 
 
 def test_a_directory_without_config(tmp_path: Path) -> None:
