@@ -1,4 +1,4 @@
-"""A tiny tokenizer and an engine that answers from a hash: what the HELM tests run on instead of a model."""
+"""What the HELM tests run on instead of a model: a tiny tokenizer, an engine that answers from a hash, a document."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from helm.benchmark.adaptation.common_adapter_specs import get_language_modeling_adapter_spec
+from helm.benchmark.metrics.common_metric_specs import get_language_modeling_metric_specs
+from helm.benchmark.run_spec import RunSpec, run_spec_function
+from helm.benchmark.scenarios.scenario import TEST_SPLIT, Input, Instance, Scenario, ScenarioMetadata, ScenarioSpec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -75,10 +79,38 @@ def run_suite(suite: Suite, output: Path, card: ModelCard) -> tuple[list[Request
     return requests, completions, helm_suite.score(completions)
 
 
+class DocumentScenario(Scenario):
+    """Two documents to be scored, the first longer than the context."""
+
+    name = "document"
+    description = "made for tests"
+    tags = ()
+
+    def get_instances(self, output_path: str) -> list[Instance]:
+        # HELM loses a token or two where its windows cut a character in pieces: the long text is ASCII.
+        texts = ["Dyck words ( [ ] ) of 12 letters. " * 200, "The answer is → 12 cafés."]
+        return [Instance(Input(text), references=[], split=TEST_SPLIT) for text in texts]
+
+    def get_metadata(self) -> ScenarioMetadata:
+        return ScenarioMetadata(name=self.name, main_metric="bits_per_byte", main_split=TEST_SPLIT)
+
+
+@run_spec_function("document")
+def get_document_spec() -> RunSpec:
+    return RunSpec(
+        name="document",
+        scenario_spec=ScenarioSpec(f"{__name__}.DocumentScenario"),
+        adapter_spec=get_language_modeling_adapter_spec(),
+        metric_specs=get_language_modeling_metric_specs([]),
+        groups=["document"],
+    )
+
+
 class FakeEngine:
     """Answers like an engine: real tokens, true counts, and content that depends on the request alone."""
 
     def __init__(self, folder: Path):
+        self.load_arguments: dict[str, object] = {}
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self.batches: list[list[Request]] = []
         self.is_open = False
@@ -103,6 +135,7 @@ class FakeEngine:
         rng = random.Random(int(hashlib.md5(content.encode()).hexdigest(), 16))
         has_bos = str(request.prompt).startswith("<s>")
         prompt_ids = self._tokenizer.encode(request.prompt, add_special_tokens=not has_bos)
+        assert len(prompt_ids) + request.max_tokens <= CONTEXT, "an engine refuses what does not fit"
         text = rng.choice([" A", " B", " C", " D", " yes", " } >", " The answer is 12."])
         ids = self._tokenizer.encode(text, add_special_tokens=False)[: request.max_tokens]
         shown = [*prompt_ids, *ids] if request.echo else ids

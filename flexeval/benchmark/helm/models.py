@@ -128,12 +128,13 @@ def register(card: ModelCard, local: Path) -> SpecialTokens:
         end_of_text_token=special.end_of_text,
         prefix_token=special.prefix,
     )
+    room = card.max_sequence_length - special.num_added  # the engine adds these tokens to what HELM sends
     deployment = ModelDeployment(
         name=card.deployment,
         model_name=card.deployment,
         tokenizer_name=card.name,
-        # HELM fits prompts into this without the tokens that the engine will add.
-        max_sequence_length=card.max_sequence_length - special.num_added,
+        max_request_length=room,
+        max_sequence_length=room - 1,  # HELM's for a document to be scored: it writes the prefix token before it
         client_spec=ClientSpec(
             CLIENT_CLASS, {"model": card.model, "setting": card.setting, "added_prefix": special.added_prefix}
         ),

@@ -1,0 +1,193 @@
+"""A suite in two phases: one list of requests, one list of answers, HELM's directories and one number per question."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helm_support import FakeEngine, build_card, build_suite, run_suite, tokenizer_dir
+
+from flexeval.benchmark.helm import HelmSuite
+from flexeval.errors import ConfigError, DataError, RequestError, ResultsError
+
+PATTERN = "synthetic_reasoning:model=text,mode=pattern_match,eval_split=test"
+NUMBERS = "simple_classification:model=text"
+LETTERS = "simple_mcqa:model=text"
+MISSING_GSM = "gsm:model=text"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HELM's downloads end at a closed door, at once; the hub is not asked."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+
+
+def test_all_runs_share_one_list_of_requests(tmp_path: Path) -> None:
+    suite = HelmSuite(build_suite(PATTERN, NUMBERS), build_card(), output=tmp_path)
+    requests = suite.collect()
+    assert len(requests) == len(set(requests)) == 16
+    assert [request.max_tokens for request in requests] == [50] * 8 + [5] * 8, "in the suite's order"
+    assert all(request.stop == ("\n",) and request.temperature == 0 for request in requests)
+    assert HelmSuite(build_suite(PATTERN, NUMBERS), build_card(), output=tmp_path).collect() == requests, "and again"
+
+
+def test_a_setting_changes_names_and_nothing_else(tmp_path: Path) -> None:
+    entries = build_suite(NUMBERS, LETTERS)
+    requests, _, plain = run_suite(entries, tmp_path, build_card())
+    again, _, packed = run_suite(entries, tmp_path, build_card(setting="w4"))
+    assert again == requests
+    assert packed.tasks == plain.tasks
+    pairs = list(zip(plain.instances, packed.instances, strict=True))
+    assert all((a.task, a.instance_id, a.score) == (b.task, b.instance_id, b.score) for a, b in pairs)
+    assert {(a.setting, b.setting) for a, b in pairs} == {("none", "w4")}
+    runs = [path.name for path in (tmp_path / "runs/test").iterdir() if "model=" in path.name]
+    assert Counter("tiny-w4" in name for name in runs) == {False: 2, True: 2}
+
+
+def test_results_say_what_was_asked_and_answered(tmp_path: Path) -> None:
+    requests, completions, scored = run_suite(build_suite(LETTERS, max_eval_instances=None), tmp_path, build_card())
+    (task,) = scored.tasks
+    assert (task.name, task.group, task.source, task.higher_is_better) == ("simple_mcqa", "simple_mcqa", "", True)
+    for request, completion, result in zip(requests, completions, scored.instances, strict=True):
+        assert result.prompt == request.prompt
+        assert result.output == completion.text
+        assert result.reference[0] in "ABCDE" and result.reference[1:3] == ". ", "letter and text"
+        assert result.score == float(completion.text.strip() == result.reference[0])
+        assert (result.num_prompt_tokens, result.num_generated_tokens) == (
+            completion.num_prompt_tokens,
+            completion.num_generated_tokens,
+        )
+    assert {result.score for result in scored.instances} <= {0.0, 1.0}
+
+
+def test_scores_are_those_of_helms_files(tmp_path: Path) -> None:
+    _, _, scored = run_suite(build_suite(LETTERS, NUMBERS, max_eval_instances=60), tmp_path, build_card())
+    for task in scored.tasks:
+        (folder,) = (tmp_path / "runs/test").glob(f"{task.name.split(':')[0]}*")
+        stats = json.loads((folder / "stats.json").read_text())
+        (mean,) = [stat["mean"] for stat in stats if stat["name"] == {"name": task.metric, "split": task.split}]
+        own = [result.score for result in scored.instances if result.task == task.name]
+        assert sum(own) / len(own) == pytest.approx(mean)
+
+
+def test_equal_requests_are_asked_once_and_share_their_time(tmp_path: Path) -> None:
+    suite = build_suite(LETTERS, f"{LETTERS},eval_split=test", max_eval_instances=None)
+    requests, completions, scored = run_suite(suite, tmp_path, build_card())
+    assert len(requests) < len(scored.instances)
+    assert sum(result.elapsed_s for result in scored.instances) == pytest.approx(
+        sum(completion.elapsed_s for completion in completions)
+    )
+
+
+def test_train_trials_are_questions_of_their_own(tmp_path: Path) -> None:
+    entry = "synthetic_reasoning_natural:model=text,difficulty=easy"
+    _, _, scored = run_suite(build_suite(entry, max_eval_instances=4, num_train_trials=2), tmp_path, build_card())
+    ids = [result.instance_id for result in scored.instances]
+    assert len(ids) == len(set(ids))
+    trials = Counter(identity.partition("-trial")[2] for identity in ids)
+    assert trials["0"] == trials["1"] > 0
+
+
+def test_the_callers_limit_is_over_the_suites(tmp_path: Path) -> None:
+    suite = build_suite(f"{NUMBERS},max_eval_instances=6", LETTERS)
+    assert len(HelmSuite(suite, build_card(), output=tmp_path).collect()) == 6 + 8
+    assert len(HelmSuite(suite, build_card(), output=tmp_path, max_eval_instances=3).collect()) == 3 + 3
+    assert len(HelmSuite(suite, build_card(), output=tmp_path, max_eval_instances=7).collect()) == 6 + 7
+
+
+def test_progress_is_told_and_helm_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told: list[tuple[str, int, int]] = []
+    suite = HelmSuite(build_suite(NUMBERS), build_card(), output=tmp_path, progress=lambda *step: told.append(step))
+    suite.score(FakeEngine(tokenizer_dir()).generate(suite.collect()))
+    assert told == [("reading simple_classification", 0, 1), ("scoring simple_classification", 0, 1)]
+    assert capfd.readouterr() == ("", "")
+    assert "eval instances" in (tmp_path / "helm.log").read_text()
+
+
+def test_every_missing_file_is_named_before_anything_runs(tmp_path: Path) -> None:
+    suite = build_suite(NUMBERS, MISSING_GSM, "mmlu:model=text,subject=anatomy", "legalbench:model=text,subset=proa")
+    with pytest.raises(DataError) as caught:
+        HelmSuite(suite, build_card(), output=tmp_path).collect()
+    text = str(caught.value)
+    assert text.startswith("3 of 4 tasks have no data.")
+    for path, task in (
+        ("gsm/gsm_data_train", "gsm"),
+        ("mmlu/data", "mmlu: anatomy"),
+        ("legalbench/prompt_construction_settings.json", "legalbench: proa"),
+    ):
+        assert f"{tmp_path}/scenarios/{path} for {task}" in text
+    assert "--skip-missing" in text and "\n" not in text
+
+
+def test_a_task_may_lack_several_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    with pytest.raises(DataError) as caught:
+        HelmSuite(build_suite("narrative_qa:model=text"), build_card(), output=tmp_path).collect()
+    assert f"{tmp_path}/nltk/tokenizers/punkt_tab for narrative_qa" in str(caught.value)
+    assert f"{tmp_path}/scenarios/narrativeqa/data/narrativeqa-master for narrative_qa" in str(caught.value)
+
+
+def test_a_data_set_of_the_hub_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    entry = "math:model=text,subject=algebra,level=1,use_chain_of_thought=True"
+    with pytest.raises(DataError, match="scenarios/MATH/data/hendrycks___competition_math for math: algebra, level=1"):
+        HelmSuite(build_suite(entry), build_card(), output=tmp_path).collect()
+
+
+def test_the_rest_runs_without_what_is_missing(tmp_path: Path) -> None:
+    suite = HelmSuite(build_suite(MISSING_GSM, NUMBERS), build_card(), output=tmp_path, skip_missing=True)
+    scored = suite.score(FakeEngine(tokenizer_dir()).generate(suite.collect()))
+    assert [task.name for task in scored.tasks] == ["simple_classification"]
+    assert suite.skipped.keys() == {"gsm"}
+    assert suite.skipped["gsm"].startswith(f"no data at {tmp_path}/scenarios/gsm/gsm_data_train: ")
+
+
+def test_nothing_left_to_run_is_an_error_all_the_same(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 of 1 tasks have no data"):
+        HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path, skip_missing=True).collect()
+
+
+def test_placed_data_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "scenarios/gsm"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        line = json.dumps({"question": f"What is 1 + 1 ({split})?", "answer": "1 + 1 = 2\n#### 2"})
+        (folder / f"gsm_data_{split}").write_text(f"{line}\n")
+    (request,) = HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path).collect()
+    assert request.prompt.endswith("Q: What is 1 + 1 (test)?\nA:")
+
+
+def test_data_without_the_questions_of_a_task_are_missing_data(tmp_path: Path) -> None:
+    (tmp_path / "scenarios/mmlu/data").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"scenarios/mmlu for mmlu: anatomy.*no questions for this task"):
+        HelmSuite(build_suite("mmlu:model=text,subject=anatomy"), build_card(), output=tmp_path).collect()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [("no_such_task:model=text", "no_such_task"), ("mmlu:model=text,topic=anatomy", "topic")],
+)
+def test_a_wrong_entry_is_named(entry: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        HelmSuite(build_suite(entry), build_card(), output=tmp_path).collect()
+    assert entry in caught.value.what
+
+
+def test_a_run_without_a_number_per_question_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexeval.benchmark.helm import headline
+
+    monkeypatch.setattr(headline, "PREFERENCE", ("wit",))
+    with pytest.raises(ResultsError, match=r"simple_classification.*only .*exact_match"):
+        run_suite(build_suite(NUMBERS), tmp_path, build_card())
+
+
+def test_a_request_that_cannot_be_honoured_stops_the_suite(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="temperature=-1 is out of range"):
+        HelmSuite(build_suite(f"{NUMBERS},temperature=-1"), build_card(), output=tmp_path).collect()
