@@ -99,7 +99,7 @@ def _download(repo: str) -> Path:
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"cannot download {repo!r}: the hub cannot be reached, and no earlier download is here",
-            mend=f"Name a local directory, or: {_near_matches(repo, _known_names())}",
+            mend=f"Name a local directory. {_near_matches(repo, _known_names())}",
         ) from error
     except (OSError, ValueError) as error:  # every other error of the hub is one of these
         raise ModelError(f"cannot download {repo!r}: {str(error).splitlines()[0]}", mend="Try again later") from error
@@ -214,7 +214,8 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def _unknown(ref: str, path: Path) -> ModelError:
-    siblings = [str(path.parent / sibling.name) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    neighbours = path.parent.iterdir() if path.parent.is_dir() else ()
+    siblings = [str(file) for file in neighbours if file.is_dir() or file.suffix == ".gguf"]
     return ModelError(
         f"no model {ref!r}: not a directory, a .gguf file, a hub name (org/name) or a name known here",
         mend=_near_matches(ref, [*_known_names(), *siblings]),
