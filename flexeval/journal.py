@@ -1,7 +1,7 @@
-"""Completed requests, durable: a run that is killed goes on where it stopped. Knows requests and files; not who answers.
+"""Completed requests, durable: a run that is killed goes on where it stopped.
 
-One file per model, setting and arithmetic, one JSON object a line, appended and synced after each sweep. A line that was
-cut short by a crash is dropped when the file is opened again.
+One file per model, setting and arithmetic, one JSON object a line, appended and synced after each sweep. A line that
+was cut short by a crash is dropped when the file is opened again. Knows requests and files; not who answers.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _run_setting(
         with Journal(out / "journal" / f"{setting.name}-{_journal_key(source, engine)}.jsonl") as journal:
             completions = _answer(engine, requests, journal, setting, progress)
             result = _cost(engine, setting, completions, journal)
-    with progress.activity(f"{setting.name}: scoring") as update:
+    with progress.activity(f"{setting.name}: scoring"):
         scored = helm.score(completions)
     return _Outcome(scored=scored, result=result, skipped=helm.skipped)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console
@@ -26,16 +26,9 @@ class Progress(Protocol):
         """Print a line."""
         ...
 
-    def activity(self, label: str) -> AbstractActivity:
+    def activity(self, label: str) -> AbstractContextManager[Update]:
         """Show an activity while the `with` block runs; it yields the function to report steps with."""
         ...
-
-
-class AbstractActivity(Protocol):
-    """A `with` block that yields an `Update`."""
-
-    def __enter__(self) -> Update: ...
-    def __exit__(self, *_: object) -> bool | None: ...
 
 
 class TerminalProgress:

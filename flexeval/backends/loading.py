@@ -1,4 +1,4 @@
-"""Opening a model for a backend: its files, parts, weights, tokenizer and types. Knows what goes together; not how to run it."""
+"""Opening a model: its files, parts, weights, tokenizer and types. Knows what goes together; not how to run it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def _is_bfloat16_faster(num_tokens: int = 256, size: int = 768) -> bool:
 
 def _read_config(source: ModelSource) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(source.directory)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.directory)
+        return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"the configuration cannot be used: {error}", where=str(source.directory), mend="Fetch the model again"

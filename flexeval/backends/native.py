@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from flexeval.backends.backend import OnCompletions, Usage
 from flexeval.backends.loading import OpenModel, open_model
@@ -156,9 +157,8 @@ class Engine:
         """The executor, its weights placed for this workload, and placed anew where their old place is too small."""
         opened = self._opened
         if self._hardware is None:  # measured before the engine itself fills the memory
-            self._hardware = detect(
-                "cuda" if opened.device.type == "cuda" else "cpu", self._limits, opened.anatomy.dtype
-            )
+            place: Literal["cuda", "cpu"] = "cuda" if opened.device.type == "cuda" else "cpu"
+            self._hardware = detect(place, self._limits, opened.anatomy.dtype)
         if self._executor is not None:
             try:
                 check(self._executor.policy, self._shape, workload, self._hardware)

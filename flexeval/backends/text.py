@@ -156,7 +156,7 @@ class TextHalf:
         return is_stopped
 
     def _token_text(self, token_id: int) -> str:
-        """A token's text; the bytes of a part of a character as `bytes:\\xNN`, HELM's way of writing them."""
+        r"""A token's text; the bytes of a part of a character as `bytes:\xNN`, HELM's way of writing them."""
         text = self.decode([token_id])
         if _REPLACEMENT not in text:
             return text
@@ -171,7 +171,7 @@ class TextHalf:
 
 
 def _stream(seed: int, index: int) -> int:
-    """The seed of completion `index`: streams of one request, and of requests with neighbouring seeds, are unrelated."""
+    """The seed of completion `index`; streams of one request, and of neighbouring seeds, are unrelated."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:7])
 
 

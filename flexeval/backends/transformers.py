@@ -35,7 +35,8 @@ class TransformersBackend:
         opened = open_model(model, setting=setting, device=device, dtype=dtype)
         self.text = opened.text
         self._device = opened.device
-        self._model = load_whole(opened).to(opened.device)
+        self._model = load_whole(opened)
+        self._model.to(opened.device)  # type: ignore[arg-type]
         self._load_s = time.perf_counter() - start
         self._num_prompt_tokens = self._num_generated_tokens = 0
 

@@ -144,7 +144,9 @@ class SafetensorsCheckpoint:
             meta = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
             slices = {key: read(key) for key in keys}
             config = LoadStateDictConfig(
-                device_map={"": "cpu"}, dtype=self._anatomy.dtype, weight_mapping=list(self._mapping)
+                device_map={"": "cpu"},
+                dtype=self._anatomy.dtype,
+                weight_mapping=list(self._mapping),  # type: ignore[arg-type]
             )
             try:
                 info, _ = convert_and_load_state_dict_in_model(model, slices, config, None)

@@ -1,4 +1,6 @@
-"""The engine's core: token requests in, token results out. Knows how the parts work together; not text, nor policy search.
+"""The engine's core: token requests in, token results out.
+
+Knows how the parts work together; neither text nor the search for a policy.
 
 `execute` is the algorithm: while there is work, plan a sweep, run it, read off what was asked, retire what is done.
 """

@@ -98,7 +98,7 @@ def _layers_of_every_kind(text: PretrainedConfig) -> int:
         if isinstance(value, list | tuple) and len(value) == text.num_hidden_layers:
             kinds = [str(kind) for kind in value]
             keep = max([keep, *(kinds.index(kind) + 1 for kind in set(kinds))])
-    return min(keep, _MAX_LAYERS, text.num_hidden_layers)
+    return min(keep, _MAX_LAYERS, int(text.num_hidden_layers))
 
 
 def _shrink_heads(text: PretrainedConfig) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from flexeval.engine.compute.readout import Drawn, Readout, Scored
 from flexeval.planning.groups import Group, make_groups
 from flexeval.planning.prefix import PrefixTree, build_tree
-from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, Keep, KeySource, RowPlan, Score
+from flexeval.planning.rowplans import LogStep, RowBuilder, SequenceStep
+from flexeval.planning.rows import RowPlan
 from flexeval.policy.policy import Policy
 from flexeval.request import FinishReason, TokenRequest, TokenResult
 
@@ -43,7 +44,16 @@ class Scheduler:
         )
         self._children = self.tree.children()
         self._group_of = {node: index for index, group in enumerate(self.groups) for row in group.rows for node in row}
-        self._is_scored = self._mark(lambda request: request.score_prompt)
+        is_scored = self._mark(lambda request: request.score_prompt)
+        self._kept_at: dict[int, int] = {}  # node -> where in its group's log its KV begins
+        self._rows = RowBuilder(
+            self.tree,
+            children=self._children,
+            group_of=self._group_of,
+            is_scored=is_scored,
+            is_generating=[request.max_tokens > 0 for request in requests],
+            kept_at=self._kept_at,
+        )
         self._decodes = self._mark(lambda request: request.max_tokens > 1)
         self._sequences = {
             request: _Sequence(node) for node, entry in enumerate(self.tree.nodes) for request in entry.prompts
@@ -53,13 +63,12 @@ class Scheduler:
         self._num_unfinished = [
             sum(len(self.tree.nodes[node].prompts) for row in group.rows for node in row) for group in self.groups
         ]
-        self._kept_at: dict[int, int] = {}  # node -> where in its group's log its KV begins
         self._log_lengths: dict[int, int] = {}
         self._decoding: dict[int, list[int]] = {}  # group -> requests that go on generating
         self._scores: dict[int, list[Scored]] = {
             node: [Scored(0.0, ())] * len(entry.token_ids)
             for node, entry in enumerate(self.tree.nodes)
-            if self._is_scored[node]
+            if is_scored[node]
         }
         self._weights: dict[int, int] = {}
         self._unassigned_s = 0.0
@@ -76,11 +85,12 @@ class Scheduler:
         admitted = self._admitted = self._admit(sum(row.num_tokens for row in rows))
         self._keep(admitted)
         place = {node: row for group in admitted for row in self.groups[group].rows for node in row}
-        rows += [
-            self._fresh_row(group, row, place=place, admitted=admitted)
-            for group in admitted
-            for row in self.groups[group].rows
-        ]
+        for group in admitted:
+            for row in self.groups[group].rows:
+                rows.append(self._rows.fresh(group, row, place=place))
+                for node in row:
+                    for request in self.tree.nodes[node].prompts:
+                        self._weights[request] = self._length(node)
         assert rows, "a sweep without rows"
         return rows
 
@@ -191,143 +201,39 @@ class Scheduler:
     def _length(self, node: int) -> int:
         return len(self.tree.nodes[node].token_ids)
 
-    # -- rows -------------------------------------------------------------------------------------------------------
-
-    def _fresh_row(
-        self, group: int, row: tuple[int, ...], *, place: dict[int, tuple[int, ...]], admitted: list[int]
-    ) -> RowPlan:
-        nodes = self.tree.nodes
-        spans: list[FreshSpan] = []
-        scores: list[Score] = []
-        generators: list[tuple[int, int]] = []
-        start = 0
-        for node in row:
-            length = self._length(node)
-            spans.append(FreshSpan(node=node, start=start, length=length))
-            last = start + length - 1
-            for request in nodes[node].prompts:
-                self._weights[request] = length
-                if self._requests[request].max_tokens > 0:
-                    generators.append((last, request))
-            if self._is_scored[node]:
-                ids = nodes[node].token_ids
-                scores += [Score(offset=start + i - 1, token_id=ids[i], node=node, index=i) for i in range(1, length)]
-            scores += [
-                Score(offset=last, token_id=nodes[child].token_ids[0], node=child, index=0)
-                for child in self._children[node]
-                if self._is_scored[child]
-            ]
-            start += length
-        starts = {span.node: span.start for span in spans}
-        kept = [span for span in spans if span.node in self._kept_at]
-        return RowPlan(
-            token_ids=tuple(token for node in row for token in nodes[node].token_ids),
-            positions=tuple(
-                nodes[node].first_position + offset for node in row for offset in range(self._length(node))
-            ),
-            fresh=tuple(spans),
-            ancestors=self._ancestors([(s.start, s.length, s.node) for s in spans], starts, place),
-            keeps=(
-                Keep(
-                    group=group,
-                    log_start=self._kept_at[kept[0].node],
-                    spans=tuple((span.start, span.length) for span in kept),
-                ),
-            )
-            if kept
-            else (),
-            scratch=tuple(
-                span for span in spans if any(place.get(child, row) is not row for child in self._subtree(span.node))
-            ),
-            scores=tuple(scores),
-            generators=tuple(generators),
-        )
-
-    def _subtree(self, node: int) -> list[int]:
-        """Descendants of a node."""
-        found: list[int] = []
-        pending = list(self._children[node])
-        while pending:
-            found.append(child := pending.pop())
-            pending += self._children[child]
-        return found
-
     def _decode_rows(self) -> list[RowPlan]:
-        rows: list[RowPlan] = []
-        batch: list[int] = []
+        """One step of every sequence in flight; groups share a row while their sequences fit in it."""
+        batches: list[list[LogStep]] = []
+        num_sequences = 0
         for group, requests in self._decoding.items():
             if not requests:
                 continue
-            num_sequences = sum(len(self._decoding[other]) for other in batch)
-            if batch and num_sequences + len(requests) > self._policy.group_sequences:
-                rows.append(self._decode_row(batch))
-                batch = []
-            batch.append(group)
-        return [*rows, self._decode_row(batch)] if batch else rows
+            if not batches or num_sequences + len(requests) > self._policy.group_sequences:
+                batches.append([])
+                num_sequences = 0
+            batches[-1].append(self._log_step(group, requests))
+            num_sequences += len(requests)
+        return [self._rows.decode(batch) for batch in batches]
 
-    def _decode_row(self, groups: list[int]) -> RowPlan:
-        spans: list[DecodeSpan] = []
-        keeps: list[Keep] = []
-        members: list[tuple[int, int, int]] = []
-        order: list[int] = []
-        for group in groups:
-            start, requests, log_length = len(order), self._decoding[group], self._log_lengths[group]
-            for offset, request in enumerate(requests):
-                self._sequences[request].own_log_tokens.append(log_length + offset)
-                members.append((start + offset, 1, self._sequences[request].node))
-                self._weights[request] = 1
-            spans.append(
-                DecodeSpan(
-                    group=group,
-                    start=start,
-                    log_length=log_length,
-                    own_tokens=tuple(tuple(self._sequences[request].own_log_tokens) for request in requests),
-                    first_own_positions=tuple(
-                        self.tree.nodes[self._sequences[request].node].first_position for request in requests
-                    ),
+    def _log_step(self, group: int, requests: list[int]) -> LogStep:
+        """The next token of a group's sequences, and where in the group's log its KV will lie."""
+        log_length = self._log_lengths[group]
+        self._log_lengths[group] += len(requests)
+        steps = []
+        for offset, request in enumerate(requests):
+            sequence = self._sequences[request]
+            sequence.own_log_tokens.append(log_length + offset)
+            self._weights[request] = 1
+            steps.append(
+                SequenceStep(
+                    request=request,
+                    node=sequence.node,
+                    token_id=sequence.drawn[-1].token_id,
+                    position=len(self._requests[request].prompt_ids) + len(sequence.drawn) - 1,
+                    own_log_tokens=tuple(sequence.own_log_tokens),
                 )
             )
-            keeps.append(Keep(group=group, log_start=log_length, spans=((start, len(requests)),)))
-            self._log_lengths[group] += len(requests)
-            order += requests
-        return RowPlan(
-            token_ids=tuple(self._sequences[request].drawn[-1].token_id for request in order),
-            positions=tuple(
-                len(self._requests[request].prompt_ids) + len(self._sequences[request].drawn) - 1 for request in order
-            ),
-            decode=tuple(spans),
-            ancestors=self._ancestors(members, {}, {}),
-            keeps=tuple(keeps),
-            generators=tuple(enumerate(order)),
-        )
-
-    def _ancestors(
-        self, members: list[tuple[int, int, int]], starts: dict[int, int], place: dict[int, tuple[int, ...]]
-    ) -> tuple[AncestorSpan, ...]:
-        """For each ancestor of the row's members (start, length, node): the tokens that see it, as one span."""
-        ranges: dict[int, tuple[int, int]] = {}
-        for start, length, node in members:
-            for ancestor in self.tree.path(node)[:-1]:
-                first, stop = ranges.get(ancestor, (start, start))
-                assert stop == start, (ancestor, first, stop, start, "descendants lie depth first, without a gap")
-                ranges[ancestor] = (first, start + length)
-        return tuple(
-            AncestorSpan(
-                start=first,
-                length=stop - first,
-                num_keys=self._length(ancestor),
-                first_key_position=self.tree.nodes[ancestor].first_position,
-                source=self._source(ancestor, starts, place),
-            )
-            for ancestor, (first, stop) in ranges.items()
-        )
-
-    def _source(self, node: int, starts: dict[int, int], place: dict[int, tuple[int, ...]]) -> KeySource:
-        if node in starts:
-            return KeySource(row_start=starts[node])
-        if node in place:
-            return KeySource(scratch_node=node)
-        return KeySource(group=self._group_of[node], log_start=self._kept_at[node])
+        return LogStep(group=group, log_length=log_length, sequences=tuple(steps))
 
     # -- answers ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The sizes that a policy is chosen from: of a model under a setting, and of a batch of requests. Knows how to count."""
+"""The sizes that a policy is chosen from: of a model under a setting, and of a batch of requests. Only counts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def measure_workload(requests: Sequence[TokenRequest]) -> Workload:
         max_prompt_tokens=max(lengths),
         max_own_tokens=max(own, default=0),
         mean_context_tokens=tree.num_asked_tokens / len(requests),
-        num_generated_tokens=sum(request.max_tokens for request in requests),
+        num_generated_tokens=sum(request.max_tokens for request in requests if request.max_tokens > 1),
         max_generated_tokens=max(request.max_tokens for request in requests),
         max_logits_rows=len(requests) + sum(n for n, scored in zip(lengths, is_scored, strict=True) if scored),
     )

@@ -1,4 +1,4 @@
-"""What happened, in numbers: bytes and seconds per lane, seconds per phase. Knows counters; not what to do about them."""
+"""What happened, in numbers: bytes and seconds per lane, seconds per phase. Knows counters; draws no conclusion."""
 
 from __future__ import annotations
 

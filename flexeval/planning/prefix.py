@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -72,7 +73,7 @@ def build_tree(
     assert all(prompts), "a prompt has at least one token"
     order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
     ordered = [prompts[index] for index in order]
-    shared = np.array([0, *(_common_length(a, b) for a, b in zip(ordered, ordered[1:], strict=False))], dtype=np.int64)
+    shared = np.array([0, *(_common_length(a, b) for a, b in pairwise(ordered))], dtype=np.int64)
     nodes: list[Node] = []
 
     def add(parent: int | None, first: int, tokens: Sequence[int], ending: Sequence[int]) -> int:
@@ -98,7 +99,7 @@ def build_tree(
         common = int(shared[low + 1 : high].min()) if high - low > 1 else len(ordered[low])
         bounds = [low, *(low + 1 + np.flatnonzero(shared[low + 1 : high] == common)).tolist(), high]
         num_ending = next((i for i in range(low, high) if len(ordered[i]) > common), high) - low
-        branches = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a >= low + num_ending]
+        branches = [(a, b) for a, b in pairwise(bounds) if a >= low + num_ending]
         num_users = len(branches) + (num_ending > 0)
         if common > done and (num_users == 1 or (num_users - 1) * (common - done) >= min_saved_tokens):
             ending = [order[i] for i in range(low, low + num_ending)]

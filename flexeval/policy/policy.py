@@ -232,7 +232,7 @@ class Workload:
     mean_context_tokens: float
     """Mean prompt length of a sequence, its shared prefix included: what its last prompt token attends to."""
     num_generated_tokens: int
-    """Tokens to generate at most: the sum of `max_tokens`."""
+    """Tokens to generate at most: the sum of `max_tokens` over generating sequences."""
     max_generated_tokens: int
     """The largest `max_tokens`."""
     max_logits_rows: int

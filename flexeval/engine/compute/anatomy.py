@@ -140,7 +140,7 @@ class Anatomy:
         assert not unbound, (unbound, "tensors without a value")
 
     def _fill_buffers(self, module: nn.Module, device: torch.device) -> None:
-        """Compute the buffers that no checkpoint holds (rotary frequencies, scales), as transformers does on loading."""
+        """Compute the buffers that no checkpoint holds (rotary frequencies, scales), as transformers does."""
         in_checkpoint = set(module.state_dict(keep_vars=True))
         absent = [name for name, buffer in module.named_buffers(recurse=False) if name not in in_checkpoint]
         if any(module.get_buffer(name).is_meta for name in absent):
@@ -165,16 +165,16 @@ class Anatomy:
     def run_layer(self, layer: int, hidden_1TD: Tensor, call: LayerCall, attend: Attend) -> Tensor:
         """One layer on one packed row. Raises `UnsupportedModelError` for a layer that does not let us attend."""
         self._port.put(attend)
-        output = self.layers[layer](hidden_1TD, *call.args, **call.kwargs)
+        output: Tensor | tuple[Tensor, ...] = self.layers[layer](hidden_1TD, *call.args, **call.kwargs)
         if self._port.is_waiting:
             raise UnsupportedModelError(
-                f"layer {layer} of {type(self.model).__name__} does not attend through transformers' attention interface",
+                f"layer {layer} of {type(self.model).__name__} does not attend through transformers' interface",
                 mend="Choose a model whose attention transformers lets one replace (Llama, Qwen, Mistral, OPT, ...)",
             )
         return output[0] if isinstance(output, tuple) else output
 
     def kv_values_per_token(self, layer: int) -> int:
-        """Numbers in the keys and values of one token, found by calling the layer without memory, up to its attention."""
+        """Numbers in one token's keys and values, found by calling the layer without memory, up to its attention."""
         sizes: list[int] = []
 
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:

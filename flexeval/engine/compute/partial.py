@@ -1,4 +1,6 @@
-"""Attention over one part of the keys, with what it takes to merge parts. Knows batched tensors; not where keys come from.
+"""Attention over one part of the keys, with what it takes to merge parts.
+
+Knows batched tensors; not where keys come from.
 
 Softmax over a set of keys splits into softmaxes over its parts: with the log-sum-exp of each part's scores, the parts'
 outputs are averaged with weights exp(lse) (Milakov and Gimelshein 2018; Hydragen, Juravsky et al. 2024, section 3.1).

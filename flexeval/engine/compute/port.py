@@ -47,7 +47,7 @@ class AttentionPort:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no layer has taken what was put here: a layer that does not attend through transformers' interface."""
+        """Whether no layer has taken what was put here: one does not attend through transformers' interface."""
         return self._attend is not None
 
     def put(self, attend: Attend | None) -> None:
@@ -91,7 +91,9 @@ def _attention(
             f"attention of {type(module).__name__} asks for {', '.join(unknown)}, which the engine does not implement",
             mend="Choose another model, or the backend transformers",
         )
-    attend = module.attention_port.take()
+    port = module.attention_port
+    assert isinstance(port, AttentionPort)
+    attend = port.take()
     options = AttentionOptions(
         scale=scaling if scaling is not None else query_1NTH.shape[-1] ** -0.5,
         window=sliding_window,

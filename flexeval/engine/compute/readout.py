@@ -94,8 +94,10 @@ def read_row(
         picked = logprobs_RV[[place[offset] for _, offset, _ in pairs], tokens].tolist() if pairs else []
         for (i, offset, _), token, logprob in zip(pairs, tokens, picked, strict=True):
             drawn[i] = Drawn(token, _finite(logprob), tops[place[offset]])
-    assert None not in scored and None not in drawn
-    return Readout(scored, drawn)  # type: ignore[arg-type]
+    everything_scored = [entry for entry in scored if entry is not None]
+    everything_drawn = [entry for entry in drawn if entry is not None]
+    assert len(everything_scored) == len(scored) and len(everything_drawn) == len(drawn)
+    return Readout(everything_scored, everything_drawn)
 
 
 def _gather(logprobs_RV: Tensor, place: Mapping[int, int], scores: Sequence[Score]) -> list[float]:
@@ -103,7 +105,7 @@ def _gather(logprobs_RV: Tensor, place: Mapping[int, int], scores: Sequence[Scor
         return []
     rows = torch.tensor([place[score.offset] for score in scores], device=logprobs_RV.device)
     tokens = torch.tensor([score.token_id for score in scores], device=logprobs_RV.device)
-    return logprobs_RV[rows, tokens].tolist()  # type: ignore[no-any-return]
+    return logprobs_RV[rows, tokens].tolist()
 
 
 def top_logprobs(logprobs_RV: Tensor, num_top: int) -> list[TopLogprobs]:

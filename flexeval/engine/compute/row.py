@@ -1,5 +1,6 @@
-"""A row plan as index tensors on the device, made once per sweep and used by every layer. Knows indices; not tensors of
-any layer.
+"""A row plan as index tensors on the device, made once per sweep and used by every layer.
+
+Knows indices; not the tensors of any layer.
 
 Shapes: T tokens of the row, B sequences, L longest of them, S longest context.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -130,9 +131,9 @@ class SlabLayout:
         """The matrix, in its own shape, as a view into the coded run."""
         rows = cls._rows(coded, values)[:, : coded.row_size]
         if not coded.spec.is_input_first:
-            return rows.unflatten(0, coded.spec.shape[:-1])
+            return cast(Tensor, rows.unflatten(0, coded.spec.shape[:-1]))
         *lead, _, output = coded.spec.shape
-        return rows.unflatten(0, (*lead, output)).transpose(-1, -2)
+        return cast(Tensor, rows.unflatten(0, (*lead, output)).transpose(-1, -2))
 
     @classmethod
     def _fill_padding(cls, coded: _Coded, values: Tensor) -> None:

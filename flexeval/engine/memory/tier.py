@@ -129,7 +129,7 @@ class MemoryExtent:
         """Give the memory back."""
         if self._is_pinned:
             torch.cuda.synchronize()
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr()))  # type: ignore[no-untyped-call]
+            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr()))
             self._is_pinned = False
         self._tier.give_back(self.num_bytes)
         self._data = torch.empty(0, dtype=torch.uint8)
@@ -140,7 +140,7 @@ def _pin(data: Tensor) -> bool:
     """Page-lock plain memory: `pin_memory=True` would round its size up to a power of two."""
     if data.numel() == 0:
         return False
-    _check_cuda(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))  # type: ignore[no-untyped-call]
+    _check_cuda(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
     return True
 
 
@@ -200,7 +200,7 @@ class DiskExtent:
     def read(self, out: Tensor, offset: int = 0) -> None:
         """Read the file; to a GPU by way of host memory."""
         host = out if out.device.type == "cpu" else torch.empty(out.numel(), dtype=torch.uint8)
-        buffer = memoryview(host.numpy())
+        buffer = memoryview(host.numpy().data)
         while buffer:
             num_read = os.preadv(self._file, [buffer], offset)
             assert num_read > 0, (self._path, offset, len(buffer), "file is shorter than its extent")
@@ -210,7 +210,7 @@ class DiskExtent:
 
     def write(self, data: Tensor, offset: int = 0) -> None:
         """Write the file; from a GPU by way of host memory."""
-        buffer = memoryview(data.cpu().numpy())
+        buffer = memoryview(data.cpu().numpy().data)
         while buffer:
             num_written = os.pwritev(self._file, [buffer], offset)
             buffer, offset = buffer[num_written:], offset + num_written
