@@ -73,7 +73,7 @@ def build_suite(*entries: str, max_eval_instances: int | None = 8, num_train_tri
 
 def run_suite(suite: Suite, output: Path, card: ModelCard) -> tuple[list[Request], list[Completion], Scored]:
     """Collect, answer with the fake engine, score."""
-    helm_suite = HelmSuite(suite, card, output=output)
+    helm_suite = HelmSuite(suite, card, output=output, data=output)
     requests = helm_suite.collect()
     completions = FakeEngine(card.tokenizer_dir).generate(requests)
     return requests, completions, helm_suite.score(completions)

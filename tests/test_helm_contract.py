@@ -31,6 +31,12 @@ HONOURED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed port of this machine is asked directly."""
+    monkeypatch.setenv("no_proxy", "*")
+
+
 def fields(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 

@@ -18,18 +18,20 @@ MISSING_GSM = "gsm:model=text"
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HELM's downloads end at a closed door, at once; the hub is not asked."""
+    """HELM's downloads end at a closed door, at once."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
 
 
 def test_all_runs_share_one_list_of_requests(tmp_path: Path) -> None:
-    suite = HelmSuite(build_suite(PATTERN, NUMBERS), build_card(), output=tmp_path)
+    suite = HelmSuite(build_suite(PATTERN, NUMBERS), build_card(), output=tmp_path, data=tmp_path)
     requests = suite.collect()
     assert len(requests) == len(set(requests)) == 16
     assert [request.max_tokens for request in requests] == [50] * 8 + [5] * 8, "in the suite's order"
     assert all(request.stop == ("\n",) and request.temperature == 0 for request in requests)
-    assert HelmSuite(build_suite(PATTERN, NUMBERS), build_card(), output=tmp_path).collect() == requests, "and again"
+    assert (
+        HelmSuite(build_suite(PATTERN, NUMBERS), build_card(), output=tmp_path, data=tmp_path).collect() == requests
+    ), "and again"
 
 
 def test_a_setting_changes_names_and_nothing_else(tmp_path: Path) -> None:
@@ -91,14 +93,16 @@ def test_train_trials_are_questions_of_their_own(tmp_path: Path) -> None:
 
 def test_the_callers_limit_is_over_the_suites(tmp_path: Path) -> None:
     suite = build_suite(f"{NUMBERS},max_eval_instances=6", LETTERS)
-    assert len(HelmSuite(suite, build_card(), output=tmp_path).collect()) == 6 + 8
-    assert len(HelmSuite(suite, build_card(), output=tmp_path, max_eval_instances=3).collect()) == 3 + 3
-    assert len(HelmSuite(suite, build_card(), output=tmp_path, max_eval_instances=7).collect()) == 6 + 7
+    assert len(HelmSuite(suite, build_card(), output=tmp_path, data=tmp_path).collect()) == 6 + 8
+    assert len(HelmSuite(suite, build_card(), output=tmp_path, data=tmp_path, max_eval_instances=3).collect()) == 3 + 3
+    assert len(HelmSuite(suite, build_card(), output=tmp_path, data=tmp_path, max_eval_instances=7).collect()) == 6 + 7
 
 
 def test_progress_is_told_and_helm_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     told: list[tuple[str, int, int]] = []
-    suite = HelmSuite(build_suite(NUMBERS), build_card(), output=tmp_path, progress=lambda *step: told.append(step))
+    suite = HelmSuite(
+        build_suite(NUMBERS), build_card(), output=tmp_path, data=tmp_path, progress=lambda *step: told.append(step)
+    )
     suite.score(FakeEngine(tokenizer_dir()).generate(suite.collect()))
     assert told == [("reading simple_classification", 0, 1), ("scoring simple_classification", 0, 1)]
     assert capfd.readouterr() == ("", "")
@@ -108,7 +112,7 @@ def test_progress_is_told_and_helm_is_not_heard(tmp_path: Path, capfd: pytest.Ca
 def test_every_missing_file_is_named_before_anything_runs(tmp_path: Path) -> None:
     suite = build_suite(NUMBERS, MISSING_GSM, "mmlu:model=text,subject=anatomy", "legalbench:model=text,subset=proa")
     with pytest.raises(DataError) as caught:
-        HelmSuite(suite, build_card(), output=tmp_path).collect()
+        HelmSuite(suite, build_card(), output=tmp_path, data=tmp_path).collect()
     text = str(caught.value)
     assert text.startswith("3 of 4 tasks have no data.")
     for path, task in (
@@ -125,7 +129,7 @@ def test_a_task_may_lack_several_things(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
     with pytest.raises(DataError) as caught:
-        HelmSuite(build_suite("narrative_qa:model=text"), build_card(), output=tmp_path).collect()
+        HelmSuite(build_suite("narrative_qa:model=text"), build_card(), output=tmp_path, data=tmp_path).collect()
     assert f"{tmp_path}/nltk/tokenizers/punkt_tab for narrative_qa" in str(caught.value)
     assert f"{tmp_path}/scenarios/narrativeqa/data/narrativeqa-master for narrative_qa" in str(caught.value)
 
@@ -138,11 +142,13 @@ def test_a_data_set_of_the_hub_is_named_by_its_folder(tmp_path: Path, monkeypatc
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     entry = "math:model=text,subject=algebra,level=1,use_chain_of_thought=True"
     with pytest.raises(DataError, match="scenarios/MATH/data/hendrycks___competition_math for math: algebra, level=1"):
-        HelmSuite(build_suite(entry), build_card(), output=tmp_path).collect()
+        HelmSuite(build_suite(entry), build_card(), output=tmp_path, data=tmp_path).collect()
 
 
 def test_the_rest_runs_without_what_is_missing(tmp_path: Path) -> None:
-    suite = HelmSuite(build_suite(MISSING_GSM, NUMBERS), build_card(), output=tmp_path, skip_missing=True)
+    suite = HelmSuite(
+        build_suite(MISSING_GSM, NUMBERS), build_card(), output=tmp_path, data=tmp_path, skip_missing=True
+    )
     scored = suite.score(FakeEngine(tokenizer_dir()).generate(suite.collect()))
     assert [task.name for task in scored.tasks] == ["simple_classification"]
     assert suite.skipped.keys() == {"gsm"}
@@ -151,7 +157,13 @@ def test_the_rest_runs_without_what_is_missing(tmp_path: Path) -> None:
 
 def test_nothing_left_to_run_is_an_error_all_the_same(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 of 1 tasks have no data"):
-        HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path, skip_missing=True).collect()
+        HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path, data=tmp_path, skip_missing=True).collect()
+
+
+def test_data_are_shared_by_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXEVAL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=f"{tmp_path}/cache/helm/scenarios/gsm/gsm_data_train for gsm"):
+        HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path / "run").collect()
 
 
 def test_placed_data_are_found(tmp_path: Path) -> None:
@@ -160,14 +172,16 @@ def test_placed_data_are_found(tmp_path: Path) -> None:
     for split in ("train", "test"):
         line = json.dumps({"question": f"What is 1 + 1 ({split})?", "answer": "1 + 1 = 2\n#### 2"})
         (folder / f"gsm_data_{split}").write_text(f"{line}\n")
-    (request,) = HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path).collect()
+    (request,) = HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path, data=tmp_path).collect()
     assert request.prompt.endswith("Q: What is 1 + 1 (test)?\nA:")
 
 
 def test_data_without_the_questions_of_a_task_are_missing_data(tmp_path: Path) -> None:
     (tmp_path / "scenarios/mmlu/data").mkdir(parents=True)
     with pytest.raises(DataError, match=r"scenarios/mmlu for mmlu: anatomy.*no questions for this task"):
-        HelmSuite(build_suite("mmlu:model=text,subject=anatomy"), build_card(), output=tmp_path).collect()
+        HelmSuite(
+            build_suite("mmlu:model=text,subject=anatomy"), build_card(), output=tmp_path, data=tmp_path
+        ).collect()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +190,7 @@ def test_data_without_the_questions_of_a_task_are_missing_data(tmp_path: Path) -
 )
 def test_a_wrong_entry_is_named(entry: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        HelmSuite(build_suite(entry), build_card(), output=tmp_path).collect()
+        HelmSuite(build_suite(entry), build_card(), output=tmp_path, data=tmp_path).collect()
     assert entry in caught.value.what
 
 
@@ -190,4 +204,4 @@ def test_a_run_without_a_number_per_question_is_refused(tmp_path: Path, monkeypa
 
 def test_a_request_that_cannot_be_honoured_stops_the_suite(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="temperature=-1 is out of range"):
-        HelmSuite(build_suite(f"{NUMBERS},temperature=-1"), build_card(), output=tmp_path).collect()
+        HelmSuite(build_suite(f"{NUMBERS},temperature=-1"), build_card(), output=tmp_path, data=tmp_path).collect()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,22 +80,19 @@ def _pick_dtype(name: str, config: PretrainedConfig, device: torch.device) -> to
     if device.type == "cuda":
         stored = getattr(config.get_text_config(), "dtype", None)
         return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
-    return torch.bfloat16 if _is_bfloat16_faster() else torch.float32
+    return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
 
 
-def _is_bfloat16_faster(num_tokens: int = 256, size: int = 768) -> bool:
-    """Time a small product in both types: only some processors multiply bfloat16 natively."""
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; without, torch's products in bfloat16 are slower than float32.
 
-    def seconds(dtype: torch.dtype) -> float:
-        x, w = torch.randn(num_tokens, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, w)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
+    Read off the processor rather than timed, so that the same machine always computes in the same type.
+    """
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _read_config(source: ModelSource) -> PretrainedConfig:

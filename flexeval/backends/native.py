@@ -54,7 +54,7 @@ class Engine:
             policy: `auto` searches for one; a `Policy`, a policy file, or text such as `gpu-weights=0.2` sets it.
             device: `auto`, `cpu` or `cuda`.
             dtype: Type of the arithmetic: `auto`, `float32`, `bfloat16` or `float16`. `auto` is the model's own on a
-                GPU and the faster of float32 and bfloat16 on a CPU.
+                GPU; on a CPU bfloat16 where the processor multiplies it, else float32.
             gpu_memory: GPU memory to use at most, such as `16GiB`; all that is free otherwise.
             cpu_memory: Host memory to use at most; what is free otherwise.
             disk: Folder (`DIR` or `DIR:SIZE`) for what fits nowhere else; none otherwise.

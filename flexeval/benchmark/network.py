@@ -7,6 +7,7 @@ for half a minute.
 from __future__ import annotations
 
 import socket
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -29,8 +30,8 @@ def impatient_downloads() -> Iterator[None]:
             _set_hub_offline(True)
             stack.callback(_set_hub_offline, False)
         unreachable: set[str] = set()
+        stack.callback(install_opener, vars(urllib.request)["_opener"])
         install_opener(build_opener(_HttpOnce(unreachable), _HttpsOnce(unreachable)))
-        stack.callback(install_opener, build_opener())
         stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
         socket.setdefaulttimeout(_TIMEOUT_S)
         yield

@@ -55,20 +55,20 @@ class AdaptedRun:
 
 
 class RunRoom:
-    """The place where runs are adapted and scored: HELM's output folder and services.
+    """The place where runs are adapted and scored: HELM's folders and services.
 
     Args:
-        output: HELM's output folder: `scenarios/` and `runs/` lie in it.
+        data: Folder whose `scenarios/` holds what the scenarios download.
+        runs: Folder for the run directories of a suite.
         local: HELM's folder of configuration files (`prod_env`).
-        suite: Name of HELM's suite: runs are written to `runs/<suite>`.
         added_prefix: Text of the token that the engine puts before a prompt, if it does.
     """
 
-    def __init__(self, output: Path, local: Path, suite: str, added_prefix: str):
-        self._output = output
-        self._runs = output / "runs" / suite
+    def __init__(self, data: Path, runs: Path, local: Path, added_prefix: str):
+        self._data = data
+        self._runs = runs
         self._added_prefix = added_prefix
-        self._eval_cache = self._runs / "eval_cache"
+        self._eval_cache = runs / "eval_cache"
         self._eval_cache.mkdir(parents=True, exist_ok=True)
         context = LocalContext(base_path=str(local))
         self._tokenizer_service = TokenizerService(context)
@@ -82,7 +82,7 @@ class RunRoom:
             RequestError: HELM asks for something that no engine can do.
         """
         scenario = create_scenario(spec.scenario_spec)
-        instances = scenario.get_instances(get_scenario_cache_path(str(self._output), scenario.name))
+        instances = scenario.get_instances(get_scenario_cache_path(str(self._data), scenario.name))
         if any(instance.id is None for instance in instances):
             instances = with_instance_ids(instances)
         adapter_spec = spec.adapter_spec

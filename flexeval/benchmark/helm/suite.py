@@ -26,6 +26,7 @@ from flexeval.benchmark.helm.schema import write_schema
 from flexeval.benchmark.network import impatient_downloads
 from flexeval.benchmark.resources import import_tasks
 from flexeval.benchmark.suites import Suite
+from flexeval.cache import cache_root
 from flexeval.errors import ConfigError, DataError, FlexevalError
 from flexeval.request import Completion, Request
 from flexeval.results import InstanceResult, TaskInfo
@@ -49,7 +50,9 @@ class HelmSuite:
     Args:
         suite: What to run.
         card: The model under a setting.
-        output: HELM's output folder; its configuration files go to `prod_env` in it, its log to `helm.log`.
+        output: HELM's output folder: `runs/`, its configuration files in `prod_env/`, its log in `helm.log`.
+        data: HELM's folder of input data, in which `scenarios/` holds what scenarios download; shared by all runs.
+            None is `helm` in flexeval's cache.
         max_eval_instances: At most so many questions per run, whatever the suite says; None leaves it to the suite.
         skip_missing: Run without the entries whose data cannot be had, instead of raising.
         progress: Told what is being done.
@@ -61,6 +64,7 @@ class HelmSuite:
         card: ModelCard,
         *,
         output: Path,
+        data: Path | None = None,
         max_eval_instances: int | None = None,
         skip_missing: bool = False,
         progress: Progress = lambda what, num_done, num_steps: None,
@@ -70,11 +74,12 @@ class HelmSuite:
         self._suite = suite
         self._card = card
         self._output = output.resolve()
+        self._data = (data or cache_root() / "helm").resolve()
         self._max_eval_instances = max_eval_instances
         self._skip_missing = skip_missing
         self._progress = progress
         self._log = self._output / "helm.log"
-        self._scenarios = self._output / "scenarios"
+        self._scenarios = self._data / "scenarios"
         self._runs: dict[str, AdaptedRun] = {}
         self._room: RunRoom | None = None
 
@@ -92,8 +97,9 @@ class HelmSuite:
         with helm_talks_to(self._log):
             local = self._output / "prod_env"
             special = register(self._card, local)
-            self._room = RunRoom(self._output, local, self._suite.name, special.added_prefix)
-            set_benchmark_output_path(str(self._output))  # some run specs read data from there
+            runs = self._output / "runs" / self._suite.name
+            self._room = RunRoom(self._data, runs, local, special.added_prefix)
+            set_benchmark_output_path(str(self._data))  # where run specs that read data look for `scenarios/`
         missing: dict[str, list[MissingData]] = defaultdict(list)
         with impatient_downloads():
             specs = self._build_specs(missing)

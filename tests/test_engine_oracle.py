@@ -1,0 +1,158 @@
+"""The engine gives transformers' answers: for every family, placement, codec and order of work."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, assert_equal_results, ragged_requests, tiny_case, tiny_config, tiny_model
+
+from flexeval.backends.native import Engine
+from flexeval.backends.transformers import TransformersBackend, answer
+from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.executor import Executor
+from flexeval.engine.memory.codec import Codec, Int4Codec
+from flexeval.engine.memory.slab import SlabLayout
+from flexeval.engine.memory.tier import DiskTier
+from flexeval.models import ModelSource
+from flexeval.policy.policy import Policy, Split
+from flexeval.request import Request, TokenRequest, TokenResult
+
+CPU = torch.device("cpu")
+SMALL = {"row_tokens": 24, "sweep_tokens": 80, "group_sequences": 2, "num_groups": 2}
+
+
+def everything(**share: float) -> dict[str, Split]:
+    return {kind: Split(**share) for kind in ("weights", "kv", "hidden")}
+
+
+PLACEMENTS = {
+    "cpu": Policy(),
+    "cpu-small-rows": Policy(**SMALL),
+    "disk": Policy(**everything(disk=1.0), **SMALL),
+    "cpu+disk": Policy(**everything(cpu=0.5, disk=0.5), row_tokens=30, sweep_tokens=200, group_sequences=4, num_groups=3),
+    "kv-on-disk": Policy(kv=Split(disk=1.0), **SMALL),
+}
+GPU_PLACEMENTS = {
+    "gpu": Policy(**everything(gpu=1.0), **SMALL),
+    "offloaded": Policy(**everything(cpu=1.0), **SMALL),
+    "gpu+cpu": Policy(**everything(gpu=0.5, cpu=0.5), **SMALL),
+    "gpu+cpu+disk": Policy(**everything(gpu=0.25, cpu=0.25, disk=0.5), **SMALL),
+    "disk": Policy(**everything(disk=1.0), **SMALL),
+}
+
+
+def run(
+    family: str,
+    policy: Policy,
+    requests: list[TokenRequest],
+    folder: Path,
+    *,
+    codec: Codec | None = None,
+    device: torch.device = CPU,
+    overlap: bool | None = None,
+) -> list[TokenResult]:
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    checkpoint = StateDictCheckpoint(anatomy, tiny_model(family).state_dict())
+    with Executor(
+        anatomy,
+        checkpoint,
+        policy,
+        codec=codec,
+        device=device,
+        disk_tier=DiskTier(folder),
+        overlap=overlap,
+    ) as executor:
+        return executor.execute(requests)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers(family: str, placement: str, tmp_path: Path) -> None:
+    case = tiny_case(family)
+    assert_equal_results(run(family, PLACEMENTS[placement], case.requests, tmp_path), case.expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placement", GPU_PLACEMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers_on_gpu(family: str, placement: str, tmp_path: Path) -> None:
+    case = tiny_case(family)
+    device = torch.device("cuda", 0)
+    measured = run(family, GPU_PLACEMENTS[placement], case.requests, tmp_path, device=device)
+    assert_equal_results(measured, case.expected)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_w4_equals_transformers_on_dequantized_weights(family: str, placement: str, tmp_path: Path) -> None:
+    codec = Int4Codec(32)
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    state = dict(tiny_model(family).state_dict())
+    for layer in range(anatomy.num_layers):
+        layout = SlabLayout(anatomy.layer_specs(layer), codec)
+        prefix = f"{anatomy.layers_name}.{layer}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        unpacked = layout.unpack(layout.pack(own, device=CPU), torch.empty(layout.num_coded_values))
+        state |= {prefix + name: tensor.clone() for name, tensor in unpacked.items()}
+    model = type(tiny_model(family))(tiny_model(family).config).eval()
+    model.load_state_dict(state)
+    requests = ragged_requests()
+    expected = [answer(model, request) for request in requests]
+    measured = run(family, PLACEMENTS[placement], requests, tmp_path, codec=codec)
+    assert_equal_results(measured, expected)
+    assert [r.logprobs for r in expected] != [r.logprobs for r in tiny_case(family).expected], "w4 changed nothing"
+
+
+def test_overlap_changes_nothing(tmp_path: Path) -> None:
+    requests = tiny_case("llama").requests
+    inline = run("llama", PLACEMENTS["cpu+disk"], requests, tmp_path, overlap=False)
+    threads = run("llama", PLACEMENTS["cpu+disk"], requests, tmp_path, overlap=True)
+    plain = [dataclasses.replace(result, elapsed_s=0.0) for result in inline]
+    assert plain == [dataclasses.replace(result, elapsed_s=0.0) for result in threads]
+
+
+def test_stops_at_end_of_text_and_at_stop_sequences(tmp_path: Path) -> None:
+    free = tiny_case("llama").expected[1]
+    asked = tiny_case("llama").requests[1]
+    third = free.token_ids[2]
+    at_eos = dataclasses.replace(asked, eos_ids=frozenset({third}))
+    at_stop = dataclasses.replace(asked, is_stopped=lambda ids: third in ids)
+    end = free.token_ids.index(third) + 1
+    for request, reason in ((at_eos, "endoftext"), (at_stop, "stop")):
+        (result,) = run("llama", Policy(), [request], tmp_path)
+        assert (result.token_ids, result.finish_reason) == (free.token_ids[:end], reason)
+
+
+def test_samples_depend_on_the_request_alone(tmp_path: Path) -> None:
+    hot = [
+        dataclasses.replace(request, temperature=1.5, top_p=0.9, seed=index)
+        for index, request in enumerate(tiny_case("qwen2").requests)
+    ]
+    together = run("qwen2", PLACEMENTS["cpu-small-rows"], hot, tmp_path)
+    expected = [answer(tiny_model("qwen2"), request) for request in hot]
+    assert_equal_results(together, expected)
+    greedy = tiny_case("qwen2").expected
+    assert [r.token_ids for r in together] != [r.token_ids for r in greedy]
+
+
+@pytest.mark.parametrize("setting", ["none", "w4"])
+def test_smollm2_equals_transformers(smollm2: ModelSource, setting: str) -> None:
+    header = "Answer the questions.\n\n" + "Question: What is two and two?\nA. 4\nB. 5\nAnswer: A\n\n" * 3
+    requests = [
+        *(Request(prompt=f"{header}Question: What is {n} and {n}?\nAnswer:", max_tokens=1) for n in range(3)),
+        *(Request(prompt=f"Count on: {n}, {n + 1},", max_tokens=9, stop=("\n",), top_logprobs=2) for n in range(2)),
+        Request(prompt="The capital of France is Paris, naïve 東京.", max_tokens=0, echo=True),
+        Request(prompt="Once upon a time", max_tokens=8, temperature=0.8, num_completions=2, seed=3),
+    ]
+    with Engine.load(smollm2, setting=setting, dtype="float32", device="cpu") as engine:
+        measured = engine.generate(requests)
+    expected = TransformersBackend(smollm2, setting=setting, dtype="float32", device="cpu").generate(requests)
+    for got, want in zip(measured, expected, strict=True):
+        for one, other in zip((got, *got.alternatives), (want, *want.alternatives), strict=True):
+            assert (one.text, one.token_ids, one.tokens) == (other.text, other.token_ids, other.tokens)
+            assert one.finish_reason == other.finish_reason
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
