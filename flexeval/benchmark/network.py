@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from http.client import HTTPResponse
 from urllib.error import HTTPError, URLError
-from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener, install_opener, urlopen
+from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener, install_opener
 
 import datasets  # type: ignore[import-untyped]
 from huggingface_hub import constants
@@ -46,7 +46,7 @@ def _set_hub_offline(is_offline: bool) -> None:
 @cache
 def _hub_is_reachable() -> bool:
     try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_PROBE_TIMEOUT_S).close()
+        build_opener().open(Request(constants.ENDPOINT, method="HEAD"), timeout=_PROBE_TIMEOUT_S).close()
     except HTTPError:
         return True  # it answered
     except OSError:

@@ -15,6 +15,7 @@ from pyhocon import ConfigFactory, ConfigTree  # type: ignore[import-untyped]
 from pyhocon.exceptions import ConfigException  # type: ignore[import-untyped]
 from pyparsing import ParseBaseException
 
+from flexeval.benchmark.data import PACKAGED
 from flexeval.benchmark.resources import resource_folders
 from flexeval.errors import ConfigError
 
@@ -100,6 +101,9 @@ def _read(tree: Any, path: Path) -> Suite:
         value = tree.get(key, None)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise refuse(f"{key}={value!r} is not a positive number", "Write a number, or leave it out for HELM's")
+    packaged = tuple(tree.get("packaged_data", ()))
+    if stray := sorted(set(packaged) - PACKAGED.keys()):
+        raise refuse(f"no packaged data for {stray[0]!r}", f"There are: {', '.join(sorted(PACKAGED))}")
     return Suite(
         name=path.stem,
         path=path,
@@ -108,5 +112,5 @@ def _read(tree: Any, path: Path) -> Suite:
         description=tree.get("description", ""),
         max_eval_instances=tree.get("max_eval_instances", None),
         num_train_trials=tree.get("num_train_trials", None),
-        packaged_data=tuple(tree.get("packaged_data", ())),
+        packaged_data=packaged,
     )

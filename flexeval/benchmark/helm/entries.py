@@ -11,6 +11,7 @@ from helm.benchmark.run import run_entries_to_run_specs
 from helm.benchmark.run_spec import RunSpec
 
 from flexeval.benchmark.suites import Suite
+from flexeval.errors import ConfigError
 
 _SILENT = frozenset(
     {
@@ -32,13 +33,17 @@ _SILENT = frozenset(
 
 
 def build_run_specs(entry: str, suite: Suite, deployment: str, max_eval_instances: int | None) -> list[RunSpec]:
-    """Return the runs that a suite's entry stands for; HELM raises whatever comes to it.
+    """Return the runs that a suite's entry stands for.
 
     Args:
         entry: HELM's description of the entry.
         suite: The suite it belongs to, for its defaults.
         deployment: HELM's name of the model.
         max_eval_instances: Upper limit of questions per run, over what the entry and the suite say.
+
+    Raises:
+        ConfigError: The entry is for other models.
+        Exception: Whatever HELM raises for an entry that it cannot build.
     """
     specs = run_entries_to_run_specs(
         [RunEntry(description=entry, priority=None, groups=list(suite.groups.get(entry, ())) or None)],
@@ -46,6 +51,10 @@ def build_run_specs(entry: str, suite: Suite, deployment: str, max_eval_instance
         num_train_trials=suite.num_train_trials,
         models_to_run=[deployment],
     )
+    if not specs:
+        raise ConfigError(
+            f"the run entry {entry!r} is for other models", where=str(suite.path), mend="Write model=text in it"
+        )
     return [_limit(spec, max_eval_instances) for spec in specs]
 
 
@@ -53,6 +62,9 @@ def task_names(specs: Sequence[RunSpec]) -> list[str]:
     """Return a name for each run that is the same for every model: `mmlu: abstract_algebra`.
 
     Where the short names of two runs are equal, both get all their arguments.
+
+    Raises:
+        ConfigError: Two runs are the same.
     """
     short = [short_name(spec.name) for spec in specs]
     times = Counter(short)
@@ -60,7 +72,8 @@ def task_names(specs: Sequence[RunSpec]) -> list[str]:
         name if times[name] == 1 else short_name(spec.name, hidden={"model"})
         for name, spec in zip(short, specs, strict=True)
     ]
-    assert len(set(names)) == len(names), f"two runs of one name: {names}"
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"two entries make the same run {twice[0]!r}", where="the suite", mend="Remove one of them")
     return names
 
 

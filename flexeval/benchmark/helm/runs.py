@@ -58,7 +58,7 @@ class RunRoom:
     """The place where runs are adapted and scored: HELM's folders and services.
 
     Args:
-        data_of: Gives, for a scenario's name, the folder whose `scenarios/` holds what it downloads.
+        data_of: Gives, for a scenario's name, the folder in which `scenarios/` holds what it downloads.
         runs: Folder for the run directories of a suite.
         local: HELM's folder of configuration files (`prod_env`).
         added_prefix: Text of the token that the engine puts before a prompt, if it does.

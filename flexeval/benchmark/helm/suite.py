@@ -91,13 +91,11 @@ class HelmSuite:
             RequestError: HELM asks for something that no engine can do.
         """
         import_tasks()
-        for name in self._suite.packaged_data:
-            lay_out(name, self._scenarios_of(name))
         with helm_talks_to(self._log):
             local = self._output / "prod_env"
             special = register(self._card, local)
             runs = self._output / "runs" / self._suite.name
-            self._room = RunRoom(self._data_of, runs, local, special.added_prefix)
+            self._room = RunRoom(self._provide, runs, local, special.added_prefix)
             set_benchmark_output_path(str(self._data))  # where run specs that read data look for `scenarios/`
         missing: dict[str, list[MissingData]] = defaultdict(list)
         with impatient_downloads():
@@ -186,23 +184,27 @@ class HelmSuite:
                 missing[task].append(found)
                 continue
             if not run.requests:
-                folder = self._scenarios_of(run.scenario.name) / run.scenario.name
+                folder = self._data_of(run.scenario.name) / "scenarios" / run.scenario.name
                 missing[task].append(MissingData(path=str(folder), reason="they hold no questions for this task"))
             if task not in missing:
                 runs[task] = run
         return runs
 
+    def _provide(self, scenario: str) -> Path:
+        """Return the folder of a scenario's input data, after laying out what the suite takes from packages."""
+        data = self._data_of(scenario)
+        if scenario in self._suite.packaged_data:
+            lay_out(scenario, data / "scenarios")
+        return data
+
     def _data_of(self, scenario: str) -> Path:
         """Keep packaged data apart, so that they never stand in for HELM's download in another suite."""
         return self._data / "packaged" if scenario in self._suite.packaged_data else self._data
 
-    def _scenarios_of(self, scenario: str) -> Path:
-        return self._data_of(scenario) / "scenarios"
-
     def _source(self, run: AdaptedRun) -> str:
         """Say where the questions come from when HELM did not fetch them: a task of ours describes itself."""
         if type(run.scenario).__module__.startswith("helm."):
-            return packaged_source(run.scenario.name, self._scenarios_of(run.scenario.name))
+            return packaged_source(run.scenario.name, self._data_of(run.scenario.name) / "scenarios")
         return run.scenario.description
 
 
