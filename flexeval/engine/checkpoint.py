@@ -103,9 +103,9 @@ class RandomCheckpoint:
         flat = out.view(-1)
         self._num_drawn += 1
         start = (self._num_drawn * 7_368_787) % self._BLOCK  # a prime step: neighbours never repeat each other
+        rolled = torch.cat([self._block[start:], self._block[:start]]).to(dtype)
         for position in range(0, flat.numel(), self._BLOCK):
             part = flat[position : position + self._BLOCK]
-            rolled = torch.cat([self._block[start:], self._block[:start]])
             part.copy_(rolled[: part.numel()])
         return out
 

@@ -162,16 +162,17 @@ class Scheduler:
     def _admit(self, num_tokens: int) -> list[int]:
         """Groups that enter now: as many as the sweep and the KV room take, and always one if nothing else runs."""
         admitted: list[int] = []
-        num_decoding = sum(bool(requests) for requests in self._decoding.values())
+        num_decoding = sum(map(len, self._decoding.values()))
         while self._num_admitted < len(self.groups):
             group = self.groups[self._num_admitted]
             fits = num_tokens + group.num_tokens <= self._policy.sweep_tokens
-            has_room = not group.sequences or num_decoding < self._policy.num_groups
+            num_together = num_decoding + len(group.sequences)
+            has_room = not group.sequences or not num_decoding or num_together <= self._policy.block_sequences
             if not (fits and has_room) and (num_tokens or not has_room):
                 break
             admitted.append(self._num_admitted)
             num_tokens += group.num_tokens
-            num_decoding += bool(group.sequences)
+            num_decoding = num_together
             self._num_admitted += 1
         return admitted
 

@@ -79,69 +79,90 @@ class _Meter:
 
 
 class MemoryTier(_Meter):
-    """The memory of one device; host memory is page-locked where a GPU copies from it."""
+    """The memory of one device; host memory is page-locked where a GPU copies from it.
+
+    Page-locking takes seconds a gigabyte, so page-locked buffers that are given back wait for the next request of
+    about their size.
+    """
 
     def __init__(self, name: TierName, device: torch.device, *, compute_device: torch.device):
         super().__init__(name)
         self.device = device
         self.is_addressable = device == compute_device
-        self._is_pinned = device.type == "cpu" and compute_device.type == "cuda"
+        self.is_pinned = device.type == "cpu" and compute_device.type == "cuda"
+        self._idle: list[Tensor] = []
 
     def allocate(self, num_bytes: int) -> MemoryExtent:
         """Room in this memory. Raises `CapacityError`."""
+        fitting = [buffer for buffer in self._idle if num_bytes <= buffer.numel() <= 2 * num_bytes]
+        if fitting:
+            buffer = min(fitting, key=Tensor.numel)
+            self._idle = [other for other in self._idle if other is not buffer]
+            return MemoryExtent(self, buffer, num_bytes)
+        self._drop_idle()
         try:
-            data = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             raise CapacityError(
                 f"no room for {format_size(num_bytes)} more in {self.name} memory",
                 where=f"{format_size(self.used_bytes)} in use",
                 mend="Move more of the model to another tier (--disk DIR), or choose a smaller setting such as w4",
             ) from error
-        return MemoryExtent(self, data, is_pinned=self._is_pinned and _pin(data))
+        if self.is_pinned and num_bytes:
+            _pin(buffer)
+        self.take(num_bytes)
+        return MemoryExtent(self, buffer, num_bytes)
+
+    def recycle(self, buffer: Tensor) -> None:
+        """Take a buffer back from an extent."""
+        if self.is_pinned and buffer.numel():
+            self._idle.append(buffer)
+        else:
+            self.give_back(buffer.numel())
 
     def close(self) -> None:
-        """Memory goes back with its extents."""
+        """Give idle buffers back; the others go with their extents."""
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        if self._idle:
+            torch.cuda.synchronize()  # a copy may still be on its way
+        for buffer in self._idle:
+            _check_cuda(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+            self.give_back(buffer.numel())
+        self._idle = []
 
 
 class MemoryExtent:
     """Bytes in the memory of one device."""
 
-    def __init__(self, tier: MemoryTier, data: Tensor, *, is_pinned: bool):
+    def __init__(self, tier: MemoryTier, buffer: Tensor, num_bytes: int):
         self._tier = tier
-        self._data = data
-        self._is_pinned = is_pinned
-        self.num_bytes = data.numel()
-        tier.take(self.num_bytes)
+        self._buffer = buffer
+        self.num_bytes = num_bytes
 
     def view(self) -> Tensor | None:
         """The bytes themselves, on the compute device."""
-        return self._data if self._tier.is_addressable else None
+        return self._buffer[: self.num_bytes] if self._tier.is_addressable else None
 
     def read(self, out: Tensor, offset: int = 0) -> None:
         """Copy out; asynchronous on the current stream between host and GPU."""
-        out.copy_(self._data[offset : offset + out.numel()], non_blocking=self._is_pinned)
+        out.copy_(self._buffer[offset : offset + out.numel()], non_blocking=self._tier.is_pinned)
 
     def write(self, data: Tensor, offset: int = 0) -> None:
         """Copy in; asynchronous on the current stream between host and GPU."""
-        self._data[offset : offset + data.numel()].copy_(data, non_blocking=self._is_pinned)
+        self._buffer[offset : offset + data.numel()].copy_(data, non_blocking=self._tier.is_pinned)
 
     def free(self) -> None:
         """Give the memory back."""
-        if self._is_pinned:
-            torch.cuda.synchronize()
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr()))
-            self._is_pinned = False
-        self._tier.give_back(self.num_bytes)
-        self._data = torch.empty(0, dtype=torch.uint8)
+        self._tier.recycle(self._buffer)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self.num_bytes = 0
 
 
-def _pin(data: Tensor) -> bool:
+def _pin(data: Tensor) -> None:
     """Page-lock plain memory: `pin_memory=True` would round its size up to a power of two."""
-    if data.numel() == 0:
-        return False
     _check_cuda(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
-    return True
 
 
 def _check_cuda(status: object) -> None:
