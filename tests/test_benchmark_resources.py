@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import flexeval
 from flexeval.benchmark.resources import TASKS_PACKAGE, import_tasks, resource_folders
 from flexeval.errors import ConfigError
 
@@ -55,3 +56,12 @@ def test_two_tasks_of_one_name_are_refused(own_tasks: Path) -> None:
 def test_the_checkout_counts_once_when_it_is_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
     assert resource_folders("tasks") == [Path(__file__).resolve().parent.parent / "tasks"]
+
+
+def test_an_installed_package_carries_its_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site-packages/flexeval"
+    (package / "run_specs").mkdir(parents=True)
+    (package.parent / "run_specs").mkdir()  # another package's, beside ours
+    monkeypatch.setattr(flexeval, "__file__", str(package / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert resource_folders("run_specs") == [package / "run_specs"]
