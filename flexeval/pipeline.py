@@ -144,14 +144,13 @@ def _run_setting(
                 output=out / "helm",
                 max_eval_instances=options.max_eval_instances,
                 skip_missing=options.skip_missing,
-                progress=lambda _, num_done, num_steps: update(num_done, num_steps),
             )
-            requests = helm.collect()
+            requests = helm.collect(on_task=update)
         with Journal(out / "journal" / f"{setting.name}-{_journal_key(source, engine)}.jsonl") as journal:
             completions = _answer(engine, requests, journal, setting, progress)
             result = _cost(engine, setting, completions, journal)
-    with progress.activity(f"{setting.name}: scoring"):
-        scored = helm.score(completions)
+    with progress.activity(f"{setting.name}: scoring") as update:
+        scored = helm.score(completions, on_task=update)
     return _Outcome(scored=scored, result=result, skipped=helm.skipped)
 
 

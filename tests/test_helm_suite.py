@@ -107,10 +107,12 @@ def test_the_callers_limit_is_over_the_suites(tmp_path: Path) -> None:
 
 
 def test_progress_is_told_and_helm_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    told: list[tuple[str, int, int]] = []
-    suite = suite_in(tmp_path, build_suite(NUMBERS), progress=lambda *step: told.append(step))
-    suite.score(FakeEngine(tokenizer_dir()).generate(suite.collect()))
-    assert told == [("reading simple_classification", 0, 1), ("scoring simple_classification", 0, 1)]
+    read: list[tuple[int, int]] = []
+    scored: list[tuple[int, int]] = []
+    suite = suite_in(tmp_path, build_suite(NUMBERS))
+    requests = suite.collect(on_task=lambda *step: read.append(step))
+    suite.score(FakeEngine(tokenizer_dir()).generate(requests), on_task=lambda *step: scored.append(step))
+    assert read == scored == [(0, 1), (1, 1)]
     assert capfd.readouterr() == ("", "")
     assert "eval instances" in (tmp_path / "helm.log").read_text()
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from flexeval.backends.backend import OnCompletions, Usage
 from flexeval.backends.loading import OpenModel, open_model
 from flexeval.backends.text import TextHalf
@@ -167,6 +169,9 @@ class Engine:
                 self.close()
         policy = self._fixed_policy or search(self._shape, workload, self._hardware)
         check(policy, self._shape, workload, self._hardware)
+        if opened.device.type == "cuda" and self._limits.gpu_bytes is not None:  # a bound, not a wish
+            total_bytes = torch.cuda.get_device_properties(opened.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self._limits.gpu_bytes / total_bytes), opened.device)
         start = time.perf_counter()
         disk_dir = self._limits.disk_dir
         self._executor = Executor(

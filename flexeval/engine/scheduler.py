@@ -82,7 +82,7 @@ class Scheduler:
     def plan_sweep(self) -> list[RowPlan]:
         """The rows of the next sweep: one step of every sequence in flight, and groups that may enter."""
         rows = self._decode_rows()
-        admitted = self._admitted = self._admit(sum(row.num_tokens for row in rows))
+        admitted = self._admitted = self._admit()
         self._keep(admitted)
         place = {node: row for group in admitted for row in self.groups[group].rows for node in row}
         for group in admitted:
@@ -159,20 +159,20 @@ class Scheduler:
     def _nodes(self, group: int) -> list[int]:
         return [node for row in self.groups[group].rows for node in row]
 
-    def _admit(self, num_tokens: int) -> list[int]:
-        """Groups that enter now: as many as the sweep and the KV room take, and always one if nothing else runs."""
+    def _admit(self) -> list[int]:
+        """Groups that enter now: as many as the sweep and the KV room take, and always one if nothing is in flight."""
         admitted: list[int] = []
+        num_fresh = 0
         num_decoding = sum(map(len, self._decoding.values()))
         while self._num_admitted < len(self.groups):
             group = self.groups[self._num_admitted]
-            fits = num_tokens + group.num_tokens <= self._policy.sweep_tokens
-            num_together = num_decoding + len(group.sequences)
-            has_room = not group.sequences or not num_decoding or num_together <= self._policy.block_sequences
-            if not (fits and has_room) and (num_tokens or not has_room):
+            if num_fresh and num_fresh + group.num_tokens > self._policy.sweep_tokens:
+                break
+            if num_decoding and num_decoding + len(group.sequences) > self._policy.block_sequences and group.sequences:
                 break
             admitted.append(self._num_admitted)
-            num_tokens += group.num_tokens
-            num_decoding = num_together
+            num_fresh += group.num_tokens
+            num_decoding += len(group.sequences)
             self._num_admitted += 1
         return admitted
 

@@ -7,6 +7,6 @@ from flexeval.benchmark.helm.log import quiet_import
 
 with quiet_import():
     from flexeval.benchmark.helm.models import ModelCard
-    from flexeval.benchmark.helm.suite import HelmSuite, Progress, Scored
+    from flexeval.benchmark.helm.suite import HelmSuite, OnTask, Scored
 
-__all__ = ["HelmSuite", "ModelCard", "Progress", "Scored"]
+__all__ = ["HelmSuite", "ModelCard", "OnTask", "Scored"]

@@ -31,8 +31,8 @@ from flexeval.errors import ConfigError, DataError, FlexevalError
 from flexeval.request import Completion, Request
 from flexeval.results import InstanceResult, TaskInfo
 
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how many steps of it are done, and how many there are."""
+OnTask = Callable[[int, int], None]
+"""Told (tasks done, tasks in all)."""
 
 
 class Scored(NamedTuple):
@@ -55,7 +55,6 @@ class HelmSuite:
             `packaged/scenarios/` what packages carry. None is `helm` in flexeval's cache.
         max_eval_instances: At most so many questions per run, whatever the suite says; None leaves it to the suite.
         skip_missing: Run without the entries whose data cannot be had, instead of raising.
-        progress: Told what is being done.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class HelmSuite:
         data: Path | None = None,
         max_eval_instances: int | None = None,
         skip_missing: bool = False,
-        progress: Progress = lambda what, num_done, num_steps: None,
     ):
         self.skipped: dict[str, str] = {}
         """Tasks that are not run because their data cannot be had, and why; known after `collect`."""
@@ -77,12 +75,11 @@ class HelmSuite:
         self._data = (data or cache_root() / "helm").resolve()
         self._max_eval_instances = max_eval_instances
         self._skip_missing = skip_missing
-        self._progress = progress
         self._log = self._output / "helm.log"
         self._runs: dict[str, AdaptedRun] = {}
         self._room: RunRoom | None = None
 
-    def collect(self) -> list[Request]:
+    def collect(self, *, on_task: OnTask = lambda num_done, num_tasks: None) -> list[Request]:
         """Build all runs, and return every different request of them in the order of first use.
 
         Raises:
@@ -100,7 +97,7 @@ class HelmSuite:
         missing: dict[str, list[MissingData]] = defaultdict(list)
         with impatient_downloads():
             specs = self._build_specs(missing)
-            self._runs = self._adapt(self._room, specs, missing)
+            self._runs = self._adapt(self._room, specs, missing, on_task)
         if missing and not (self._skip_missing and self._runs):
             raise _missing_data_error(missing, len(missing) + len(self._runs))
         self.skipped = {
@@ -108,11 +105,12 @@ class HelmSuite:
         }
         return list(dict.fromkeys(request for run in self._runs.values() for request in run.requests))
 
-    def score(self, completions: Sequence[Completion]) -> Scored:
+    def score(self, completions: Sequence[Completion], *, on_task: OnTask = lambda num_done, num_tasks: None) -> Scored:
         """Compute HELM's metrics and write its run directories.
 
         Args:
             completions: The answer to each request that `collect` returned, in its order.
+            on_task: Told the progress.
 
         Raises:
             ResultsError: HELM has no metric that can stand for a run.
@@ -123,7 +121,7 @@ class HelmSuite:
         batch = Batch.of(completions)
         scored = Scored(tasks=[], instances=[])
         for num_done, (task, run) in enumerate(self._runs.items()):
-            self._progress(f"scoring {task}", num_done, len(self._runs))
+            on_task(num_done, len(self._runs))
             with helm_talks_to(self._log):
                 stats = question_stats(self._room.score(run, [answers[request] for request in run.requests], batch))
             headline = choose_headline(run, stats)
@@ -144,6 +142,7 @@ class HelmSuite:
                     source=self._source(run),
                 )
             )
+        on_task(len(self._runs), len(self._runs))
         write_schema(self._output / "schema.yaml", self._suite, scored.tasks)
         return scored
 
@@ -167,11 +166,15 @@ class HelmSuite:
         return dict(zip(task_names(specs), specs, strict=True))
 
     def _adapt(
-        self, room: RunRoom, specs: Mapping[str, RunSpec], missing: dict[str, list[MissingData]]
+        self,
+        room: RunRoom,
+        specs: Mapping[str, RunSpec],
+        missing: dict[str, list[MissingData]],
+        on_task: OnTask,
     ) -> dict[str, AdaptedRun]:
         runs: dict[str, AdaptedRun] = {}
         for num_done, (task, spec) in enumerate(specs.items()):
-            self._progress(f"reading {task}", num_done, len(specs))
+            on_task(num_done, len(specs))
             if found := missing_for_metrics(spec):
                 missing[task].append(found)
             try:
@@ -188,6 +191,7 @@ class HelmSuite:
                 missing[task].append(MissingData(path=str(folder), reason="they hold no questions for this task"))
             if task not in missing:
                 runs[task] = run
+        on_task(len(specs), len(specs))
         return runs
 
     def _provide(self, scenario: str) -> Path:
