@@ -26,7 +26,7 @@ class Codec(Protocol):
         ...
 
     def encode(self, values: Tensor) -> Tensor:
-        """Code a 1-D run of numbers as uint8 `[num_bytes]`. Raises `ModelError` for infinities and NaN."""
+        """Code a 1-D run as uint8 `[num_bytes]`. Raises `ModelError` for what would not come back as finite numbers."""
         ...
 
     def decode(self, coded: Tensor, out: Tensor) -> None:
@@ -56,12 +56,15 @@ class Int4Codec:
         return num_values // 2 + 4 * (num_values // self.group_size)
 
     def encode(self, values: Tensor) -> Tensor:
-        """Quantize; what is decoded lies within half a step, and float16's rounding of the minimum, of `values`."""
-        if not torch.isfinite(values).all():
-            raise ModelError("a weight is infinite or NaN and cannot be quantized", mend="Use the setting none")
+        """Quantize; what is decoded lies within half a step, and float16's rounding of minimum and step, of `values`."""
         groups_GE = values.float().view(-1, self.group_size)
         minimum_G1 = groups_GE.amin(1, keepdim=True).half()
         scale_G1 = ((groups_GE.amax(1, keepdim=True) - minimum_G1.float()) / 15).half()
+        top_G1 = minimum_G1.float() + 15 * scale_G1.float()
+        if not torch.isfinite(top_G1.to(values.dtype)).all():  # covers every number: NaN and infinity spread to the top
+            raise ModelError(
+                "a weight is infinite, NaN or too large, and cannot be quantized", mend="Use the setting none"
+            )
         step_G1 = scale_G1.float().where(scale_G1 > 0, torch.ones_like(scale_G1, dtype=torch.float32))
         codes_GE = ((groups_GE - minimum_G1.float()) / step_G1).round_().clamp_(0, 15).to(torch.uint8)
         half = self.group_size // 2
