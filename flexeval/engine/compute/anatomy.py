@@ -24,7 +24,7 @@ from flexeval.engine.compute.port import (
     AttentionPort,
     register_attention,
 )
-from flexeval.engine.memory.slab import TensorSpec
+from flexeval.engine.compute.spec import TensorSpec
 from flexeval.errors import UnsupportedModelError
 
 

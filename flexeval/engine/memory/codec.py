@@ -56,7 +56,7 @@ class Int4Codec:
         return num_values // 2 + 4 * (num_values // self.group_size)
 
     def encode(self, values: Tensor) -> Tensor:
-        """Quantize; what is decoded lies within half a step, and float16's rounding of minimum and step, of `values`."""
+        """Quantize; what is decoded lies within half a step, and float16's rounding of its minimum and scale."""
         groups_GE = values.float().view(-1, self.group_size)
         minimum_G1 = groups_GE.amin(1, keepdim=True).half()
         scale_G1 = ((groups_GE.amax(1, keepdim=True) - minimum_G1.float()) / 15).half()

@@ -14,24 +14,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.spec import TensorSpec
 from flexeval.engine.memory.codec import Codec
 
 ALIGNMENT = 64
 """Bytes; every tensor starts at a multiple, wide enough for any vector load."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """A tensor of a layer, before anything is stored."""
-
-    name: str
-    """Its name within the layer."""
-    shape: tuple[int, ...]
-    """Its shape in the layer."""
-    dtype: torch.dtype
-    """The type the layer computes with."""
-    is_input_first: bool = False
-    """Whether a matrix is stored [..., input, output] (GPT-2's Conv1D) rather than [..., output, input]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
