@@ -35,6 +35,7 @@ BANS = (
     Ban("flexeval/planning/*", ("torch", "transformers")),
     Ban("flexeval/policy/*", ("torch", "transformers"), unless=("flexeval/policy/hardware.py",)),
     Ban("flexeval/engine/*", ("tokenizers", "flexeval.benchmark", "flexeval.report", "flexeval.models")),
+    Ban("flexeval/engine/compute/*", ("flexeval.engine.memory",)),
     Ban("tasks/*", ("torch", "flexeval.engine", "flexeval.backends")),
 )
 
