@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import torch
 
@@ -27,7 +28,7 @@ from flexeval.engine.scheduler import Scheduler
 from flexeval.engine.sweep import Sweeper
 from flexeval.engine.trace import Trace
 from flexeval.errors import CapacityError
-from flexeval.policy.policy import Policy
+from flexeval.policy.policy import KINDS, Policy
 from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenRequest, TokenResult
 
@@ -72,6 +73,7 @@ class Executor:
             overlap = any(not self._is_resident(split) for split in (policy.weights, policy.kv, policy.hidden))
         self._lanes: dict[str, Lane] = {name: ThreadLane(name, device) if overlap else InlineLane() for name in LANES}
         try:
+            self._check_tiers()
             anatomy.bind_rest(checkpoint.rest(), device)
             self._kv_tiers = [self._tier(name) for name in policy.kv.spread(num_layers)]
             self._weights = WeightStore(
@@ -85,6 +87,7 @@ class Executor:
                 on_layer=on_layer,
             )
         except BaseException:
+            self._close_lanes()
             self._close_tiers()
             raise
         self._sweeper = Sweeper(anatomy=anatomy, weights=self._weights, attention=PackedAttention(), trace=self.trace)
@@ -97,6 +100,7 @@ class Executor:
 
     def close(self) -> None:
         """Give back memory, threads and files."""
+        self._close_lanes()
         self._weights.close()
         self._close_tiers()
 
@@ -128,20 +132,19 @@ class Executor:
                 for group, num_tokens in scheduler.opened_groups():
                     cache.open(group, num_tokens)
                 rows = [make_row(index, plan, self._device) for index, plan in enumerate(plans)]
-                for row, hidden_1TD in zip(
-                    rows, self._sweeper.sweep(rows, cache, self._make_hidden(len(rows))), strict=True
-                ):
-                    with self.trace.phase("head"):
-                        readout = read_row(
-                            row.plan,
-                            hidden_1TD,
-                            self._anatomy.head,
-                            requests=requests,
-                            num_drawn=scheduler.num_drawn(row.plan),
-                            vocab_size=vocab_size,
-                            num_top_logprobs=num_top,
-                        )
-                    scheduler.record(row.plan, readout)
+                with closing(self._make_hidden(len(rows))) as hidden:
+                    for row, hidden_1TD in zip(rows, self._sweeper.sweep(rows, cache, hidden), strict=True):
+                        with self.trace.phase("head"):
+                            readout = read_row(
+                                row.plan,
+                                hidden_1TD,
+                                self._anatomy.head,
+                                requests=requests,
+                                num_drawn=scheduler.num_drawn(row.plan),
+                                vocab_size=vocab_size,
+                                num_top_logprobs=num_top,
+                            )
+                        scheduler.record(row.plan, readout)
                 finished = scheduler.finish_sweep(time.perf_counter() - start)
                 for group in scheduler.retired_groups():
                     cache.free(group)
@@ -189,12 +192,21 @@ class Executor:
             raise CapacityError(f"the policy puts data on {name}, which this run does not have", mend=mend)
         return self.tiers[name]
 
+    def _check_tiers(self) -> None:
+        """Raises `CapacityError` before anything is loaded."""
+        for kind in KINDS:
+            for name in TierName:
+                if getattr(getattr(self.policy, kind), name):
+                    self._tier(name)
+
     def _is_resident(self, split: object) -> bool:
         return bool(getattr(split, self._device_tier.name) == 1)
 
-    def _close_tiers(self) -> None:
+    def _close_lanes(self) -> None:
         for lane in self._lanes.values():
             lane.close()
+
+    def _close_tiers(self) -> None:
         for tier in self.tiers.values():
             tier.close()
 

@@ -63,7 +63,6 @@ class Sweeper:
                 cache.end_layer()
         self.trace.num_sweeps += 1
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
-        hidden.close()
 
     def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexeval.engine.memory.lane import Lane
+from flexeval.engine.memory.lane import Lane, Transfer, drain
 from flexeval.engine.memory.tier import Extent, Tier
 from flexeval.engine.trace import Trace
 
@@ -28,6 +28,7 @@ class HiddenStore:
         self._resident: dict[int, Tensor] = {}
         self._extents: dict[int, Extent] = {}
         self._like: dict[int, Tensor] = {}
+        self._writes: dict[int, Transfer[None]] = {}
 
     def save(self, row: int, hidden_1TD: Tensor) -> None:
         """Put a row's hidden states to rest."""
@@ -37,12 +38,13 @@ class HiddenStore:
         if row not in self._extents:
             self._extents[row] = self._tiers[row].allocate(hidden_1TD.numel() * hidden_1TD.element_size())
             self._like[row] = torch.empty_like(hidden_1TD, device="meta")
-        self.lane.submit(self._write, row, hidden_1TD)
+        self._writes[row] = self.lane.submit(self._write, row, hidden_1TD)
 
     def load(self, row: int) -> Tensor:
         """A row's hidden states on the compute device; runs on the lane."""
         if row in self._resident:
             return self._resident[row]
+        self._writes[row].wait()  # done long since, on this very lane: raises where it failed
         hidden_1TD = torch.empty_like(self._like[row], device=self._device)
         data = hidden_1TD.view(-1).view(torch.uint8)
         self._extents[row].read(data)
@@ -50,7 +52,8 @@ class HiddenStore:
         return hidden_1TD
 
     def close(self) -> None:
-        """Give back everything; nothing may be in flight."""
+        """Give back everything, also in the middle of a sweep."""
+        drain(self.lane)
         for extent in self._extents.values():
             extent.free()
         self._extents, self._resident = {}, {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexeval.engine.compute.attention import KeysValues
 from flexeval.engine.compute.row import DecodeBatch, Row
-from flexeval.engine.memory.lane import Lane, Transfer
+from flexeval.engine.memory.lane import Lane, Transfer, drain
 from flexeval.engine.memory.tier import Extent, Tier
 from flexeval.engine.trace import Trace
 from flexeval.planning.rows import AncestorSpan, Keep
@@ -134,9 +134,13 @@ class KVCache:
             log.extent.free()
 
     def close(self) -> None:
-        """Give back everything."""
-        for group in tuple(self._capacities):
-            self.free(group)
+        """Give back everything, also in the middle of a sweep."""
+        drain(self.lane_in)
+        drain(self._lane_out)
+        for log in self._logs.values():
+            log.extent.free()
+        self._logs, self._capacities = {}, {}
+        self._scratch.clear()
 
     @staticmethod
     def _groups(row: Row) -> set[int]:
@@ -162,11 +166,13 @@ class KVCache:
         if keep.group in context.own:
             context.own[keep.group][keep.log_start : end] = tokens_CKX
         if (view := log.extent.view()) is None:
-            log.last_write = self._lane_out.submit(self._write, log, keep.log_start, tokens_CKX)
+            log.last_write = self._lane_out.submit(self._write, log, log.last_write, keep.log_start, tokens_CKX)
         elif keep.group not in context.own:  # otherwise the loaded log is the view itself
             log.shaped(view)[keep.log_start : end] = tokens_CKX
 
-    def _write(self, log: _Log, start: int, tokens_CKX: Tensor) -> None:
+    def _write(self, log: _Log, before: Transfer[None] | None, start: int, tokens_CKX: Tensor) -> None:
+        if before is not None:
+            before.wait()  # done long since, on this very lane: a failure is handed on to whoever reads the log
         data = tokens_CKX.reshape(-1).view(torch.uint8)
         log.extent.write(data, start * log.token_bytes)
         self._trace.moved("kv_out", data.numel())

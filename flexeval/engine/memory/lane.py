@@ -76,7 +76,10 @@ class InlineLane:
         """Run now."""
         start = time.perf_counter()
         done: Future[_Outcome[T]] = Future()
-        done.set_result(_Outcome(work(*args), None))
+        try:
+            done.set_result(_Outcome(work(*args), None))
+        except Exception as error:
+            done.set_exception(error)
         self.busy_s += time.perf_counter() - start
         return Transfer(done)
 
@@ -113,6 +116,11 @@ class ThreadLane:
     def close(self) -> None:
         """Wait for the worker to finish and end it."""
         self._worker.shutdown()
+
+
+def drain(lane: Lane) -> None:
+    """Wait until the lane has done what it was given; what failed of it is somebody else's to notice."""
+    lane.submit(lambda: None).wait()
 
 
 def ahead(lane: Lane, load: Callable[[K], T], keys: Iterable[K], *, depth: int = 1) -> Iterator[T]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -194,18 +196,17 @@ class DiskTier(_Meter):
 
 
 class DiskExtent:
-    """Bytes in one file."""
+    """Bytes in one file, opened for each transfer: a cache of many logs would use up the process's file handles."""
 
     def __init__(self, tier: DiskTier, path: Path, num_bytes: int):
         self._tier = tier
         self._path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            if num_bytes:
-                os.posix_fallocate(self._file, 0, num_bytes)
+            with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
+                if num_bytes:
+                    os.posix_fallocate(file, 0, num_bytes)
         except OSError as error:
-            os.close(self._file)
-            path.unlink()
+            path.unlink(missing_ok=True)
             raise CapacityError(
                 f"no room for {format_size(num_bytes)} on disk: {error.strerror}",
                 where=str(path.parent),
@@ -222,23 +223,33 @@ class DiskExtent:
         """Read the file; to a GPU by way of host memory."""
         host = out if out.device.type == "cpu" else torch.empty(out.numel(), dtype=torch.uint8)
         buffer = memoryview(host.numpy().data)
-        while buffer:
-            num_read = os.preadv(self._file, [buffer], offset)
-            assert num_read > 0, (self._path, offset, len(buffer), "file is shorter than its extent")
-            buffer, offset = buffer[num_read:], offset + num_read
+        with _opened(self._path, os.O_RDONLY) as file:
+            while buffer:
+                num_read = os.preadv(file, [buffer], offset)
+                assert num_read > 0, (self._path, offset, len(buffer), "file is shorter than its extent")
+                buffer, offset = buffer[num_read:], offset + num_read
         if host is not out:
             out.copy_(host)
 
     def write(self, data: Tensor, offset: int = 0) -> None:
         """Write the file; from a GPU by way of host memory."""
         buffer = memoryview(data.cpu().numpy().data)
-        while buffer:
-            num_written = os.pwritev(self._file, [buffer], offset)
-            buffer, offset = buffer[num_written:], offset + num_written
+        with _opened(self._path, os.O_WRONLY) as file:
+            while buffer:
+                num_written = os.pwritev(file, [buffer], offset)
+                buffer, offset = buffer[num_written:], offset + num_written
 
     def free(self) -> None:
         """Delete the file."""
-        os.close(self._file)
         self._path.unlink()
         self._tier.give_back(self.num_bytes)
         self.num_bytes = 0
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = os.open(path, flags, 0o600)
+    try:
+        yield file
+    finally:
+        os.close(file)

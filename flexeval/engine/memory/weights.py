@@ -41,11 +41,15 @@ class WeightStore:
         self._layouts = [SlabLayout(anatomy.layer_specs(layer), codec) for layer in range(anatomy.num_layers)]
         self._extents: list[Extent] = []
         self._is_bound = [False] * anatomy.num_layers
-        for layer, (layout, tier) in enumerate(zip(self._layouts, tiers, strict=True)):
-            extent = tier.allocate(layout.num_bytes)
-            self._extents.append(extent)
-            extent.write(layout.pack(checkpoint.layer(layer), device=torch.device("cpu")))
-            on_layer(layer)
+        try:
+            for layer, (layout, tier) in enumerate(zip(self._layouts, tiers, strict=True)):
+                extent = tier.allocate(layout.num_bytes)
+                self._extents.append(extent)
+                extent.write(layout.pack(checkpoint.layer(layer), device=torch.device("cpu")))
+                on_layer(layer)
+        except BaseException:
+            self.close()
+            raise
         streamed = max((extent.num_bytes for extent in self._extents if extent.view() is None), default=0)
         self._buffers = [torch.empty(streamed, dtype=torch.uint8, device=device) for _ in range(2)]
         self._num_loads = 0

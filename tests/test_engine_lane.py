@@ -1,0 +1,176 @@
+"""Lanes: work runs in order, beside the caller, and its result or failure comes out where it is waited for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, Transfer, ahead, drain
+
+SOON_S = 5.0
+"""A deadline that only a deadlock misses."""
+LANES: dict[str, Callable[[], Lane]] = {
+    "inline": InlineLane,
+    "thread": lambda: ThreadLane("tested", torch.device("cpu")),
+    "cuda": lambda: ThreadLane("tested", torch.device("cuda", 0)),
+}
+every_lane = pytest.mark.parametrize(
+    "lane", ["inline", "thread", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+
+
+@pytest.fixture
+def lane(request: pytest.FixtureRequest) -> Iterator[Lane]:
+    lane = LANES[request.param]()
+    yield lane
+    lane.close()
+
+
+def thread_names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
+@every_lane
+def test_work_runs_in_the_order_of_submission_and_results_in_any(lane: Lane) -> None:
+    ran: list[int] = []
+
+    def work(number: int) -> int:
+        ran.append(number)
+        return number * number
+
+    transfers = [lane.submit(work, number) for number in range(20)]
+    assert [transfer.wait() for transfer in reversed(transfers)] == [n * n for n in reversed(range(20))]
+    assert ran == list(range(20))
+    assert transfers[3].wait() == 9, "a result can be waited for twice"
+
+
+@every_lane
+def test_a_failure_surfaces_at_wait_and_the_lane_works_on(lane: Lane) -> None:
+    failing = lane.submit(lambda: 1 / 0)
+    fine = lane.submit(lambda: "fine")
+    assert fine.wait() == "fine"
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            failing.wait()
+
+
+@every_lane
+def test_draining_waits_for_all_that_was_submitted_and_hides_no_failure_of_it(lane: Lane) -> None:
+    done: list[int] = []
+    failing = lane.submit(lambda: 1 / 0)
+    lane.submit(lambda: (time.sleep(0.02), done.append(1)))
+    drain(lane)
+    assert done == [1]
+    with pytest.raises(ZeroDivisionError):
+        failing.wait()
+
+
+@every_lane
+def test_work_runs_without_gradients_like_its_caller(lane: Lane) -> None:
+    with torch.inference_mode():
+        assert lane.submit(torch.is_inference_mode_enabled).wait()
+
+
+@every_lane
+def test_busy_seconds_are_counted(lane: Lane) -> None:
+    lane.submit(time.sleep, 0.02).wait()
+    drain(lane)
+    assert 0.02 <= lane.busy_s < SOON_S
+
+
+@every_lane
+def test_closing_finishes_what_was_submitted_and_ends_the_thread(lane: Lane) -> None:
+    done: list[int] = []
+    for number in range(3):
+        lane.submit(lambda number=number: (time.sleep(0.005), done.append(number)))
+    lane.close()
+    assert done == [0, 1, 2]
+    assert not [name for name in thread_names() if name.startswith("tested")]
+    lane.close()
+
+
+def test_a_thread_lane_works_beside_its_caller() -> None:
+    lane, gate = ThreadLane("tested", torch.device("cpu")), threading.Event()
+    transfer = lane.submit(gate.wait, SOON_S)
+    assert [name for name in thread_names() if name.startswith("tested")]
+    gate.set()  # only a caller that was not held up by the submission gets here in time
+    assert transfer.wait() is True
+    lane.close()
+
+
+def test_a_load_may_wait_for_a_store_on_another_lane() -> None:
+    loads, stores = ThreadLane("loads", torch.device("cpu")), ThreadLane("stores", torch.device("cpu"))
+    gate, log = threading.Event(), []
+    store = stores.submit(lambda: (gate.wait(SOON_S), log.append("stored")))
+    load = loads.submit(lambda: (store.wait(), log.append("loaded")))
+    gate.set()
+    load.wait()
+    assert log == ["stored", "loaded"]
+    loads.close()
+    stores.close()
+
+
+class Watched:
+    """A lane that notes what is submitted to it."""
+
+    def __init__(self, lane: Lane):
+        self._lane = lane
+        self.busy_s = 0.0
+        self.submitted: list[Any] = []
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Transfer[Any]:
+        self.submitted += args
+        return self._lane.submit(work, *args)
+
+    def close(self) -> None:
+        self._lane.close()
+
+
+@every_lane
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_ahead_yields_in_order_and_keeps_the_next_loads_in_flight(lane: Lane, depth: int) -> None:
+    watched = Watched(lane)
+    for index, value in enumerate(ahead(watched, str, range(6), depth=depth)):
+        assert value == str(index)
+        assert watched.submitted == list(range(min(index + 1 + depth, 6)))
+    assert list(ahead(watched, str, [])) == []
+
+
+def test_ahead_loads_while_the_caller_computes() -> None:
+    lane = ThreadLane("tested", torch.device("cpu"))
+    started = [threading.Event() for _ in range(3)]
+
+    def load(key: int) -> int:
+        started[key].set()
+        return key
+
+    values = ahead(lane, load, range(3))
+    assert next(values) == 0
+    assert started[1].wait(SOON_S), "the next load runs before it is asked for"
+    assert not started[2].is_set()
+    assert list(values) == [1, 2]
+    lane.close()
+
+
+@every_lane
+def test_ahead_fails_at_the_item_that_failed(lane: Lane) -> None:
+    values = ahead(lane, lambda key: 1 // (2 - key), range(4), depth=2)
+    assert [next(values), next(values)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(values)
+
+
+@pytest.mark.gpu
+def test_a_lane_on_a_gpu_sees_the_callers_work_and_the_caller_the_lanes() -> None:
+    lane = ThreadLane("tested", torch.device("cuda", 0))
+    numbers = torch.zeros(1 << 22, device="cuda")
+    for _ in range(200):
+        numbers += 1
+    copied = lane.submit(lambda tensor: tensor.clone().mul_(2), numbers)
+    assert copied.wait().eq(400).all()
+    lane.close()
