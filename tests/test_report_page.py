@@ -11,12 +11,13 @@ import pytest
 from synthetic_results import HOSTILE, TASKS, changed, synthetic
 
 from flexeval.report import format as show
+from flexeval.report.answer import answer
 from flexeval.report.compare import compare
 from flexeval.report.merge import merge
 from flexeval.report.render import chart, questions
 from flexeval.report.render.html import page
 from flexeval.report.render.markdown import summary
-from flexeval.report.verdict import answer
+from flexeval.report.verdict import Kind
 from flexeval.report.write import write_report
 
 
@@ -100,6 +101,12 @@ def test_the_page_shows_every_score_cost_and_caveat(four):
         "load_weights",
     ):
         assert fact in seen
+
+
+def test_every_kind_of_verdict_has_its_mark_and_the_method_names_the_margin(four):
+    text = page(four)
+    assert all(f".kind-{kind.name.lower()}::before" in text for kind in Kind)
+    assert "no room for a loss of more than 5 points" in Reader(text).text
 
 
 def test_hostile_texts_stay_texts_wherever_they_stand():

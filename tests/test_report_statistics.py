@@ -9,11 +9,12 @@ from scipy import stats
 
 from flexeval.report.statistics import (
     Estimate,
+    Z,
     holm,
     mean,
     paired_difference,
+    questions_to_settle,
     sign_flip_p,
-    smallest_visible,
     weighted_sum,
 )
 
@@ -131,10 +132,34 @@ def test_holm_on_his_worked_pattern():
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_the_smallest_visible_drop_is_seen_four_times_out_of_five():
-    estimate = Estimate(value=0.0, low=-1.96, high=1.96, num=100)
-    draws = np.random.default_rng(6).normal(-smallest_visible(estimate), 1.0, 20_000)
-    assert np.mean(draws < -1.96) == pytest.approx(0.8, abs=0.01)
+@pytest.mark.parametrize(
+    ("estimate", "true_loss"), [(0.0, 0.0), (-3.0, 0.0), (5.0, 5.0), (8.0, 5.0), (2.0, 2.0), (2.5, 2.5)]
+)
+def test_so_many_questions_settle_a_loss_four_times_out_of_five(estimate, true_loss):
+    loss = Estimate(value=estimate, low=estimate - 9.8, high=estimate + 9.8, num=100)
+    num = questions_to_settle(loss, 5.0)
+    half = 9.8 * math.sqrt(100 / num)
+    draws = np.random.default_rng(6).normal(true_loss, half / Z, 20_000)
+    assert np.mean((draws - half > 0) | (draws + half <= 5)) >= 0.795
+
+
+def test_no_more_questions_are_asked_for_than_it_takes():
+    loss = Estimate(value=0.0, low=-9.8, high=9.8, num=100)
+    half = 9.8 * math.sqrt(100 / questions_to_settle(loss, 5.0))
+    draws = np.random.default_rng(6).normal(0, half / Z, 20_000)
+    assert np.mean(draws + half <= 5) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("value", [-6.0, 0.0, 1.0, 2.5, 4.0, 9.0])
+def test_what_is_not_settled_takes_more_questions(value):
+    half = max(value, 5 - value) + 0.01  # reaches over both zero and the margin
+    loss = Estimate(value=value, low=value - half, high=value + half, num=100)
+    assert questions_to_settle(loss, 5.0) > 100
+
+
+def test_an_unknown_spread_or_no_margin_gives_no_number_of_questions():
+    assert math.isnan(questions_to_settle(Estimate(value=0, low=math.nan, high=math.nan, num=1), 0.05))
+    assert math.isnan(questions_to_settle(Estimate(value=0, low=-1, high=1, num=9), 0.0))
 
 
 def coverage(intervals, truth):

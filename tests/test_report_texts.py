@@ -11,12 +11,12 @@ from rich.console import Console
 from synthetic_results import TASKS, changed, synthetic
 
 from flexeval.report import format as show
+from flexeval.report.answer import answer
 from flexeval.report.compare import compare
 from flexeval.report.render import markdown
 from flexeval.report.render.markdown import plain, summary
 from flexeval.report.render.table import table
 from flexeval.report.render.terminal import print_table
-from flexeval.report.verdict import answer
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,12 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def rough_count(value: float) -> str:
+    """A whole number that is not known well: two digits, rounded up: `1,100`."""
+    step = 10 ** max(0, len(str(math.ceil(value))) - 2)
+    return count(math.ceil(value / step) * step)
+
+
 def ratio(value: float) -> str:
     """How many times: `1.31x`."""
     return f"{value:.2f}\N{MULTIPLICATION SIGN}" if value < 10 else f"{value:.0f}\N{MULTIPLICATION SIGN}"

@@ -40,6 +40,9 @@ class Estimate:
         bounded = not math.isnan(self.low)
         assert not bounded or self.low <= self.value <= self.high, (self.low, self.value, self.high)
 
+    def __neg__(self) -> Estimate:
+        return Estimate(value=-self.value, low=-self.high, high=-self.low, num=self.num)
+
 
 def mean(scores: Sequence[float], *, in_unit: bool) -> Estimate:
     """Mean score: Wilson's interval for right-or-wrong scores, Student's for graded ones.
@@ -155,13 +158,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def smallest_visible(difference: Estimate) -> float:
-    """Size of a true difference that an experiment as precise as this one finds four times out of five.
+def questions_to_settle(loss: Estimate, margin: float) -> float:
+    """About how many questions show, four times out of five, that quality is lost or that no more than `margin` is.
 
-    Bloom 1995, "Minimum detectable effects", Evaluation Review 19: (z_0.975 + z_0.8) standard errors.
+    Julious 2004, "Sample sizes for clinical trials with Normal data", Statistics in Medicine 23, on non-inferiority:
+    (z_0.975 + z_0.8)^2 variance / distance^2. The variance is the one behind the interval of `loss`. The distance is
+    from the loss to zero or to the margin, whichever is farther and so is excluded first; at most the margin, since
+    the true loss may lie nearer than its estimate. Never more than it takes for an interval as wide as the margin,
+    which cannot hold both. NaN where the variance is unknown or no loss is tolerated.
     """
-    standard_error = (difference.high - difference.low) / (2 * Z)
-    return (Z + float(stats.norm.ppf(0.8))) * standard_error
+    if math.isnan(loss.low) or margin <= 0:
+        return math.nan
+    standard_error = (loss.high - loss.low) / (2 * Z)
+    distance = min(margin, max(loss.value, margin - loss.value))
+    shrinkage = standard_error * min((Z + float(stats.norm.ppf(0.8))) / distance, 2 * Z / margin)
+    return loss.num * shrinkage**2
 
 
 class _Moments(NamedTuple):

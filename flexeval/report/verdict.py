@@ -1,21 +1,22 @@
-"""What the figures say, in plain words: one verdict per setting and one answer for the run. Computes no figure."""
+"""Each setting in words, and how its loss of quality compares with what is tolerated. Knows no page.
+
+That no loss was detected is no evidence of none. A setting passes only if its interval leaves no room for a loss beyond
+a margin: non-inferiority, as in Piaggio et al. 2012, "Reporting of noninferiority and equivalence randomized trials",
+JAMA 308.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from flexeval.config import format_size
 from flexeval.report import format as show
-from flexeval.report.statistics import SIGNIFICANT, smallest_visible
-from flexeval.report.tables import Comparison, Difference, SettingRow
+from flexeval.report.statistics import SIGNIFICANT, Estimate
+from flexeval.report.tables import Comparison, SettingRow
 
-_FASTER = 1.02
-"""Speeds are measured once: a smaller speedup than this is not called one."""
-_TOO_COARSE = 0.1
-"""A comparison that would miss a drop of ten points of a hundred recommends nothing."""
+_MARGIN = 0.05
+"""The loss tolerated: five points of a hundred, or on another scale this share of the baseline's score."""
 
 
 class Kind(StrEnum):
@@ -23,6 +24,7 @@ class Kind(StrEnum):
 
     BASELINE = "baseline"
     SAME = "no detectable difference in quality"
+    UNSETTLED = "difference not settled"
     WORSE = "loses quality"
     BETTER = "gains quality"
     UNKNOWN = "quality has no common scale"
@@ -49,111 +51,83 @@ class Verdict:
 
 def verdicts(comparison: Comparison) -> list[Verdict]:
     """One verdict per setting, in order."""
-    return [_verdict(comparison, row) for row in comparison.settings]
+    return [verdict(comparison, row) for row in comparison.settings]
 
 
-def answer(comparison: Comparison) -> list[str]:
-    """Which setting to use, as one to three sentences; the first is the answer."""
-    rows = comparison.settings
-    base = rows[comparison.baseline]
-    if len(rows) == 1:
-        only = _verdict(comparison, base)
-        return [f"{only.setting} scores {only.quality} at {only.cost}."] if base.quality else [only.sentence]
-    if base.quality is None:
-        return ["The tasks have no common scale: choose by the table per task."]
-    kept = [row for row in rows if row.difference and _kind(comparison, row.difference) != Kind.WORSE]
-    if not kept:
-        return [f"Every other setting loses quality against {_name(base)}.", *_least_loss(comparison)]
-    num = f"{show.count(base.quality.num)} questions"
-    drop = _smallest_visible(kept)
-    if math.isnan(drop):
-        return [f"{num} are too few to say which setting keeps its quality.", "Even a large drop would go unseen."]
-    if comparison.in_points and drop > _TOO_COARSE:
-        return [
-            f"{num} are too few to say which setting keeps its quality.",
-            f"A true drop of {_amount(comparison, drop)} would often go unseen.",
-        ]
-    return [
-        *_recommendations(comparison, kept, base),
-        f"With {num}, a true drop below about {_amount(comparison, drop)} would often go unseen.",
-    ]
-
-
-def _recommendations(comparison: Comparison, kept: Sequence[SettingRow], base: SettingRow) -> list[str]:
-    faster = [(row.speedup, row) for row in kept if row.speedup and row.speedup > _FASTER]
-    smaller = [(row.memory_ratio, row) for row in kept if row.memory_ratio and row.memory_ratio > 1]
-    speedup, fastest = max(faster, key=lambda pair: pair[0], default=(1.0, base))
-    shrinkage, smallest = max(smaller, key=lambda pair: pair[0], default=(1.0, base))
-    sentences = []
-    if fastest is base:
-        sentences.append(f"For speed, stay with {_name(base)}: nothing is faster without a detectable loss of quality.")
-    else:
-        sentences.append(
-            f"Use {_name(fastest)}: the fastest setting without a detectable loss of quality "
-            f"({show.ratio(speedup)} as fast as {_name(base)})."
-        )
-        if fastest.difference:
-            sentences.append(f"Its quality against {_name(base)}: {_change(comparison, fastest.difference)}.")
-    if smallest is not base and smallest is not fastest:
-        sentences.append(
-            f"If memory is short, {_name(smallest)} uses the least without a detectable loss "
-            f"({show.ratio(shrinkage)} less than {_name(base)})."
-        )
-    return sentences
-
-
-def _least_loss(comparison: Comparison) -> list[str]:
-    sign = 1 if comparison.higher_is_better else -1
-    losses = [(sign * row.difference.estimate.value, row) for row in comparison.settings if row.difference]
-    best = _verdict(comparison, max(losses, key=lambda pair: pair[0])[1])
-    return [f"{best.setting} loses least: {best.quality}; {best.cost}."]
-
-
-def _smallest_visible(rows: Sequence[SettingRow]) -> float:
-    """The drop that the least precise of these comparisons would find four times out of five; NaN if one is unknown."""
-    drops = [smallest_visible(row.difference.estimate) for row in rows if row.difference]
-    return math.nan if any(math.isnan(drop) for drop in drops) else max(drops)
-
-
-def _verdict(comparison: Comparison, row: SettingRow) -> Verdict:
+def verdict(comparison: Comparison, row: SettingRow) -> Verdict:
+    """One setting in words."""
     is_baseline = row is comparison.settings[comparison.baseline]
+    return Verdict(
+        setting=row.result.setting,
+        kind=_kind(comparison, row),
+        cost=_absolute_cost(row) if is_baseline else _relative_cost(row),
+        quality=_quality(comparison, row),
+    )
+
+
+def margin(comparison: Comparison) -> float:
+    """The loss of quality tolerated; at least 0."""
+    base = comparison.settings[comparison.baseline].quality
+    assert base is not None, "no common scale"
+    return _MARGIN if comparison.in_points else _MARGIN * abs(base.value)
+
+
+def loss(comparison: Comparison, row: SettingRow) -> Estimate:
+    """How much quality a setting loses against the baseline: a difference with the sign of harm."""
+    assert row.difference is not None, row.result.setting
+    estimate = row.difference.estimate
+    return -estimate if comparison.higher_is_better else estimate
+
+
+def is_within_margin(comparison: Comparison, row: SettingRow) -> bool:
+    """Whether the whole interval of the loss stays within the margin; an unknown interval does not."""
+    return loss(comparison, row).high <= margin(comparison)
+
+
+def tolerated(comparison: Comparison) -> str:
+    """The margin in words: `5 points`."""
+    value = margin(comparison)
+    return f"{value * 100 if comparison.in_points else value:.3g} {_unit(comparison)}"
+
+
+def _kind(comparison: Comparison, row: SettingRow) -> Kind:
     if row.quality is None:
-        kind, quality = Kind.UNKNOWN, "see the tasks"
-    elif row.difference is None:
+        return Kind.UNKNOWN
+    if row.difference is None:
+        return Kind.BASELINE
+    if row.difference.p_value < SIGNIFICANT:
+        return Kind.WORSE if loss(comparison, row).value > 0 else Kind.BETTER
+    return Kind.SAME if is_within_margin(comparison, row) else Kind.UNSETTLED
+
+
+def _quality(comparison: Comparison, row: SettingRow) -> str:
+    if row.quality is None:
+        return "see the tasks"
+    if row.difference is None:
         bounds = show.interval(row.quality, in_points=comparison.in_points)
-        kind = Kind.BASELINE
-        quality = f"{_amount(comparison, row.quality.value)} (95% interval {bounds}, n = {show.count(row.quality.num)})"
-    else:
-        kind, quality = _kind(comparison, row.difference), _change(comparison, row.difference)
-    cost = _absolute_cost(row) if is_baseline else _relative_cost(row)
-    return Verdict(setting=_name(row), kind=kind, cost=cost, quality=quality)
-
-
-def _kind(comparison: Comparison, difference: Difference) -> Kind:
-    if difference.p_value >= SIGNIFICANT:
-        return Kind.SAME
-    return Kind.BETTER if (difference.estimate.value > 0) == comparison.higher_is_better else Kind.WORSE
-
-
-def _change(comparison: Comparison, difference: Difference) -> str:
-    estimate = difference.estimate
+        return f"{_amount(comparison, row.quality.value)} (95% interval {bounds}, n = {show.count(row.quality.num)})"
+    estimate = row.difference.estimate
     return (
         f"{_amount(comparison, estimate.value, signed=True)} "
         f"(95% interval {show.interval(estimate, in_points=comparison.in_points, signed=True)}, "
-        f"{show.p_value(difference.p_value)}, n = {show.count(estimate.num)})"
+        f"{show.p_value(row.difference.p_value)}, n = {show.count(estimate.num)})"
     )
 
 
 def _amount(comparison: Comparison, value: float, *, signed: bool = False) -> str:
     number = (show.change if signed else show.score)(value, in_points=comparison.in_points)
-    return f"{number} {'points' if comparison.in_points else comparison.tasks[0].task.metric}"
+    return f"{number} {_unit(comparison)}"
+
+
+def _unit(comparison: Comparison) -> str:
+    return "points" if comparison.in_points else comparison.tasks[0].task.metric
 
 
 def _absolute_cost(row: SettingRow) -> str:
     parts = []
     if row.questions_per_s:
-        per, unit = show.rate_unit([row.questions_per_s])
-        parts.append(f"{show.digits(row.questions_per_s * per)} questions/{unit}")
+        per, time_unit = show.rate_unit([row.questions_per_s])
+        parts.append(f"{show.digits(row.questions_per_s * per)} questions/{time_unit}")
     if row.memory_bytes:
         parts.append(f"{format_size(row.memory_bytes)} of memory at peak")
     return ", ".join(parts) or "speed not measured"
@@ -164,9 +138,5 @@ def _relative_cost(row: SettingRow) -> str:
     if row.memory_ratio:
         less = row.memory_ratio >= 1
         times = show.ratio(row.memory_ratio if less else 1 / row.memory_ratio)
-        parts.append(f"{times} {'less' if less else 'more'} memory")
+        parts.append("the same memory" if times == show.ratio(1) else f"{times} {'less' if less else 'more'} memory")
     return ", ".join(parts)
-
-
-def _name(row: SettingRow) -> str:
-    return row.result.setting

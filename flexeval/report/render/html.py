@@ -14,12 +14,13 @@ from collections.abc import Iterable, Sequence
 from jinja2.utils import htmlsafe_json_dumps
 
 from flexeval.report import format as show
+from flexeval.report.answer import CLEARLY, answer
 from flexeval.report.render import chart
 from flexeval.report.render.environment import environment, source
 from flexeval.report.render.questions import drill_down
 from flexeval.report.statistics import SIGNIFICANT, Estimate
 from flexeval.report.tables import Comparison, TaskRow
-from flexeval.report.verdict import answer, verdicts
+from flexeval.report.verdict import tolerated, verdicts
 
 
 def page(comparison: Comparison) -> str:
@@ -33,6 +34,8 @@ def page(comparison: Comparison) -> str:
         c=comparison,
         verdicts=verdicts(comparison),
         answer=answer(comparison),
+        tolerated=tolerated(comparison) if comparison.averaged else "",
+        clearly=CLEARLY,
         chart=picture,
         canvas=chart,
         data=data,

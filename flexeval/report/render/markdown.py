@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 
 from flexeval.report import format as show
+from flexeval.report.answer import answer
 from flexeval.report.render.environment import environment
 from flexeval.report.statistics import SIGNIFICANT
 from flexeval.report.tables import Comparison, TaskRow
-from flexeval.report.verdict import answer, verdicts
+from flexeval.report.verdict import verdicts
 
 _LONGEST_COMMENT = 65_000
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~@])")

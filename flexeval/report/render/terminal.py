@@ -9,9 +9,9 @@ from rich.text import Text
 
 from flexeval.config import format_size
 from flexeval.report import format as show
+from flexeval.report.answer import answer
 from flexeval.report.compare import compare
 from flexeval.report.tables import Comparison, SettingRow
-from flexeval.report.verdict import answer
 from flexeval.results import RunResults
 
 
