@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flexeval.engine.compute.spec import TensorSpec
 from flexeval.engine.memory.codec import Codec, Int4Codec
-from flexeval.engine.memory.slab import ALIGNMENT, SlabLayout, TensorSpec
+from flexeval.engine.memory.slab import ALIGNMENT, SlabLayout
 
 CPU = torch.device("cpu")
 RAW = [

@@ -1,0 +1,214 @@
+"""Attention over hand-made rows: every token by itself in float64, over exactly the tokens it should see.
+
+A row's plan is written down by hand; what each token sees is derived from its path alone.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexeval.engine.compute.attention import KeysValues, PackedAttention
+from flexeval.engine.compute.port import AttentionOptions
+from flexeval.engine.compute.row import DecodeBatch, make_row
+from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, KeySource, RowPlan
+
+NUM_HEADS, NUM_KV_HEADS, KEY_SIZE = 4, 2, 16
+
+
+class Tokens:
+    """Every token there is: runs by name, each token with a query, a key and a value."""
+
+    def __init__(self, lengths: dict[str, int], *, value_size: int, device: str):
+        ends = list(accumulate(lengths.values()))
+        self.runs = {name: range(end - lengths[name], end) for name, end in zip(lengths, ends, strict=True)}
+        generator = torch.Generator().manual_seed(0)
+        self.q_TNH = torch.randn(ends[-1], NUM_HEADS, KEY_SIZE, generator=generator).to(device)
+        self.k_TKH = torch.randn(ends[-1], NUM_KV_HEADS, KEY_SIZE, generator=generator).to(device)
+        self.v_TKW = torch.randn(ends[-1], NUM_KV_HEADS, value_size, generator=generator).to(device)
+
+    def keys_values(self, tokens: list[int | None]) -> KeysValues:
+        """KV of some tokens; NaN, which must never be read, where there is none."""
+        index = torch.tensor([-1 if token is None else token for token in tokens])
+        keys_CKH, values_CKW = self.k_TKH[index].clone(), self.v_TKW[index].clone()
+        keys_CKH[index < 0], values_CKW[index < 0] = torch.nan, torch.nan
+        return KeysValues(keys_CKH, values_CKW)
+
+    def attend(self, path: list[int], options: AttentionOptions) -> Tensor:
+        """What the last token of a path sees of it, in float64."""
+        first = 0 if options.window is None else max(0, len(path) - options.window)
+        heads = torch.arange(NUM_HEADS) // (NUM_HEADS // NUM_KV_HEADS)
+        k_SNH = self.k_TKH.cpu().double()[path[first:]][:, heads]
+        scores_NS = torch.einsum("nh,snh->ns", self.q_TNH[path[-1]].cpu().double(), k_SNH) * options.scale
+        if options.softcap is not None:
+            scores_NS = options.softcap * (scores_NS / options.softcap).tanh()
+        total_N = scores_NS.exp().sum(1)
+        if options.sinks_N is not None:
+            total_N += options.sinks_N.cpu().double().exp()
+        weights_NS = scores_NS.exp() / total_N[:, None]
+        return torch.einsum("ns,snw->nw", weights_NS, self.v_TKW.cpu().double()[path[first:]][:, heads])
+
+
+class HandMadeContext:
+    """KV of earlier tokens, from literal tables."""
+
+    def __init__(self, tokens: Tokens, *, logs: dict[int, list[int | None]], scratch: dict[int, list[int]]):
+        self._tokens, self._logs, self._scratch = tokens, logs, scratch
+
+    def own_log(self, batch: DecodeBatch) -> KeysValues:
+        return self._tokens.keys_values(self._logs[batch.span.group])
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        source = span.source
+        if source.scratch_node is not None:
+            return self._tokens.keys_values(list(self._scratch[source.scratch_node]))
+        assert source.group is not None and source.row_start is None
+        return self._tokens.keys_values(self._logs[source.group][source.log_start :][: span.num_keys])
+
+
+OPTIONS = {
+    "plain": {},
+    "window": {"window": 4},
+    "window-of-one": {"window": 1},
+    "window-into-ancestor": {"window": 30},
+    "softcap": {"softcap": 1.2},
+    "sinks": {"sinks_N": [-1.0, 0.0, 1.0, 4.0]},
+    "everything": {"window": 11, "softcap": 2.0, "sinks_N": [0.5, -3.0, 2.0, 0.0]},
+}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=OPTIONS)
+def options(request: pytest.FixtureRequest, device: str) -> AttentionOptions:
+    chosen = dict(OPTIONS[request.param])
+    if "sinks_N" in chosen:
+        chosen["sinks_N"] = torch.tensor(chosen["sinks_N"], device=device)
+    return AttentionOptions(scale=0.4, **chosen)
+
+
+def check(
+    plan: RowPlan, tokens: Tokens, row: list[int], paths: list[list[int]], context: HandMadeContext, **how: object
+) -> None:
+    """Compare a row's attention with each of its tokens' own."""
+    options, dtype = how["options"], how.get("dtype", torch.float32)
+    assert isinstance(options, AttentionOptions) and isinstance(dtype, torch.dtype)
+    assert [path[-1] for path in paths] == row
+    index = torch.tensor(row)
+    for name in ("q_TNH", "k_TKH", "v_TKW"):
+        setattr(tokens, name, getattr(tokens, name).to(dtype))
+    made = make_row(0, plan, tokens.q_TNH.device)
+    q_TNH, k_TKH, v_TKW = tokens.q_TNH[index], tokens.k_TKH[index], tokens.v_TKW[index]
+    out_TNW = PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)
+    expected_TNW = torch.stack([tokens.attend(path, options) for path in paths])
+    assert out_TNW.dtype == dtype
+    tolerance = 3e-6 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(out_TNW.cpu().double(), expected_TNW, atol=tolerance, rtol=0)
+
+
+def upto(*runs: range) -> list[list[int]]:
+    """The paths of each token of the last run, after all of the runs before it."""
+    *before, own = [list(run) for run in runs]
+    return [[token for run in before for token in run] + own[: index + 1] for index in range(len(own))]
+
+
+LENGTHS = {"header": 40, "a": 3, "b": 25, "c": 1, "alone": 60, "e": 5, "f": 2, "in_log": 5, "in_scratch": 7}
+FRESH = RowPlan(
+    token_ids=(0,) * 136,
+    positions=(*range(40), *range(40, 43), *range(40, 65), 65, *range(60), *range(12, 17), *range(12, 14)),
+    fresh=(
+        FreshSpan(node=0, start=0, length=40),
+        FreshSpan(node=1, start=40, length=3),
+        FreshSpan(node=2, start=43, length=25),
+        FreshSpan(node=3, start=68, length=1),
+        FreshSpan(node=4, start=69, length=60),
+        FreshSpan(node=5, start=129, length=5),
+        FreshSpan(node=6, start=134, length=2),
+    ),
+    ancestors=(
+        AncestorSpan(start=40, length=29, num_keys=40, first_key_position=0, source=KeySource(row_start=0)),
+        AncestorSpan(start=68, length=1, num_keys=25, first_key_position=40, source=KeySource(row_start=43)),
+        AncestorSpan(start=129, length=7, num_keys=5, first_key_position=0, source=KeySource(group=3, log_start=2)),
+        AncestorSpan(start=129, length=7, num_keys=7, first_key_position=5, source=KeySource(scratch_node=9)),
+    ),
+)
+
+
+@pytest.mark.parametrize("value_size", [KEY_SIZE, 12])
+def test_fresh_nodes_of_ragged_lengths_under_ancestors_in_row_log_and_scratch(
+    options: AttentionOptions, value_size: int, device: str
+) -> None:
+    check_fresh(options, value_size=value_size, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fresh_nodes_in_half_precision(options: AttentionOptions, dtype: torch.dtype, device: str) -> None:
+    check_fresh(options, value_size=KEY_SIZE, device=device, dtype=dtype)
+
+
+def check_fresh(options: AttentionOptions, *, value_size: int, device: str, dtype: torch.dtype = torch.float32) -> None:
+    tokens = Tokens(LENGTHS, value_size=value_size, device=device)
+    run = tokens.runs
+    paths = [
+        *upto(run["header"]),
+        *upto(run["header"], run["a"]),
+        *upto(run["header"], run["b"]),
+        *upto(run["header"], run["b"], run["c"]),
+        *upto(run["alone"]),
+        *upto(run["in_log"], run["in_scratch"], run["e"]),
+        *upto(run["in_log"], run["in_scratch"], run["f"]),
+    ]
+    context = HandMadeContext(
+        tokens, logs={3: [None, None, *run["in_log"], None]}, scratch={9: list(run["in_scratch"])}
+    )
+    check(FRESH, tokens, list(range(136)), paths, context, options=options, dtype=dtype)
+
+
+DECODE = RowPlan(
+    token_ids=(0, 0, 0),
+    positions=(13, 14, 1),
+    decode=(
+        DecodeSpan(
+            group=0,
+            start=0,
+            log_length=9,
+            own_tokens=((0, 1, 2, 7, 9), (3, 4, 5, 6, 8, 10)),
+            first_own_positions=(9, 9),
+        ),
+        DecodeSpan(group=2, start=2, log_length=1, own_tokens=((0, 1),), first_own_positions=(0,)),
+    ),
+    ancestors=(
+        AncestorSpan(start=0, length=2, num_keys=9, first_key_position=0, source=KeySource(group=1, log_start=4)),
+    ),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value_size", [KEY_SIZE, 12])
+def test_sequences_that_decode_from_two_logs_under_a_shared_header(
+    options: AttentionOptions, value_size: int, dtype: torch.dtype, device: str
+) -> None:
+    """In the first log the sequences' tokens lie between each other's, as they were computed."""
+    tokens = Tokens({"header": 9, "x": 5, "y": 6, "z": 2}, value_size=value_size, device=device)
+    header, x, y, z = (list(run) for run in tokens.runs.values())
+    logs = {0: [*x[:3], *y[:4], x[3], y[4], x[4], y[5], None], 1: [None] * 4 + header, 2: [*z, None]}
+    paths = [header + x, header + y, z]
+    context = HandMadeContext(tokens, logs=logs, scratch={})
+    check(DECODE, tokens, [x[-1], y[-1], z[-1]], paths, context, options=options, dtype=dtype)
+
+
+def test_spans_of_very_different_lengths_are_not_padded_to_the_longest() -> None:
+    lengths = [1, 2, 16, 17, 18, 40, 200, 220]
+    starts = [0, *accumulate(lengths)]
+    spans = tuple(FreshSpan(node=i, start=starts[i], length=length) for i, length in enumerate(lengths))
+    plan = RowPlan(token_ids=(0,) * sum(lengths), positions=(0,) * sum(lengths), fresh=spans)
+    row = make_row(0, plan, torch.device("cpu"))
+    held = torch.cat([batch.token_M for batch in row.fresh])
+    assert sorted(held.tolist()) == list(range(sum(lengths))), "every token once"
+    assert sum(batch.index_BL.numel() for batch in row.fresh) < 1.25 * sum(lengths)
