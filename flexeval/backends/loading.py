@@ -97,7 +97,7 @@ def _multiplies_bfloat16() -> bool:
 
 def _read_config(source: ModelSource) -> PretrainedConfig:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source.directory)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
         return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(

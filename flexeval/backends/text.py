@@ -34,7 +34,9 @@ class TextHalf:
             eos_ids: Tokens that end a text.
         """
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer_dir)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                tokenizer_dir, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"the tokenizer cannot be read: {error}", where=str(tokenizer_dir), mend="Fetch the model again"

@@ -224,8 +224,9 @@ def _quiet_default_dtype() -> Any:
 
 def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     num_layers = model.config.get_text_config().num_hidden_layers
+    in_decoder = set(model.get_decoder().modules())  # a vision tower may have as many layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and module in in_decoder:
             return name, module
     raise UnsupportedModelError(
         f"{type(model).__name__} has no list of {num_layers} decoder layers", mend="Choose another model"
