@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -153,7 +154,7 @@ def test_merged_parts_are_attention_over_the_whole(seed: int, cuts: set[int], wi
     bounds = [0, *sorted(cuts), 12]
     parts = [
         partial_attention(q_BNQH, k_BKSH[:, :, a:b], v_BKSW[:, :, a:b], scale=0.5, mask_BQS=mask_BQS[..., a:b])
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in pairwise(bounds)
     ]
     out_TNW, lse_TN = parts[0].out_BNQW[0].transpose(0, 1).clone(), parts[0].lse_BNQ[0].T.clone()
     for part in parts[1:]:

@@ -8,6 +8,7 @@ Shapes: T tokens of a row, R positions of a chunk, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ def read_row(
         num_top_logprobs: The most that any request asks for.
 
     Raises:
-        ModelError: A logit is infinite or NaN.
+        ModelError: A log-probability is infinite or NaN.
     """
     scored: list[Scored | None] = [None] * len(plan.scores)
     drawn: list[Drawn | None] = [None] * len(plan.generators)
@@ -135,7 +136,9 @@ def sample(logits_V: Tensor, request: TokenRequest, step: int) -> int:
     The draw depends on the request's seed and the step alone, not on the batch: it inverts the distribution function at
     a uniform number from the request's own stream.
     """
-    probs_V, order_V = (logits_V.double().cpu() / request.temperature).softmax(-1).sort(descending=True, stable=True)
+    logits_V = logits_V.double().cpu()
+    scores_V = (logits_V - logits_V.max()) / request.temperature  # at most 0: the lowest temperature overflows to -inf
+    probs_V, order_V = scores_V.softmax(-1).sort(descending=True, stable=True)
     before_V = probs_V.cumsum(-1) - probs_V
     kept_V = probs_V.where(before_V < request.top_p, torch.zeros_like(probs_V))
     generator = torch.Generator().manual_seed(((request.seed * 1_000_003) ^ step) % 2**63)
@@ -145,6 +148,6 @@ def sample(logits_V: Tensor, request: TokenRequest, step: int) -> int:
 
 
 def _finite(logprob: float) -> float:
-    if logprob != logprob or logprob == float("inf"):
+    if not math.isfinite(logprob):
         raise ModelError("the model's logits are not finite", mend="Compute in float32 (--dtype float32)")
     return logprob
