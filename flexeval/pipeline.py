@@ -97,7 +97,7 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
     try:
         outcomes = [_run_setting(options, suite, source, setting, out, progress) for setting in settings]
     except BaseException:
-        if not was_there and not any(journals.glob("*")):
+        if not was_there and not any(path.stat().st_size for path in journals.glob("*")):
             shutil.rmtree(out, ignore_errors=True)
         raise
     results = _gather(options, suite, source, out, outcomes)

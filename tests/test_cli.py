@@ -1,0 +1,177 @@
+"""The command line: a user's mistake is one line on standard error, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_directory import write_tiny_model
+
+from flexeval.cli import main
+
+ENTRY = "dyck_language:model=text,num_parenthesis_pairs=2"
+SUITE = 'entries: [{{description: "{entry}", priority: 1}}]\nmax_eval_instances: 3\n'
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "small.conf"
+    path.write_text(SUITE.format(entry=ENTRY))
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command line as the shell would; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["flexeval", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+def assert_mistake(
+    code: int, capsys: pytest.CaptureFixture[str], *words: str, out: Path | None = None, lines: int = 1
+) -> None:
+    errors = capsys.readouterr().err.splitlines()
+    assert code == 2, errors
+    assert len(errors) == lines and errors[0].startswith("flexeval: "), errors
+    assert all(word.lower() in errors[0].lower() for word in words), errors
+    assert out is None or not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--suite", "no-such-suite", ["no-such-suite", "demo", "helm-lite"]),
+        ("--setting", "w3", ["w3", "none, w4"]),
+        ("--model", "./no-such-model", ["no-such-model"]),
+        ("--model", "dummy:opt-31b", ["opt-30b"]),
+        ("--device", "tpu", ["tpu", "auto, cpu, cuda"]),
+        ("--dtype", "float8", ["float8", "bfloat16"]),
+        ("--gpu-memory", "lots", ["lots", "16GiB"]),
+        ("--cpu-memory", "-3GB", ["-3GB"]),
+        ("--cpu-memory", "100KB", ["cpu", "lacks", "--cpu-memory"]),
+        ("--policy", "gpu-weights=2", ["gpu=2"]),
+        ("--policy", "wings=1", ["wings"]),
+    ],
+)
+def test_a_bad_option_is_named(
+    option: str,
+    value: str,
+    words: list[str],
+    suite: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    options = {"--suite": suite, "--model": model, "--out": out} | {option: value}
+    code = call(monkeypatch, "run", *(word for pair in options.items() for word in pair))
+    assert_mistake(code, capsys, *words, out=out)
+
+
+def test_an_unknown_task_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "wrong.conf"
+    path.write_text(SUITE.format(entry="no_such_task:model=text"))
+    out = tmp_path / "out"
+    code = call(monkeypatch, "run", "--suite", path, "--model", model, "--out", out)
+    assert_mistake(code, capsys, "no_such_task", str(path), out=out)
+
+
+def test_missing_data_are_named_with_their_path(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLEXEVAL_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "wants-data.conf"
+    path.write_text(SUITE.format(entry="gsm:model=text"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # no network, at once
+    out = tmp_path / "out"
+    code = call(monkeypatch, "run", "--suite", path, "--model", model, "--out", out)
+    assert_mistake(code, capsys, str(tmp_path / "cache" / "helm"), "gsm", "--skip-missing", out=out)
+
+
+def test_a_model_that_cannot_be_read_is_named(
+    suite: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    out = tmp_path / "out"
+    code = call(monkeypatch, "run", "--suite", suite, "--model", broken, "--out", out)
+    assert_mistake(code, capsys, "model.safetensors", out=out)
+
+
+@pytest.mark.parametrize("family", ["falcon", "bloom", "mamba"])
+def test_a_family_that_cannot_run_is_refused(
+    family: str,
+    suite: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    (other / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": 640}))
+    out = tmp_path / "out"
+    code = call(monkeypatch, "run", "--suite", suite, "--model", other, "--out", out)
+    assert_mistake(code, capsys, family, out=out)
+
+
+def test_an_output_that_is_a_file_stays_as_it_is(
+    suite: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.write_text("mine")
+    code = call(monkeypatch, "run", "--suite", suite, "--model", model, "--out", out)
+    assert_mistake(code, capsys, str(out), "--out")
+    assert out.read_text() == "mine"
+
+
+def test_a_setting_named_twice_is_refused(
+    suite: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = call(monkeypatch, "run", "--suite", suite, "--model", model, "--setting", "w4", "--setting", "w4")
+    assert_mistake(code, capsys, "w4", "twice")
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_a_directory_without_results_is_named(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_mistake(call(monkeypatch, command, tmp_path), capsys, str(tmp_path))
+    (tmp_path / "results.json").write_text("{]")
+    assert_mistake(call(monkeypatch, command, tmp_path), capsys, "results.json")
+
+
+def test_unknown_options_are_usage_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "run", "--suit", "demo") == 2
+    assert "--suite" in capsys.readouterr().err
+
+
+def test_a_run_and_its_report(
+    suite: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    settings = ("--setting", "none", "--setting", "w4-g32")
+    assert call(monkeypatch, "run", "--suite", suite, "--model", model, "--out", out, *settings) == 0
+    assert f"Report: {out / 'index.html'}" in capsys.readouterr().out
+    assert {"index.html", "report.md", "results.csv", "results.json", "helm", "journal"} <= {
+        path.name for path in out.iterdir()
+    }
+    (out / "index.html").unlink()
+    assert call(monkeypatch, "report", out) == 0
+    assert (out / "index.html").is_file()
+    assert call(monkeypatch, "compare", out, out, "--out", tmp_path / "both") == 0
+    assert (tmp_path / "both" / "index.html").is_file()

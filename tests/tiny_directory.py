@@ -1,0 +1,22 @@
+"""A tiny random Llama on disk, as a user would have a model: config, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from helm_support import tokenizer_dir
+from tiny_models import tiny_config
+from transformers import AutoModelForCausalLM
+
+CONTEXT = 2048
+
+
+def write_tiny_model(directory: Path) -> Path:
+    """Write the model; the same weights every time."""
+    torch.manual_seed(0)
+    config = tiny_config("llama", vocab_size=640, max_position_embeddings=CONTEXT, eos_token_id=0, bos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    shutil.copytree(tokenizer_dir(), directory, dirs_exist_ok=True)
+    return directory
