@@ -147,8 +147,9 @@ def _run_setting(
             )
             requests = helm.collect(on_task=update)
         with Journal(out / "journal" / f"{setting.name}-{_journal_key(source, engine)}.jsonl") as journal:
+            num_resumed = sum(journal.get(request) is not None for request in requests)
             completions = _answer(engine, requests, journal, setting, progress)
-            result = _cost(engine, setting, completions, journal)
+            result = _cost(engine, setting, completions, journal, num_resumed)
     with progress.activity(f"{setting.name}: scoring") as update:
         scored = helm.score(completions, on_task=update)
     return _Outcome(scored=scored, result=result, skipped=helm.skipped)
@@ -182,7 +183,9 @@ def _answer(
     return [answer for answer in answers if answer is not None]
 
 
-def _cost(engine: Engine, setting: Setting, completions: Sequence[Completion], journal: Journal) -> SettingResult:
+def _cost(
+    engine: Engine, setting: Setting, completions: Sequence[Completion], journal: Journal, num_resumed: int
+) -> SettingResult:
     """What the answers have cost, over all sessions that gave them."""
     sessions = [Usage(**usage) for usage in journal.usages]
     last = sessions[-1] if sessions else engine.usage()
@@ -203,6 +206,7 @@ def _cost(engine: Engine, setting: Setting, completions: Sequence[Completion], j
         peak_bytes={tier: max(session.peak_bytes.get(tier, 0) for session in sessions) for tier in sorted(tiers)},
         policy=last.policy,
         lanes={lane: dict(figures) for lane, figures in lanes.items()},
+        num_resumed=num_resumed,
     )
 
 

@@ -12,7 +12,7 @@ from tiny_directory import write_tiny_model
 
 from flexeval.cli import main
 
-ENTRY = "dyck_language:model=text,num_parenthesis_pairs=2"
+ENTRY = "simple_mcqa:model=text"
 SUITE = 'entries: [{{description: "{entry}", priority: 1}}]\nmax_eval_instances: 3\n'
 
 

@@ -1,0 +1,129 @@
+"""A run from options to report, on a tiny model and tasks that HELM makes up: whole, stopped, resumed, extended."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_directory import write_tiny_model
+
+import flexeval
+from flexeval.backends.native import Engine
+from flexeval.pipeline import RunOptions, run_suite
+from flexeval.progress import Update
+from flexeval.results import RunResults
+
+ENTRIES = ("simple_classification:model=text", "simple_mcqa:model=text")
+
+
+class Silence:
+    def say(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def activity(self, label: str) -> Iterator[Update]:
+        yield lambda num_done, num_steps: None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def options(model: Path, tmp_path: Path) -> RunOptions:
+    suite = tmp_path / "small.conf"
+    entries = "\n".join(f'{{description: "{entry}", priority: 1}}' for entry in ENTRIES)
+    suite.write_text(f"entries: [{entries}]\nmax_eval_instances: 4\n")
+    policy = "row_tokens=256,sweep_tokens=512,group_sequences=2,num_groups=1"
+    return RunOptions(suite=str(suite), model=str(model), out=tmp_path / "out", dtype="float32", policy=policy)
+
+
+def run(options: RunOptions) -> RunResults:
+    return run_suite(options, Silence()).results
+
+
+def scores(results: RunResults) -> dict[tuple[str, str, str], tuple[float, str]]:
+    return {(i.task, i.setting, i.instance_id): (i.score, i.output) for i in results.instances}
+
+
+def refuse_to_generate(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("the engine was asked")
+
+
+def test_a_run_is_whole(options: RunOptions) -> None:
+    results = run(dataclasses.replace(options, settings=("none", "w4-g32")))
+    assert options.out is not None
+    assert flexeval.load_results(options.out) == results
+    assert [setting.setting for setting in results.settings] == ["none", "w4-g32"]
+    assert len(results.tasks) == 2 and len(results.instances) == 2 * 8
+    by_setting = [{k[::2] for k in scores(results) if k[1] == s} for s in ("none", "w4-g32")]
+    assert by_setting[0] == by_setting[1]
+    for setting in results.settings:
+        own = [instance for instance in results.instances if instance.setting == setting.setting]
+        assert sum(instance.elapsed_s for instance in own) == pytest.approx(setting.elapsed_s)
+        assert setting.num_generated_tokens == sum(instance.num_generated_tokens for instance in own) > 0
+        assert 0 < setting.num_computed_prompt_tokens < setting.num_prompt_tokens
+        assert setting.peak_bytes["cpu"] > 0
+    assert len(list((options.out / "helm" / "runs" / "small").glob("*/stats.json"))) == 4
+
+
+def test_answers_are_not_asked_for_twice(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(options)
+    monkeypatch.setattr(Engine, "generate", refuse_to_generate)
+    again = run(options)
+    assert scores(again) == scores(first)
+    assert again.settings[0].num_resumed == again.settings[0].num_requests
+    assert again.settings[0].elapsed_s == pytest.approx(first.settings[0].elapsed_s)
+    with pytest.raises(AssertionError, match="was asked"):
+        run(dataclasses.replace(options, fresh=True))
+
+
+def test_a_run_that_is_stopped_goes_on(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options.out is not None
+    expected = scores(run(options))
+    stopped = dataclasses.replace(options, out=options.out.with_name("stopped"))
+    generate = Engine.generate
+
+    def stop_soon(self: Engine, requests: Any, *, on_completions: Any) -> Any:
+        def stop(answers: Any) -> None:
+            on_completions(answers)
+            raise KeyboardInterrupt
+
+        return generate(self, requests, on_completions=stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "generate", stop_soon)
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped)
+    results = run(stopped)
+    assert scores(results) == expected
+    assert 0 < results.settings[0].num_resumed < results.settings[0].num_requests
+
+
+def test_a_setting_added_later_reuses_the_first(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(options)
+    asked: list[str] = []
+    generate = Engine.generate
+
+    def listen(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        asked.append(self._opened.setting.name)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "generate", listen)
+    both = run(dataclasses.replace(options, settings=("none", "w4-g32")))
+    assert asked == ["w4-g32"]
+    assert {key: value for key, value in scores(both).items() if key[1] == "none"} == scores(first)
+
+
+def test_what_was_answered_survives_an_error(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options.out is not None
+    run(options)
+    monkeypatch.setattr("flexeval.pipeline.write_report", refuse_to_generate)
+    with pytest.raises(AssertionError):
+        run(dataclasses.replace(options, settings=("none", "w4-g32")))
+    assert len(list((options.out / "journal").glob("*.jsonl"))) == 2
