@@ -43,6 +43,7 @@ _LIMITS = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
     "sliding_window": 8,
+    "attn_logit_softcapping": 0.25,  # low enough that a tiny model's scores feel it
     "initializer_range": 0.05,
     "init_std": 0.05,
 }

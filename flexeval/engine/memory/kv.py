@@ -128,10 +128,9 @@ class KVCache:
         """Give back the room of a group's logs."""
         del self._capacities[group]
         for key in [key for key in self._logs if key[1] == group]:
-            log = self._logs.pop(key)
-            if log.last_write is not None:
-                log.last_write.wait()
-            log.extent.free()
+            if (write := self._logs[key].last_write) is not None:
+                write.wait()
+            self._logs.pop(key).extent.free()
 
     def close(self) -> None:
         """Give back everything, also in the middle of a sweep."""

@@ -1,0 +1,209 @@
+"""Everything rests where the policy says, to the byte, and everything is given back, also when something fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
+
+from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.executor import LANES, Executor
+from flexeval.engine.memory.tier import DiskExtent, DiskTier
+from flexeval.engine.sizes import model_shape
+from flexeval.errors import CapacityError
+from flexeval.policy.policy import Policy, Split
+from flexeval.policy.policy import Tier as TierName
+from flexeval.request import TokenRequest
+
+CPU = torch.device("cpu")
+REQUEST = TokenRequest(prompt_ids=tuple(range(5, 35)), max_tokens=5)
+NUM_KEPT = 30 + 5 - 1
+SMALL = Policy(row_tokens=24, sweep_tokens=80, group_sequences=2, num_groups=2)
+ALL_ON_DISK = dataclasses.replace(SMALL, weights=Split(disk=1.0), kv=Split(disk=1.0), hidden=Split(disk=1.0))
+
+
+@contextmanager
+def loaded(policy: Policy, folder: Path | None, *, family: str = "llama", **options: Any) -> Iterator[Executor]:
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    checkpoint = StateDictCheckpoint(anatomy, tiny_model(family).state_dict())
+    disk = None if folder is None else DiskTier(folder)
+    with Executor(anatomy, checkpoint, policy, codec=None, device=CPU, disk_tier=disk, **options) as executor:
+        yield executor
+
+
+def assert_nothing_is_left(folder: Path) -> None:
+    assert list(folder.iterdir()) == [], "files or folders"
+    assert [t.name for t in threading.enumerate() if t.name.startswith(LANES)] == [], "threads"
+    links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [link for link in links if link.is_relative_to(folder)] == [], "open files"
+
+
+def used_bytes(executor: Executor) -> int:
+    return sum(tier.used_bytes for tier in executor.tiers.values())
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_slabs_on_disk", "num_logs_on_disk"),
+    [
+        (Policy(), 0, 0),
+        (Policy(weights=Split(cpu=0.5, disk=0.5)), 2, 0),
+        (Policy(weights=Split(disk=1.0)), 4, 0),
+        (Policy(kv=Split(cpu=0.75, disk=0.25)), 0, 1),
+        (Policy(weights=Split(cpu=0.25, disk=0.75), kv=Split(disk=1.0)), 3, 4),
+    ],
+)
+def test_each_tier_holds_what_the_policy_puts_there(
+    policy: Policy, num_slabs_on_disk: int, num_logs_on_disk: int, tmp_path: Path
+) -> None:
+    shape = model_shape(Anatomy(tiny_config("llama"), torch.float32), None)
+    slab, log = shape.layer_bytes, NUM_KEPT * shape.kv_bytes_per_token
+    with loaded(policy, tmp_path) as executor:
+        assert used_bytes(executor) == 4 * slab
+        executor.execute([REQUEST])
+        assert used_bytes(executor) == 4 * slab, "the cache goes with the batch"
+        peak = executor.peak_bytes()
+    assert peak["disk"] == num_slabs_on_disk * slab + num_logs_on_disk * log
+    assert peak["cpu"] == (4 - num_slabs_on_disk) * slab + (4 - num_logs_on_disk) * log + shape.resident_bytes
+    assert used_bytes(executor) == 0
+    assert_nothing_is_left(tmp_path)
+
+
+def test_the_cache_of_a_long_batch_is_bounded_by_the_sequences_in_flight(tmp_path: Path) -> None:
+    shape = model_shape(Anatomy(tiny_config("llama"), torch.float32), None)
+    policy = Policy(kv=Split(disk=1.0), group_sequences=2, num_groups=2)
+    requests = [dataclasses.replace(REQUEST, prompt_ids=(100 + n, *REQUEST.prompt_ids[1:])) for n in range(11)]
+    with loaded(policy, tmp_path) as executor:
+        executor.execute(requests)
+        assert executor.peak_bytes()["disk"] == 4 * policy.block_sequences * NUM_KEPT * shape.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("kind", ["weights", "kv", "hidden"])
+@pytest.mark.parametrize(("place", "mend"), [("disk", "--disk"), ("gpu", "without a GPU share")])
+def test_a_policy_for_another_machine_is_refused_before_anything_is_loaded(
+    kind: str, place: str, mend: str, tmp_path: Path
+) -> None:
+    policy = dataclasses.replace(Policy(), **{kind: Split(**{"cpu": 0.9, place: 0.1})})
+    told: list[int] = []
+    with (
+        pytest.raises(CapacityError, match=f"puts data on {place}.*{mend}"),
+        loaded(policy, None, on_layer=told.append),
+    ):
+        pass
+    assert told == []
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_disk_that_fills_up_while_weights_are_loaded_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = DiskTier.allocate
+    tiers: list[DiskTier] = []
+
+    def allocate_two(self: DiskTier, num_bytes: int) -> DiskExtent:
+        tiers.append(self)
+        if len(tiers) > 2:
+            raise CapacityError("no room")
+        return allocate(self, num_bytes)
+
+    monkeypatch.setattr(DiskTier, "allocate", allocate_two)
+    with pytest.raises(CapacityError, match="no room"), loaded(ALL_ON_DISK, tmp_path):
+        pass
+    assert tiers[0].used_bytes == 0
+    assert_nothing_is_left(tmp_path)
+
+
+class Trouble(Exception):
+    """What goes wrong in these tests."""
+
+
+def fail_in_a_layer(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    run_layer = Anatomy.run_layer
+    calls: list[int] = []
+
+    def fail_late(self: Anatomy, layer: int, *rest: Any) -> torch.Tensor:
+        calls.append(layer)
+        if len(calls) > 30 and layer == 2:
+            raise Trouble
+        return run_layer(self, layer, *rest)
+
+    monkeypatch.setattr(Anatomy, "run_layer", fail_late)
+    return {}
+
+
+def fail_in_the_head(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(Anatomy, "head", _raise)
+    return {}
+
+
+def fail_with_the_results(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"on_results": _raise}
+
+
+def fail_to_read_weights(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(executor._weights, "load", _raise)
+    return {}
+
+
+def _raise(*_: object) -> None:
+    raise Trouble
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "threads"])
+@pytest.mark.parametrize(
+    "fail",
+    [fail_in_a_layer, fail_in_the_head, fail_with_the_results, fail_to_read_weights],
+    ids=lambda fail: fail.__name__,
+)
+def test_a_failure_inside_a_sweep_leaves_nothing_and_the_engine_usable(
+    fail: Any, overlap: bool, tmp_path: Path
+) -> None:
+    case = tiny_case("llama")
+    with loaded(ALL_ON_DISK, tmp_path, overlap=overlap) as executor:
+        weights = used_bytes(executor)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            options = fail(executor, monkeypatch)
+            with pytest.raises(Trouble):
+                executor.execute(case.requests, **options)
+        assert used_bytes(executor) == weights
+        assert_equal_results(executor.execute(case.requests), case.expected)
+    assert used_bytes(executor) == 0
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "threads"])
+@pytest.mark.parametrize("operation", ["write", "read"])
+@pytest.mark.parametrize("kind", ["kv", "hidden"])
+def test_a_transfer_that_fails_is_never_passed_over(
+    kind: str, operation: str, overlap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever one fails: the batch fails too, rather than go on with what the disk happened to hold."""
+    case = tiny_case("llama")
+    done = getattr(DiskExtent, operation)
+    num_done, failing = 0, -1
+
+    def fail_once(self: DiskExtent, data: torch.Tensor, offset: int = 0) -> None:
+        nonlocal num_done
+        num_done += 1
+        if num_done == failing:
+            raise Trouble
+        done(self, data, offset)
+
+    with loaded(dataclasses.replace(SMALL, **{kind: Split(disk=1.0)}), tmp_path, overlap=overlap) as executor:
+        monkeypatch.setattr(DiskExtent, operation, fail_once)
+        executor.execute(case.requests)
+        num_in_all = num_done
+        assert num_in_all > 40
+        for chosen in (1, num_in_all // 2, num_in_all):
+            num_done, failing = 0, chosen
+            with pytest.raises(Trouble):
+                executor.execute(case.requests)
+        assert executor.tiers[TierName.DISK].used_bytes == 0
+    assert_nothing_is_left(tmp_path)
