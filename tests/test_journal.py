@@ -1,0 +1,72 @@
+"""The journal gives back what was written, loses at most a line that was being written, and never invents one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from flexeval.journal import Journal
+from flexeval.request import Completion, FinishReason, Request
+
+FIRST, SECOND = Request(prompt="one"), Request(prompt=(1, 2), max_tokens=3, stop=("\n", "é"), temperature=0.5)
+PLAIN = Completion(
+    text="né\ud800",
+    token_ids=(5, 6),
+    tokens=("n", "bytes:\\xc3"),
+    logprobs=(-0.1, -2.5e-7),
+    finish_reason=FinishReason.STOP,
+    num_prompt_tokens=3,
+    num_generated_tokens=4,
+    top_logprobs=({"n": -0.1, " ": -3.0}, {}),
+    elapsed_s=0.25,
+)
+FORKED = dataclasses.replace(PLAIN, alternatives=(dataclasses.replace(PLAIN, finish_reason=FinishReason.LENGTH),))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "deep" / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.add([(FIRST, PLAIN)])
+        journal.add_usage({"load_s": 1.5})
+        journal.add([(SECOND, FORKED)])
+    return path
+
+
+def test_answers_come_back_as_they_were(path: Path) -> None:
+    with Journal(path) as journal:
+        assert journal.get(FIRST) == PLAIN
+        assert journal.get(SECOND) == FORKED
+        assert journal.get(Request(prompt="three")) is None
+        assert journal.usages == [{"load_s": 1.5}]
+
+
+def test_answers_are_on_disk_when_add_returns(path: Path) -> None:
+    with Journal(path) as journal:
+        journal.add([(Request(prompt="three"), PLAIN)])
+        with Journal(path.with_name("copy")) as copy:  # as another process would find the bytes
+            assert copy.get(FIRST) is None
+        path.with_name("copy").write_bytes(path.read_bytes())
+    with Journal(path.with_name("copy")) as copy:
+        assert copy.get(Request(prompt="three")) == PLAIN
+
+
+def test_a_torn_last_line_is_dropped_wherever_it_tore(path: Path, tmp_path: Path) -> None:
+    whole = path.read_bytes()
+    last_line = whole.rindex(b"\n", 0, -1) + 1
+    for end in range(last_line, len(whole)):
+        torn = tmp_path / "torn.jsonl"
+        torn.write_bytes(whole[:end])
+        with Journal(torn) as journal:
+            assert journal.get(FIRST) == PLAIN
+            assert journal.get(SECOND) is None
+            journal.add([(SECOND, FORKED)])
+        assert torn.read_bytes() == whole
+
+
+def test_different_requests_are_different(path: Path) -> None:
+    with Journal(path) as journal:
+        for field, value in {"max_tokens": 4, "stop": ("\n",), "temperature": 0.0, "seed": 1, "echo": True}.items():
+            assert journal.get(dataclasses.replace(SECOND, **{field: value})) is None, field
