@@ -40,7 +40,7 @@ def make_groups(
         group_sequences: Decoding sequences of a group at most; only a node where more prompts end exceeds it.
     """
     groups: list[Group] = []
-    group_of: list[int] = []
+    lineage: list[frozenset[int]] = []  # per node, the groups that hold it and its ancestors
     rows: list[list[int]] = []
     sequences: list[int] = []
     num_tokens = row_size = 0
@@ -48,18 +48,13 @@ def make_groups(
     def close() -> None:
         nonlocal rows, sequences, num_tokens, row_size
         members = [node for row in rows for node in row]
-        index = len(groups)
-        parents = {tree.nodes[node].parent for node in members}
-        depends_on = {group_of[parent] for parent in parents if parent is not None}
-        for group in tuple(depends_on):
-            depends_on |= groups[group].depends_on if group != index else set()
         groups.append(
             Group(
                 first_node=members[0],
                 rows=tuple(tuple(row) for row in rows),
                 num_tokens=num_tokens,
                 sequences=tuple(sequences),
-                depends_on=frozenset(depends_on - {index}),
+                depends_on=frozenset().union(*{lineage[node] for node in members}) - {len(groups)},
             )
         )
         rows, sequences, num_tokens, row_size = [], [], 0, 0
@@ -77,7 +72,8 @@ def make_groups(
         row_size += size
         num_tokens += size
         sequences += decoding
-        group_of.append(len(groups))
+        inherited = lineage[node.parent] if node.parent is not None else frozenset[int]()
+        lineage.append(inherited if len(groups) in inherited else inherited | {len(groups)})
     if rows:
         close()
     return groups
