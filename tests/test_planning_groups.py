@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +47,7 @@ def test_groups_keep_to_the_limits_and_are_full(cut: tuple[PrefixTree, list[bool
         if len(nodes_of(group)) > 1:  # one node alone may be larger than a group
             assert group.num_tokens <= group_tokens
             assert len(group.sequences) <= num_sequences
-    for group, following in zip(groups, groups[1:], strict=False):
+    for group, following in pairwise(groups):
         next_node = following.first_node
         own = set(following.sequences) & set(tree.nodes[next_node].prompts)
         too_long = group.num_tokens + len(tree.nodes[next_node].token_ids) > group_tokens
