@@ -30,7 +30,8 @@ check: $(STAMP)  ## Check style and types
 clean:  ## Remove the environment and caches of this checkout
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 
-# uv installs the many small packages in half of pip's time. It does not read pip's configuration: hand it the index.
+# uv installs the many small packages in half of pip's time. It does not read pip's configuration: hand it the index and
+# the certificate.
 $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is too old: run make with PYTHON=python3.11 or newer" >&2; exit 1; }
@@ -40,6 +41,8 @@ $(STAMP): pyproject.toml Makefile
 	@echo "... and the rest ..."
 	@index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
 		if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+		cert=$${SSL_CERT_FILE:-$${PIP_CERT:-$$($(BIN)/python -m pip config get global.cert 2>/dev/null)}}; \
+		if [ -n "$$cert" ]; then export SSL_CERT_FILE="$$cert"; fi; \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
 	@touch $@
 	@echo "The environment is ready."
