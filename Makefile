@@ -39,9 +39,10 @@ $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check "$(TORCH)" uv
 	@echo "... and the rest ..."
-	@index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
+	@configured() { $(BIN)/python -m pip config list | sed -n "s/^global\.$$1='\(.*\)'$$/\1/p"; }; \
+		index=$${PIP_INDEX_URL:-$$(configured index-url)}; \
 		if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
-		cert=$${SSL_CERT_FILE:-$${PIP_CERT:-$$($(BIN)/python -m pip config get global.cert 2>/dev/null)}}; \
+		cert=$${SSL_CERT_FILE:-$${PIP_CERT:-$$(configured cert)}}; \
 		if [ -n "$$cert" ]; then export SSL_CERT_FILE="$$cert"; fi; \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
 	@touch $@
