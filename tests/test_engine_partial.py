@@ -51,7 +51,7 @@ class Shape:
             mask_BQS[-1, -1] = self.mask != (1, 1)
             mask_BQS = mask_BQS.to(device)
         options = {"is_causal": self.is_causal, "mask_BQS": mask_BQS, "softcap": self.softcap}
-        return q_BNQH, k_BKSH, v_BKSW, {"scale": 0.3, **options}
+        return q_BNQH, k_BKSH, v_BKSW, {"scale": 1.2 * self.key_size**-0.5, **options}
 
 
 SHAPES = {
@@ -69,7 +69,10 @@ SHAPES = {
     "softcap-causal": Shape(num_queries=9, softcap=1.5, is_causal=True),
     "narrow-values": Shape(value_size=12, num_kv_heads=2, mask=(2, 5)),
     "wide-values-causal": Shape(num_queries=9, value_size=24, is_causal=True),
-    "odd-head-size": Shape(key_size=20, value_size=20, num_queries=9, is_causal=True),
+    "odd-head-size": Shape(key_size=100, value_size=100, num_kv_heads=2),
+    "odd-head-size-causal": Shape(key_size=20, value_size=20, num_queries=9, is_causal=True),
+    "odd-head-size-masked": Shape(key_size=12, value_size=12, num_kv_heads=2, mask=(2, 5)),
+    "large-heads": Shape(key_size=320, value_size=320, num_kv_heads=2),
     "one-key": Shape(num_keys=1),
     "long": Shape(num_queries=70, num_keys=600, num_kv_heads=1, mask=(1, 70)),
 }

@@ -31,11 +31,11 @@ ALL_ON_DISK = dataclasses.replace(SMALL, weights=Split(disk=1.0), kv=Split(disk=
 
 
 @contextmanager
-def loaded(policy: Policy, folder: Path | None, *, family: str = "llama", **options: Any) -> Iterator[Executor]:
-    anatomy = Anatomy(tiny_config(family), torch.float32)
-    checkpoint = StateDictCheckpoint(anatomy, tiny_model(family).state_dict())
+def loaded(policy: Policy, folder: Path | None, *, device: torch.device = CPU, **options: Any) -> Iterator[Executor]:
+    anatomy = Anatomy(tiny_config("llama"), torch.float32)
+    checkpoint = StateDictCheckpoint(anatomy, tiny_model("llama").state_dict())
     disk = None if folder is None else DiskTier(folder)
-    with Executor(anatomy, checkpoint, policy, codec=None, device=CPU, disk_tier=disk, **options) as executor:
+    with Executor(anatomy, checkpoint, policy, codec=None, device=device, disk_tier=disk, **options) as executor:
         yield executor
 
 
@@ -156,12 +156,11 @@ def _raise(*_: object) -> None:
     raise Trouble
 
 
+FAILURES = (fail_in_a_layer, fail_in_the_head, fail_with_the_results, fail_to_read_weights)
+
+
 @pytest.mark.parametrize("overlap", [False, True], ids=["inline", "threads"])
-@pytest.mark.parametrize(
-    "fail",
-    [fail_in_a_layer, fail_in_the_head, fail_with_the_results, fail_to_read_weights],
-    ids=lambda fail: fail.__name__,
-)
+@pytest.mark.parametrize("fail", FAILURES, ids=[fail.__name__ for fail in FAILURES])
 def test_a_failure_inside_a_sweep_leaves_nothing_and_the_engine_usable(
     fail: Any, overlap: bool, tmp_path: Path
 ) -> None:
@@ -173,6 +172,22 @@ def test_a_failure_inside_a_sweep_leaves_nothing_and_the_engine_usable(
             with pytest.raises(Trouble):
                 executor.execute(case.requests, **options)
         assert used_bytes(executor) == weights
+        assert_equal_results(executor.execute(case.requests), case.expected)
+    assert used_bytes(executor) == 0
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fail", FAILURES, ids=[fail.__name__ for fail in FAILURES])
+def test_a_failure_inside_a_sweep_on_a_gpu_leaves_nothing_and_the_engine_usable(fail: Any, tmp_path: Path) -> None:
+    case = tiny_case("llama")
+    thirds = Split(gpu=0.25, cpu=0.5, disk=0.25)
+    policy = dataclasses.replace(SMALL, weights=thirds, kv=thirds, hidden=thirds)
+    with loaded(policy, tmp_path, device=torch.device("cuda", 0)) as executor:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            options = fail(executor, monkeypatch)
+            with pytest.raises(Trouble):
+                executor.execute(case.requests, **options)
         assert_equal_results(executor.execute(case.requests), case.expected)
     assert used_bytes(executor) == 0
     assert_nothing_is_left(tmp_path)

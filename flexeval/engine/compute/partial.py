@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Partial(NamedTuple):
@@ -53,12 +54,12 @@ def partial_attention(
         )
     if q_BNQH.device.type == "cpu":
         return _cpu_flash(q_BNQH, k_BKSH, v_BKSW, scale, is_causal, mask_BQS)
-    if mask_BQS is None and q_BNQH.dtype in (torch.float16, torch.bfloat16) and q_BNQH.shape[-1] <= 256:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            q_BNQH, k_BKSH, v_BKSW, 0.0, is_causal, False, scale=scale
-        )
-        return Partial(out, lse)
-    return _cuda_efficient(q_BNQH, k_BKSH, v_BKSW, scale, is_causal, mask_BQS)
+    size = q_BNQH.shape[-1]
+    if size % 8:  # the kernels ask for a multiple; zeros add nothing to a score
+        q_BNQH, k_BKSH, v_BKSW = (pad(tensor, (0, -size % 8)) for tensor in (q_BNQH, k_BKSH, v_BKSW))
+    kernel = _cuda_flash if mask_BQS is None and q_BNQH.element_size() == 2 and size <= 256 else _cuda_efficient
+    partial = kernel(q_BNQH, k_BKSH, v_BKSW, scale, is_causal, mask_BQS)
+    return Partial(partial.out_BNQW[..., :size], partial.lse_BNQ)
 
 
 def reference_attention(
@@ -96,6 +97,16 @@ def _cpu_flash(
         q_BNQH, k_BKSH, v_BKSW, 0.0, is_causal, attn_mask=bias, scale=scale
     )
     return _blind_to_zero(out, lse, mask_BQS)
+
+
+def _cuda_flash(
+    q_BNQH: Tensor, k_BKSH: Tensor, v_BKSW: Tensor, scale: float, is_causal: bool, mask_BQS: Tensor | None
+) -> Partial:
+    assert mask_BQS is None
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q_BNQH, k_BKSH, v_BKSW, 0.0, is_causal, False, scale=scale
+    )
+    return Partial(out, lse)
 
 
 def _cuda_efficient(
