@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from helm.benchmark.adaptation.common_adapter_specs import get_language_modeling_adapter_spec
 from helm.benchmark.metrics.common_metric_specs import get_language_modeling_metric_specs
 from helm.benchmark.run_spec import RunSpec, run_spec_function
 from helm.benchmark.scenarios.scenario import TEST_SPLIT, Input, Instance, Scenario, ScenarioMetadata, ScenarioSpec
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tiny_tokenizer import tokenizer_dir
+from transformers import AutoTokenizer
 
 from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
 from flexeval.benchmark.suites import Suite
 from flexeval.request import Completion, FinishReason, Request
 
 CONTEXT = 2048
-TRAINING_TEXT = [
-    "Question: Which of these? A. one B. two C. three D. four Answer: A",
-    "The answer is 12. The following are multiple choice questions (with answers) about common sense.",
-    "Please solve the following problem. Target: yes no Input: < { } > Output: ( [ ] ) 0 1 2 3 4 5 6 7 8 9",
-]
-_SCRATCH = tempfile.TemporaryDirectory(prefix="flexeval-test-")
-
-
-@cache
-def tokenizer_dir(*, adds_bos: bool = False) -> Path:
-    """A byte-level tokenizer with end-of-text and BOS tokens; any text goes through it unchanged."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<eos>", "<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(TRAINING_TEXT * 20, trainer)
-    if adds_bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    folder = Path(_SCRATCH.name) / f"tokenizer-{adds_bos}"
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token="<s>").save_pretrained(folder)
-    return folder
 
 
 def build_card(*, name: str = "flexeval/tiny", setting: str = "none", adds_bos: bool = False) -> ModelCard:

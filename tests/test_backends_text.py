@@ -1,141 +1,293 @@
-"""Text to tokens and back: nothing added twice, nothing cut wrongly, no stop sequence missed."""
+"""The text half: prompts into tokens, tokens into completions that are cut alike in text, tokens and figures."""
 
 from __future__ import annotations
 
-import dataclasses
+from itertools import chain
+from pathlib import Path
 
 import pytest
-from helm_support import tokenizer_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizer import sentencepiece_dir, tokenizer_dir
 
 from flexeval.backends.text import TextHalf
-from flexeval.errors import RequestError
+from flexeval.errors import ModelError, RequestError
 from flexeval.request import Completion, FinishReason, Request, TokenResult
 
-EOS = 0
+EOS, BOS = 0, 1
+VOCAB_SIZE = 640
+CONTEXT = 64
 
 
-def half(*, adds_bos: bool = False, context_length: int = 64) -> TextHalf:
-    return TextHalf(tokenizer_dir(adds_bos=adds_bos), context_length=context_length, eos_ids=frozenset({EOS}))
+def text_half(folder: Path) -> TextHalf:
+    return TextHalf(folder, vocab_size=VOCAB_SIZE, context_length=CONTEXT, eos_ids=frozenset({EOS}))
 
 
-PLAIN = half(context_length=4096)
+BYTES = text_half(tokenizer_dir())
+PIECES = text_half(sentencepiece_dir())
+HALVES = pytest.mark.parametrize("half", [BYTES, PIECES], ids=["byte-level", "sentencepiece"])
 
 
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(PLAIN.tokenizer(text, add_special_tokens=False)["input_ids"])
+def encode(text: str, half: TextHalf = BYTES) -> list[int]:
+    return half.tokenizer.encode(text, add_special_tokens=False)
 
 
-def result(token_ids: tuple[int, ...], reason: FinishReason = FinishReason.LENGTH) -> TokenResult:
+def result(ids: list[int], reason: FinishReason = FinishReason.LENGTH, **fields: object) -> TokenResult:
+    """What an engine would say: the log-probability of token number i is -i."""
     return TokenResult(
-        token_ids=token_ids,
-        logprobs=tuple(-0.5 - index for index in range(len(token_ids))),
-        finish_reason=reason,
-        top_logprobs=tuple(((token, -0.5), (ids("A")[0], -1.0)) for token in token_ids),
+        token_ids=tuple(ids), logprobs=tuple(-float(i) for i in range(len(ids))), finish_reason=reason, **fields
     )
 
 
-def complete(text: str, *, reason: FinishReason = FinishReason.LENGTH, **fields: object) -> Completion:
-    """The completion of a request whose model generated `text`."""
-    request = Request(prompt="Question:", max_tokens=200, **fields)  # type: ignore[arg-type]
-    return PLAIN.to_completion(request, ids("Question:"), [result(ids(text), reason)])
+def complete(ids: list[int], *, half: TextHalf = BYTES, reason: FinishReason = FinishReason.LENGTH, **asked: object):
+    request = Request(prompt="Q", **asked)
+    return half.to_completion(request, encode("Q", half), [result(ids, reason)])
 
 
-def test_a_prompt_gets_its_special_tokens_once() -> None:
-    with_bos = half(adds_bos=True)
-    bos = with_bos.tokenizer.bos_token_id
-    assert with_bos.encode(Request(prompt="The answer"), where="here") == (bos, *ids("The answer"))
-    assert with_bos.encode(Request(prompt="<s>The answer"), where="here") == (bos, *ids("The answer"))
-    assert with_bos.encode(Request(prompt=(7, 8)), where="here") == (7, 8)
-    assert PLAIN.encode(Request(prompt="The answer"), where="here") == ids("The answer")
+# -- prompts ------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_that_does_not_fit_is_named_with_its_numbers() -> None:
-    fits = Request(prompt=tuple(range(5, 59)), max_tokens=10)
-    assert len(half().to_token_requests(fits)[0].prompt_ids) == 54
-    with pytest.raises(RequestError, match=r"54 prompt tokens and max_tokens=11 are 65.*holds 64.*request 3"):
-        half().to_token_requests(dataclasses.replace(fits, max_tokens=11), where="request 3")
-    with pytest.raises(RequestError, match=r"no tokens.*request 4"):
-        PLAIN.to_token_requests(Request(prompt=""), where="request 4")
+def test_a_beginning_of_text_is_added_once() -> None:
+    half = text_half(tokenizer_dir(adds_bos=True))
+    plain = half.encode(Request(prompt="The answer"), where="here")
+    assert plain[0] == BOS and plain.count(BOS) == 1
+    assert half.encode(Request(prompt="<s>The answer"), where="here") == plain
+    assert BYTES.encode(Request(prompt="The answer"), where="here") == plain[1:], "where the tokenizer adds none"
 
 
-def test_text_is_cut_before_the_first_stop_sequence_and_tokens_with_it() -> None:
-    completion = complete("The answer is 12.\n\nQuestion: more", stop=("Question", "\n\n"))
-    assert completion.text == "The answer is 12."
-    assert PLAIN.decode(completion.token_ids) == completion.text
-    assert "".join(completion.tokens) == completion.text
-    assert len(completion.logprobs) == len(completion.token_ids) == len(completion.top_logprobs)
-    assert completion.finish_reason is FinishReason.STOP
-    assert completion.num_generated_tokens == len(ids("The answer is 12.\n\nQuestion: more"))
+def test_token_ids_are_taken_as_they_are() -> None:
+    half = text_half(tokenizer_dir(adds_bos=True))
+    assert half.encode(Request(prompt=(7, BOS, VOCAB_SIZE - 1)), where="here") == (7, BOS, VOCAB_SIZE - 1)
 
 
-def test_a_stop_sequence_at_the_very_start_leaves_nothing() -> None:
-    completion = complete("\nmore", stop=("\n",))
-    assert (completion.text, completion.token_ids, completion.logprobs) == ("", (), ())
-
-
-def test_end_of_text_is_not_part_of_the_completion() -> None:
-    request = Request(prompt="Q", max_tokens=9)
-    completion = PLAIN.to_completion(request, ids("Q"), [result((*ids("yes"), EOS), FinishReason.ENDOFTEXT)])
-    assert completion.text == "yes" and EOS not in completion.token_ids
-    assert completion.finish_reason is FinishReason.ENDOFTEXT
-    assert completion.num_generated_tokens == len(ids("yes")) + 1
-
-
-def test_echo_puts_the_prompt_first() -> None:
-    prompt = ids("Question: one")
-    scored = dataclasses.replace(
-        result(ids(" two")),
-        prompt_logprobs=(0.0, *(-9.0,) * (len(prompt) - 1)),
-        prompt_top_logprobs=((),) * len(prompt),
-    )
-    request = Request(prompt="Question: one", max_tokens=5, echo=True, stop=("two",))
-    completion = PLAIN.to_completion(request, prompt, [scored])
-    assert completion.text == "Question: one "
-    assert completion.token_ids[: len(prompt)] == prompt
-    assert completion.logprobs[: len(prompt)] == scored.prompt_logprobs
-    assert len(completion.logprobs) == len(completion.token_ids) == len(completion.tokens)
-
-
-def test_parts_of_characters_are_written_as_bytes() -> None:
-    completion = complete("東")
-    assert len(completion.tokens) == 3, "the tokenizer knows bytes only"
-    assert completion.tokens == ("bytes:\\xe6", "bytes:\\x9d", "bytes:\\xb1")
-    assert completion.text == "東"
-
-
-def test_top_logprobs_are_named_by_text() -> None:
-    completion = complete("A", top_logprobs=2)
-    assert completion.top_logprobs == ({"A": -0.5},), "two tokens of the same text: the more probable one"
-
-
-def test_samples_have_streams_of_their_own_and_greedy_runs_once() -> None:
-    hot = Request(prompt="Q", temperature=1.0, num_completions=3, seed=5)
-    seeds = [request.seed for request in PLAIN.to_token_requests(hot)]
-    others = [request.seed for request in PLAIN.to_token_requests(dataclasses.replace(hot, seed=6))]
-    assert len(set(seeds + others)) == 6
-    greedy = dataclasses.replace(hot, temperature=0.0)
-    (only,) = PLAIN.to_token_requests(greedy)
-    completion = PLAIN.to_completion(greedy, only.prompt_ids, [result(ids("yes"))])
-    assert [alternative.text for alternative in completion.alternatives] == ["yes", "yes"]
-
-
-def test_ignore_eos_asks_for_no_end() -> None:
-    assert PLAIN.to_token_requests(Request(prompt="Q"))[0].eos_ids == {EOS}
-    assert PLAIN.to_token_requests(Request(prompt="Q", ignore_eos=True))[0].eos_ids == frozenset()
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    token_ids=st.lists(st.integers(2, len(PLAIN.tokenizer) - 1), min_size=1, max_size=60),
-    stops=st.lists(st.sampled_from(["\n", "an", "Answer", " 1", "é", "( [", "wer: A. o"]), min_size=1, max_size=3),
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt has no tokens"),
+        ((), "the prompt has no tokens"),
+        ((5, VOCAB_SIZE, 6), "token 640, the model has 640.*own tokenizer"),
+        ((5, -1), "token -1, the model has 640"),
+        ((5,) * 60, r"60 prompt tokens and max_tokens=5 are 65, the model's context holds 64 \(request 3\)\. Shorten"),
+    ],
 )
-def test_generation_stops_with_the_token_that_completes_a_stop_sequence(token_ids: list[int], stops: list[str]) -> None:
-    (request,) = PLAIN.to_token_requests(Request(prompt="Q", stop=tuple(stops)))
-    assert request.is_stopped is not None
-    for end in range(1, len(token_ids) + 1):
-        has_stopped = any(stop in PLAIN.decode(token_ids[:end]) for stop in stops)
-        assert request.is_stopped(token_ids[:end]) == has_stopped, token_ids[:end]
-        if has_stopped:
+def test_a_prompt_that_cannot_be_served_is_refused(prompt: str | tuple[int, ...], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        BYTES.to_token_requests(Request(prompt=prompt, max_tokens=5), where="request 3")
+
+
+def test_a_prompt_may_fill_the_context() -> None:
+    (asked,) = BYTES.to_token_requests(Request(prompt=(5,) * 59, max_tokens=5))
+    assert len(asked.prompt_ids) == 59
+
+
+def test_what_is_asked_reaches_the_engine() -> None:
+    asked = BYTES.to_token_requests(
+        Request(prompt="Q", max_tokens=4, temperature=0.5, top_p=0.9, num_completions=3, echo=True, top_logprobs=2)
+    )
+    assert len({one.seed for one in asked}) == len(asked) == 3
+    assert {(o.max_tokens, o.temperature, o.top_p, o.score_prompt, o.num_top_logprobs, o.eos_ids) for o in asked} == {
+        (4, 0.5, 0.9, True, 2, frozenset({EOS}))
+    }
+    assert all(one.is_stopped is None for one in asked)
+
+
+def test_streams_differ_by_seed_and_completion_alone() -> None:
+    def seeds(seed: int) -> list[int]:
+        request = Request(prompt="Q", temperature=1.0, num_completions=4, seed=seed)
+        return [one.seed for one in BYTES.to_token_requests(request)]
+
+    assert seeds(1) == seeds(1)
+    assert not set(seeds(1)) & set(seeds(2)), "a seed is not its neighbour's next stream"
+
+
+def test_greedy_completions_are_computed_once() -> None:
+    request = Request(prompt="Q", num_completions=3)
+    assert len(BYTES.to_token_requests(request)) == 1
+    answer = BYTES.to_completion(request, encode("Q"), [result(encode("A"), elapsed_s=2.0)])
+    assert [one.text for one in (answer, *answer.alternatives)] == ["A"] * 3
+    assert answer.elapsed_s == 2.0
+
+
+def test_sampled_completions_stand_side_by_side() -> None:
+    request = Request(prompt="Q", num_completions=2, temperature=1.0)
+    parts = [result(encode("A"), elapsed_s=2.0), result(encode("B"), elapsed_s=3.0)]
+    answer = BYTES.to_completion(request, encode("Q"), parts)
+    assert [one.text for one in (answer, *answer.alternatives)] == ["A", "B"]
+    assert answer.elapsed_s == 5.0, "the request's share is that of all its completions"
+
+
+def test_end_of_text_can_be_ignored() -> None:
+    (asked,) = BYTES.to_token_requests(Request(prompt="Q", ignore_eos=True))
+    assert asked.eos_ids == frozenset()
+
+
+# -- stop sequences -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("generated", "stop", "text"),
+    [
+        ("The answer is 12.\nQuestion:", ("\n",), "The answer is 12."),
+        ("one Question two", ("Question", "two"), "one "),
+        ("one two Question", ("Question", "two"), "one "),
+        ("\n\n", ("\n",), ""),
+        ("naïve → 東京。それ", ("。",), "naïve → 東京"),
+        ("éè", ("è",), "é"),
+        ("no stop here", ("###",), "no stop here"),
+        ("}}} }", ("} }",), "}}"),
+    ],
+)
+@HALVES
+def test_a_completion_ends_before_its_stop_sequence(
+    generated: str, stop: tuple[str, ...], text: str, half: TextHalf
+) -> None:
+    ids = encode(generated, half)
+    answer = complete(ids, stop=stop, half=half)
+    assert answer.text == text
+    assert answer.finish_reason is (FinishReason.LENGTH if text == generated else FinishReason.STOP)
+    assert answer.num_generated_tokens == len(ids)
+    assert_consistent(answer, half)
+
+
+def assert_consistent(answer: Completion, half: TextHalf) -> None:
+    """Every figure belongs to a token, and the tokens are the fewest that make up the text."""
+    assert len(answer.token_ids) == len(answer.tokens) == len(answer.logprobs)
+    assert half.decode(answer.token_ids).startswith(answer.text)
+    assert not answer.text or not half.decode(answer.token_ids[:-1]).startswith(answer.text)
+    assert bool(answer.text) == bool(answer.token_ids)
+
+
+def test_a_token_that_holds_text_and_stop_is_kept() -> None:
+    ids = encode("yes. no")
+    merged = next(token for token in range(VOCAB_SIZE) if len(BYTES.decode([token])) > 2)
+    word = BYTES.decode([merged])
+    answer = complete([*ids, merged, *ids], stop=(word[1:],))
+    assert (answer.text, answer.token_ids) == ("yes. no" + word[0], (*ids, merged))
+
+
+def test_broken_bytes_before_a_stop_do_not_take_it_in() -> None:
+    (byte,) = (token for token in range(VOCAB_SIZE) if BYTES.tokenizer.convert_ids_to_tokens(token) == "ÿ")
+    answer = complete([byte, *encode("\n")], stop=("\n",))
+    assert (answer.text, answer.token_ids, answer.tokens) == ("\ufffd", (byte,), (r"bytes:\xff",))
+
+
+@st.composite
+def stories(draw: st.DrawFn) -> tuple[TextHalf, list[int], tuple[str, ...]]:
+    """A tokenizer, tokens that often split characters, and stop sequences, one of which may be how the text ends."""
+    half = draw(st.sampled_from([BYTES, PIECES]))
+    words = st.sampled_from(["東", "京", "。", "é", " a", "a", "b", " ", "\n", "Question", "} }"])
+    known = words.map(lambda word: encode(word, half))
+    stray = st.integers(0, 270).map(lambda token: [token])
+    ids = list(chain(*draw(st.lists(known | known | known | stray, min_size=1, max_size=30))))
+    ending = half.decode(ids)[-draw(st.integers(1, 6)) :]
+    return half, ids, draw(st.sampled_from([(ending,), ("\n\n", ending), ("\n", "} }")]))
+
+
+@settings(deadline=None, max_examples=500)
+@given(stories())
+def test_looking_at_the_tail_finds_what_a_full_decode_finds(story: tuple[TextHalf, list[int], tuple[str, ...]]) -> None:
+    half, ids, stops = story
+    (asked,) = half.to_token_requests(Request(prompt=(5,), stop=stops))
+    assert asked.is_stopped is not None
+    for length in range(1, len(ids) + 1):
+        appears = any(stop in half.decode(ids[:length]) for stop in stops)
+        assert asked.is_stopped(ids[:length]) == appears
+        if appears:
+            answer = complete(ids[:length], stop=stops, half=half)
+            assert answer.finish_reason is FinishReason.STOP
+            assert not any(stop in answer.text for stop in stops)
+            assert len(answer.token_ids) == len(answer.logprobs) <= length
+            assert half.decode(answer.token_ids).startswith(answer.text)
             break
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "is_stopped"),
+    [
+        (
+            "東京東京東京東京。",
+            "。",
+            True,
+        ),  # the tail begins within a character, and a broken run of bytes is all broken
+        ("東" * 20, "東" * 12, True),  # a character is several tokens
+        ("東京東京東京東京", "。", False),
+    ],
+)
+def test_characters_of_several_tokens(text: str, stop: str, is_stopped: bool) -> None:
+    (asked,) = PIECES.to_token_requests(Request(prompt=(5,), stop=(stop,)))
+    assert asked.is_stopped is not None
+    for cut in range(3):
+        assert asked.is_stopped([7] * cut + encode(text, PIECES)) == is_stopped
+    broken = [PIECES.tokenizer.convert_tokens_to_ids("<0xFF>"), *encode(text, PIECES)[1:]]
+    assert not asked.is_stopped(broken), "its text is replacement characters alone"
+
+
+# -- completions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", list(FinishReason))
+def test_end_of_text_is_no_part_of_the_answer(reason: FinishReason) -> None:
+    ids = encode("yes")
+    ends = reason is FinishReason.ENDOFTEXT
+    answer = complete([*ids, EOS] if ends else ids, reason=reason)
+    assert (answer.text, list(answer.token_ids), answer.finish_reason) == ("yes", ids, reason)
+    assert answer.num_generated_tokens == len(ids) + ends
+    assert len(answer.logprobs) == len(ids)
+
+
+@HALVES
+def test_parts_of_a_character_are_written_as_bytes(half: TextHalf) -> None:
+    answer = complete(encode("東", half)[-3:], half=half)
+    assert answer.tokens == (r"bytes:\xe6", r"bytes:\x9d", r"bytes:\xb1")
+    assert answer.text == "東"
+
+
+def test_top_logprobs_are_named_and_cut_like_the_tokens() -> None:
+    ids = encode("A\n")
+    tops = (((ids[0], -0.1), (ids[1], -2.0)), ((ids[1], -0.2), (ids[0], -3.0)))
+    request = Request(prompt="Q", stop=("\n",), top_logprobs=2)
+    answer = BYTES.to_completion(request, encode("Q"), [result(ids, top_logprobs=tops)])
+    assert answer.top_logprobs == ({"A": -0.1, "\n": -2.0},)
+
+
+def test_of_two_tokens_with_one_text_the_more_probable_is_named() -> None:
+    twins = [token for token in range(270) if PIECES.token_text(token) == "a"]
+    assert len(twins) > 1, "a letter and its byte"
+    tops = (tuple((token, -float(rank)) for rank, token in enumerate(twins)),)
+    answer = PIECES.to_completion(Request(prompt="a", top_logprobs=2), [5], [result([twins[0]], top_logprobs=tops)])
+    assert answer.top_logprobs == ({"a": 0.0},)
+
+
+@HALVES
+def test_an_echo_begins_with_the_prompt(half: TextHalf) -> None:
+    request = Request(prompt="a", echo=True, stop=("\n",), top_logprobs=1)
+    prompt = half.encode(request, where="here")
+    generated = encode("abc\n", half)
+    scored = {
+        "top_logprobs": tuple(((token, -0.5),) for token in generated),
+        "prompt_logprobs": (0.0, *(-7.0 for _ in prompt[1:])),
+        "prompt_top_logprobs": ((), *(((5, -1.0),) for _ in prompt[1:])),
+    }
+    answer = half.to_completion(request, prompt, [result(generated, **scored)])
+    assert answer.text == half.decode([*prompt, *generated]).removesuffix("\n"), "spaces between them included"
+    assert answer.token_ids == (*prompt, *generated[:-1])
+    assert answer.logprobs[: len(prompt)] == scored["prompt_logprobs"]
+    assert answer.logprobs[len(prompt) :] == tuple(-float(i) for i in range(len(generated) - 1))
+    assert len(answer.top_logprobs) == len(answer.tokens) == len(answer.token_ids)
+    assert answer.top_logprobs[0] == {}
+    assert (answer.num_prompt_tokens, answer.num_generated_tokens) == (len(prompt), len(generated))
+
+
+def test_scoring_alone_gives_the_prompt_back() -> None:
+    request = Request(prompt="The answer", max_tokens=0, echo=True)
+    prompt = BYTES.encode(request, where="here")
+    answer = BYTES.to_completion(request, prompt, [result([], prompt_logprobs=(0.0, *(-1.0 for _ in prompt[1:])))])
+    assert (answer.text, answer.token_ids, answer.num_generated_tokens) == ("The answer", prompt, 0)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": "1.0"}', None])
+def test_a_tokenizer_that_cannot_be_read_is_named(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=f"the tokenizer cannot be read.*{tmp_path}"):
+        text_half(tmp_path)

@@ -58,7 +58,12 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
         device=place,
         anatomy=anatomy,
         checkpoint=RandomCheckpoint(anatomy) if source.is_dummy else SafetensorsCheckpoint(anatomy, source.directory),
-        text=TextHalf(source.tokenizer_dir, context_length=anatomy.context_length, eos_ids=_eos_ids(source, config)),
+        text=TextHalf(
+            source.tokenizer_dir,
+            vocab_size=config.get_text_config().vocab_size,
+            context_length=anatomy.context_length,
+            eos_ids=_eos_ids(source, config),
+        ),
     )
 
 
@@ -98,18 +103,27 @@ def _multiplies_bfloat16() -> bool:
 def _read_config(source: ModelSource) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
-        return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"the configuration cannot be used: {error}", where=str(source.directory), mend="Fetch the model again"
-        ) from error
+    except Exception as error:  # transformers raises whatever its checks trip over
+        raise _unusable("configuration", source, error) from error
+    text = config.get_text_config()
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if isinstance(value := getattr(text, name, None), int) and value < 1:
+            raise _unusable("configuration", source, f"{name}={value}")
+    return config
 
 
 def _eos_ids(source: ModelSource, config: PretrainedConfig) -> frozenset[int]:
     """The tokens that end a text: of the generation configuration where there is one, else of the model's."""
     value: Any = config.get_text_config().eos_token_id
     if (source.directory / "generation_config.json").is_file():
-        value = GenerationConfig.from_pretrained(source.directory).eos_token_id or value
+        try:
+            value = GenerationConfig.from_pretrained(source.directory).eos_token_id or value
+        except Exception as error:
+            raise _unusable("generation configuration", source, error) from error
     if value is None:
         return frozenset()
     return frozenset([value] if isinstance(value, int) else value)
+
+
+def _unusable(what: str, source: ModelSource, why: object) -> ModelError:
+    return ModelError(f"the {what} cannot be used: {why}", where=str(source.directory), mend="Fetch the model again")

@@ -20,16 +20,19 @@ from flexeval.request import Completion, FinishReason, Request, TokenRequest, To
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MARGIN_TOKENS = 8
 """Tokens decoded beyond a stop sequence's length, for characters that span tokens and spaces that tokenizers strip."""
+_MAX_CHARACTER_TOKENS = 4
+"""A character is at most so many bytes in UTF-8, each of which may be a token."""
 
 
 class TextHalf:
     """Turns requests into token requests, and token results into completions."""
 
-    def __init__(self, tokenizer_dir: Path, *, context_length: int, eos_ids: frozenset[int]):
+    def __init__(self, tokenizer_dir: Path, *, vocab_size: int, context_length: int, eos_ids: frozenset[int]):
         """Load the tokenizer. Raises `ModelError` where it cannot be read.
 
         Args:
             tokenizer_dir: Its files.
+            vocab_size: Tokens that the model knows.
             context_length: Tokens of prompt and completion that the model can hold.
             eos_ids: Tokens that end a text.
         """
@@ -37,10 +40,11 @@ class TextHalf:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 tokenizer_dir, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # the tokenizers package raises bare ones
             raise ModelError(
                 f"the tokenizer cannot be read: {error}", where=str(tokenizer_dir), mend="Fetch the model again"
             ) from error
+        self._vocab_size = vocab_size
         self._context_length = context_length
         self._eos_ids = eos_ids
         self._byte_of_char = {char: byte for byte, char in enumerate(_byte_level_alphabet())}
@@ -60,6 +64,13 @@ class TextHalf:
             ids = request.prompt
         if not ids:
             raise RequestError("the prompt has no tokens", where=where, mend="Give it some text")
+        stray = max(ids) if min(ids) >= 0 else min(ids)
+        if not 0 <= stray < self._vocab_size:
+            raise RequestError(
+                f"the prompt holds token {stray}, the model has {self._vocab_size}",
+                where=where,
+                mend="Use the model's own tokenizer",
+            )
         num_needed = len(ids) + request.max_tokens
         if num_needed > self._context_length:
             raise RequestError(
@@ -104,17 +115,18 @@ class TextHalf:
         generated = list(result.token_ids)
         if result.finish_reason is FinishReason.ENDOFTEXT:
             generated.pop()
-        text = self.decode(generated)
-        cuts = [place for stop in request.stop if (place := text.find(stop)) >= 0]
+        whole = self.decode(generated)
+        cuts = [place for stop in request.stop if (place := whole.find(stop)) >= 0]
+        num_cut = len(whole) - min(cuts, default=len(whole))
+        shown = self.decode([*prompt_ids, *generated]) if request.echo else whole
+        text = shown[: len(shown) - num_cut]
         if cuts:
-            text = text[: min(cuts)]
-            generated = generated[: self._num_tokens_of(generated, text)]
+            generated = generated[: self._num_tokens_of(generated, whole[: min(cuts)])]
         logprobs = list(result.logprobs[: len(generated)])
         tops = list(result.top_logprobs[: len(generated)])
         ids = generated
         if request.echo:
             ids = [*prompt_ids, *generated]
-            text = self.decode(prompt_ids) + text
             logprobs = [*result.prompt_logprobs, *logprobs]
             tops = [*result.prompt_top_logprobs, *tops]
         return Completion(
@@ -137,23 +149,27 @@ class TextHalf:
         return named
 
     def _num_tokens_of(self, ids: Sequence[int], text: str) -> int:
-        """How many leading tokens make up `text`: the fewest that decode to all of it."""
-        low, high = 0, len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            if len(self.decode(ids[:middle]).rstrip(_REPLACEMENT)) >= len(text):
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        """How many leading tokens make up `text`, with which they begin: the fewest that decode to all of it."""
+        count = len(ids)
+        while count and self.decode(ids[: count - 1]).startswith(text):
+            count -= 1
+        return count
 
     def _stop_check(self, stops: Sequence[str]) -> Callable[[Sequence[int]], bool]:
         """Whether a stop sequence appears, given that it did not one token ago: only the tail can hold it."""
         num_tail = max(len(stop.encode()) for stop in stops) + _MARGIN_TOKENS
 
+        def appears(text: str) -> bool:
+            return any(stop in text for stop in stops)
+
         def is_stopped(ids: Sequence[int]) -> bool:
-            tail = self.decode(ids[-num_tail:])
-            return any(stop in tail for stop in stops)
+            start = max(0, len(ids) - num_tail)
+            tail = self.decode(ids[start:])
+            for earlier in range(start - 1, max(0, start - _MAX_CHARACTER_TOKENS) - 1, -1):
+                if not tail.startswith(_REPLACEMENT):
+                    break
+                tail = self.decode(ids[earlier:])  # the cut may lie in a character
+            return appears(tail) and appears(self.decode(ids))
 
         return is_stopped
 
