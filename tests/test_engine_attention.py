@@ -204,7 +204,7 @@ def test_sequences_that_decode_from_two_logs_under_a_shared_header(
 
 
 def test_spans_of_very_different_lengths_are_not_padded_to_the_longest() -> None:
-    lengths = [1, 2, 16, 17, 18, 40, 200, 220]
+    lengths = [1, 2, 16, 17, 18, *[50] * 10, 100, 200, 220]
     starts = [0, *accumulate(lengths)]
     spans = tuple(FreshSpan(node=i, start=starts[i], length=length) for i, length in enumerate(lengths))
     plan = RowPlan(token_ids=(0,) * sum(lengths), positions=(0,) * sum(lengths), fresh=spans)

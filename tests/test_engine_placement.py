@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,6 +176,16 @@ def test_a_failure_inside_a_sweep_leaves_nothing_and_the_engine_usable(
         assert_equal_results(executor.execute(case.requests), case.expected)
     assert used_bytes(executor) == 0
     assert_nothing_is_left(tmp_path)
+
+
+def test_stores_are_closed_only_when_nothing_is_in_flight(tmp_path: Path) -> None:
+    done: list[str] = []
+    with loaded(ALL_ON_DISK, tmp_path, overlap=True) as executor:
+        for store, names in ((executor._make_cache(), ("kv_in", "kv_out")), (executor._make_hidden(2), ("hidden",))):
+            for name in names:
+                executor._lanes[name].submit(lambda name=name: (time.sleep(0.03), done.append(name)))
+            store.close()
+            assert set(done) >= set(names)
 
 
 @pytest.mark.gpu

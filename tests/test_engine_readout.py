@@ -235,6 +235,13 @@ def test_a_very_small_nucleus_holds_the_most_probable_token_alone() -> None:
         assert {sample(LOGITS_V, dataclasses.replace(asked, seed=seed), 0) for seed in range(20)} == {2}
 
 
+def test_a_nucleus_holds_no_more_tokens_than_it_needs() -> None:
+    two_equal_V = torch.zeros(2)
+    for top_p, possible in ((0.5, {0}), (0.51, {0, 1})):
+        asked = [request(temperature=1.0, top_p=top_p, seed=seed) for seed in range(20)]
+        assert {sample(two_equal_V, one, 0) for one in asked} == possible
+
+
 def test_a_token_that_is_ruled_out_is_never_drawn() -> None:
     logits_V = torch.full((1000,), -torch.inf)
     logits_V[[17, 900]] = 0.0
