@@ -33,7 +33,9 @@ PLACEMENTS = {
     "cpu": Policy(),
     "cpu-small-rows": Policy(**SMALL),
     "disk": Policy(**everything(disk=1.0), **SMALL),
-    "cpu+disk": Policy(**everything(cpu=0.5, disk=0.5), row_tokens=30, sweep_tokens=200, group_sequences=4, num_groups=3),
+    "cpu+disk": Policy(
+        **everything(cpu=0.5, disk=0.5), row_tokens=30, sweep_tokens=200, group_sequences=4, num_groups=3
+    ),
     "kv-on-disk": Policy(kv=Split(disk=1.0), **SMALL),
 }
 GPU_PLACEMENTS = {
