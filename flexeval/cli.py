@@ -5,17 +5,22 @@ Exit codes: 0 success; 2 something the user can mend, said in one line; 1 our ow
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 import flexeval
 from flexeval.errors import FlexevalError
+
+_INTERRUPTED = 130
+_OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+"""Errors of files that are no bug of ours."""
 
 app = typer.Typer(
     help="HELM-style evaluation of language models that do not fit your GPU.",
@@ -138,13 +143,25 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait give way: beside other work, 4x as fast
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # ragged rows fragment a GPU's memory
     try:
-        app()
+        code = app(standalone_mode=False)
     except FlexevalError as error:
-        print(f"flexeval: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _fail(str(error))
+    except typer.TyperException as error:  # an option that there is not, a value that cannot be read
+        if not error.format_message():  # no command at all: the help has been shown
+            sys.exit(error.exit_code)
+        _fail(f"{error.format_message().rstrip('.')}. See flexeval --help")
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            raise
+        _fail(f"{error.strerror} ({error.filename or 'while writing'}). Make room there, or name another place")
+    if code == _INTERRUPTED:
         print("flexeval: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    print("flexeval:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """Completed requests, durable: a run that is killed goes on where it stopped.
 
 One file per model, setting and arithmetic, one JSON object a line, appended and synced after each sweep. A line that
-was cut short by a crash is dropped when the file is opened again. Knows requests and files; not who answers.
+was cut short by a crash is dropped when the file is opened again; one that cannot be read is passed over. Knows
+requests and files; not who answers.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flexeval.errors import ConfigError
 from flexeval.request import Completion, FinishReason, Request
 
 
@@ -20,29 +24,40 @@ class Journal:
     """Answers to requests, by the hash of the request. Use it in a `with` block."""
 
     def __init__(self, path: Path):
-        """Open or begin a journal; `path` names everything that answers depend on beside the request."""
-        self._completions: dict[str, dict[str, Any]] = {}
+        """Open or begin a journal; `path` names everything that answers depend on beside the request.
+
+        Raises:
+            ConfigError: Another process has it open.
+        """
+        self._path = path
+        self._completions: dict[str, Completion] = {}
         self.usages: list[dict[str, Any]] = []
         """What each session that wrote here has used, in order."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+        except OSError as error:
+            self._file.close()
+            raise ConfigError("another run writes here", where=str(path), mend="Wait, or name another --out") from error
         self._file.truncate(self._read())
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if os.fstat(self._file.fileno()).st_size == 0:
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
     def get(self, request: Request) -> Completion | None:
         """The answer to a request, if it is there."""
-        data = self._completions.get(request.content_hash())
-        return None if data is None else _read_completion(data)
+        return self._completions.get(request.content_hash())
 
     def add(self, answers: Iterable[tuple[Request, Completion]]) -> None:
         """Make answers durable: they are on disk when this returns."""
-        entries = {request.content_hash(): asdict(completion) for request, completion in answers}
-        self._append({"key": key, "completion": data} for key, data in entries.items())
+        entries = {request.content_hash(): completion for request, completion in answers}
+        self._append({"key": key, "completion": asdict(completion)} for key, completion in entries.items())
         self._completions.update(entries)
 
     def add_usage(self, usage: dict[str, Any]) -> None:
@@ -60,18 +75,18 @@ class Journal:
         self._file.seek(0)
         end = 0
         for line in self._file:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
             if not line.endswith(b"\n"):
                 break
             end += len(line)
-            if "usage" in entry:
-                self.usages.append(entry["usage"])
-            else:
-                self._completions[entry["key"]] = entry["completion"]
+            with suppress(ValueError, TypeError, KeyError, AttributeError):  # then it is asked again
+                self._take(json.loads(line))
         return end
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "usage" in entry:
+            self.usages.append(entry["usage"])
+        else:
+            self._completions[entry["key"]] = _read_completion(entry["completion"])
 
 
 def _read_completion(data: dict[str, Any]) -> Completion:

@@ -9,13 +9,14 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from flexeval.backends.backend import Usage
+from flexeval.backends.backend import Usage, add_up
 from flexeval.backends.native import Engine
 from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
 from flexeval.benchmark.suites import Suite, load_suite
@@ -28,6 +29,9 @@ from flexeval.progress import Progress
 from flexeval.report.write import write_report
 from flexeval.request import Completion, Request
 from flexeval.results import RunResults, SettingResult
+
+_JOURNALS = "journal"
+"""Folder of the journals in an output directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,25 +89,36 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
     repeated = [name for name, count in Counter(options.settings).items() if count > 1]
     if repeated:
         raise ConfigError(f"setting {repeated[0]!r} is named twice", where="--setting", mend="Name each once")
+    Engine.check_options(**_engine_options(options))
     out = options.out or Path("reports") / suite.name
-    if out.exists() and not out.is_dir():
-        raise ConfigError("the output directory is a file", where=str(out), mend="Name another with --out")
-    with progress.activity(f"preparing {options.model}"):
-        source = resolve(options.model)
-    was_there = out.exists()
-    journals = out / "journal"
-    if options.fresh and journals.exists():
-        shutil.rmtree(journals)
-    try:
+    with _output_directory(out):
+        with progress.activity(f"preparing {options.model}"):
+            source = resolve(options.model)
         outcomes = [_run_setting(options, suite, source, setting, out, progress) for setting in settings]
-    except BaseException:
-        if not was_there and not any(path.stat().st_size for path in journals.glob("*")):
-            shutil.rmtree(out, ignore_errors=True)
-        raise
     results = _gather(options, suite, source, out, outcomes)
     results.save(out)
     with progress.activity("writing the report"):
         return Done(results, write_report(results, out))
+
+
+@contextmanager
+def _output_directory(out: Path) -> Iterator[None]:
+    """Make the output directory; take it away again if the block fails before anything was answered."""
+    missing = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"cannot make the output directory: {error.strerror}"
+        raise ConfigError(what, where=str(out), mend="Name another with --out") from error
+    try:
+        yield
+    except BaseException:
+        if missing and not any((out / _JOURNALS).glob("*")):
+            shutil.rmtree(out, ignore_errors=True)
+            for parent in missing[1:]:
+                with suppress(OSError):  # not empty: somebody else's
+                    parent.rmdir()
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,16 +134,7 @@ def _run_setting(
     options: RunOptions, suite: Suite, source: ModelSource, setting: Setting, out: Path, progress: Progress
 ) -> _Outcome:
     """Collect all requests, answer them in one call of the engine, and score the answers."""
-    with Engine.load(
-        source,
-        setting=setting,
-        policy=options.policy,
-        device=options.device,
-        dtype=options.dtype,
-        gpu_memory=options.gpu_memory,
-        cpu_memory=options.cpu_memory,
-        disk=options.disk,
-    ) as engine:
+    with Engine.load(source, setting=setting, **_engine_options(options)) as engine:
         card = ModelCard(
             name=f"flexeval/{source.name}",
             model=source.ref,
@@ -146,7 +152,10 @@ def _run_setting(
                 skip_missing=options.skip_missing,
             )
             requests = helm.collect(on_task=update)
-        with Journal(out / "journal" / f"{setting.name}-{_journal_key(source, engine)}.jsonl") as journal:
+        path = out / _JOURNALS / f"{setting.name}-{_journal_key(source, engine)}.jsonl"
+        if options.fresh:
+            path.unlink(missing_ok=True)
+        with Journal(path) as journal:
             num_resumed = sum(journal.get(request) is not None for request in requests)
             completions = _answer(engine, requests, journal, setting, progress)
             result = _cost(engine, setting, completions, journal, num_resumed)
@@ -176,8 +185,11 @@ def _answer(
                 num_done += len(answers)
                 update(num_done, len(waiting))
 
-            engine.generate(waiting, on_completions=keep)
-        journal.add_usage(asdict(engine.usage()))
+            try:
+                engine.generate(waiting, on_completions=keep)
+            finally:
+                if num_done:
+                    journal.add_usage(asdict(engine.usage()))
     answers = [journal.get(request) for request in requests]
     assert all(answers), "a request without an answer"
     return [answer for answer in answers if answer is not None]
@@ -188,26 +200,27 @@ def _cost(
 ) -> SettingResult:
     """What the answers have cost, over all sessions that gave them."""
     sessions = [Usage(**usage) for usage in journal.usages]
-    last = sessions[-1] if sessions else engine.usage()
-    lanes: dict[str, Counter[str]] = {}
-    for session in sessions:
-        for lane, figures in session.lanes.items():
-            lanes.setdefault(lane, Counter()).update(figures)
-    tiers = {tier for session in sessions for tier in session.peak_bytes}
+    total = add_up(sessions)
+    answers = [one for completion in completions for one in (completion, *completion.alternatives)]
     return SettingResult(
         setting=setting.name,
         backend=engine.name,
         elapsed_s=sum(completion.elapsed_s for completion in completions),
-        load_s=last.load_s,
+        load_s=sessions[-1].load_s if sessions else 0.0,
         num_requests=len(completions),
-        num_prompt_tokens=sum(completion.num_prompt_tokens for completion in completions),
-        num_computed_prompt_tokens=sum(session.num_computed_prompt_tokens for session in sessions),
-        num_generated_tokens=sum(completion.num_generated_tokens for completion in completions),
-        peak_bytes={tier: max(session.peak_bytes.get(tier, 0) for session in sessions) for tier in sorted(tiers)},
-        policy=last.policy,
-        lanes={lane: dict(figures) for lane, figures in lanes.items()},
+        num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
+        num_computed_prompt_tokens=total.num_computed_prompt_tokens,
+        num_generated_tokens=sum(answer.num_generated_tokens for answer in answers),
+        peak_bytes=total.peak_bytes,
+        policy=total.policy,
+        lanes=total.lanes,
         num_resumed=num_resumed,
     )
+
+
+def _engine_options(options: RunOptions) -> dict[str, Any]:
+    names = ("policy", "device", "dtype", "gpu_memory", "cpu_memory", "disk")
+    return {name: getattr(options, name) for name in names}
 
 
 def _journal_key(source: ModelSource, engine: Engine) -> str:

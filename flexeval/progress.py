@@ -45,7 +45,7 @@ class TerminalProgress:
     def activity(self, label: str) -> Iterator[Update]:
         """A bar with steps, elapsed and remaining time."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

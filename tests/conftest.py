@@ -1,5 +1,9 @@
 """What many tests share: the demo model, fetched and converted once per machine."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads only slow tiny models down
+
 import pytest
 
 from flexeval.models import ModelSource, resolve

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import sentencepiece_dir, tokenizer_dir
 
+from flexeval.backends.batch import Batch
 from flexeval.backends.text import TextHalf
 from flexeval.errors import ModelError, RequestError
 from flexeval.request import Completion, FinishReason, Request, TokenResult
@@ -114,6 +115,18 @@ def test_sampled_completions_stand_side_by_side() -> None:
     answer = BYTES.to_completion(request, encode("Q"), parts)
     assert [one.text for one in (answer, *answer.alternatives)] == ["A", "B"]
     assert answer.elapsed_s == 5.0, "the request's share is that of all its completions"
+
+
+def test_equal_requests_share_one_answer_and_its_time() -> None:
+    once, twice = Request(prompt="Q"), Request(prompt="R", temperature=1.0, num_completions=2)
+    batch = Batch(BYTES, [twice, once, twice])
+    assert len(batch.token_requests) == 3
+    told = batch.collect([(0, result(encode("A"), elapsed_s=4.0)), (2, result(encode("C"), elapsed_s=1.0))])
+    assert [index for index, _ in told] == [1], "a request is answered when all its completions are there"
+    told = batch.collect([(1, result(encode("B"), elapsed_s=2.0))])
+    assert [index for index, _ in told] == [0, 2]
+    assert [one.text for one in batch.completions()] == ["A", "C", "A"]
+    assert [one.elapsed_s for one in batch.completions()] == [3.0, 1.0, 3.0]
 
 
 def test_end_of_text_can_be_ignored() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from tiny_directory import write_tiny_model
 
-from flexeval.cli import main
+from flexeval.cli import app, main
 
 ENTRY = "simple_mcqa:model=text"
 SUITE = 'entries: [{{description: "{entry}", priority: 1}}]\nmax_eval_instances: 3\n'
@@ -155,9 +157,123 @@ def test_a_directory_without_results_is_named(
     assert_mistake(call(monkeypatch, command, tmp_path), capsys, "results.json")
 
 
-def test_unknown_options_are_usage_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "run", "--suit", "demo") == 2
-    assert "--suite" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--suit", "demo"], ["--suit", "--suite"]),
+        (["run"], ["Missing option '--suite'"]),
+        (["run", "--suite", "demo", "--max-eval-instances", "0"], ["--max-eval-instances", "greater"]),
+        (["run", "--suite", "demo", "--max-eval-instances", "many"], ["--max-eval-instances", "integer"]),
+        (["walk"], ["No such command 'walk'"]),
+        (["compare"], ["DIR"]),
+    ],
+)
+def test_usage_errors_take_one_line_too(
+    arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_mistake(call(monkeypatch, *arguments), capsys, *words, "flexeval --help")
+
+
+def test_options_stay_what_they_are() -> None:
+    options = {
+        name: sorted(option for parameter in command.params for option in parameter.opts)
+        for name, command in typer.main.get_group(app).commands.items()
+    }
+    assert options == {
+        "run": [
+            "--cpu-memory",
+            "--device",
+            "--disk",
+            "--dtype",
+            "--fresh",
+            "--gpu-memory",
+            "--max-eval-instances",
+            "--model",
+            "--out",
+            "--policy",
+            "--setting",
+            "--skip-missing",
+            "--suite",
+        ],
+        "compare": ["--out", "directories"],
+        "report": ["directory"],
+    }
+
+
+def test_help_goes_to_the_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (call(monkeypatch, "--help"), call(monkeypatch, "--version"), call(monkeypatch)) == (0, 0, 2)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
+        (OSError(errno.ENOSPC, "No space left on device", "journal"), 2, "No space left on device (journal)"),
+        (OSError(errno.EACCES, "Permission denied", "out"), 2, "Permission denied (out)"),
+    ],
+)
+def test_what_happens_outside_is_said_in_one_line(
+    error: BaseException,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("flexeval.pipeline.run_suite", fail)
+    assert call(monkeypatch, "run", "--suite", "demo") == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("flexeval: ") and words in line
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("flexeval.pipeline.run_suite")
+    with pytest.raises(ImportError):
+        call(monkeypatch, "run", "--suite", "demo")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}', ["configuration"]),
+        ("config.json", '{"model_type": "llama", "hidden_size": "wide"}', ["configuration", "hidden_size"]),
+        ("config.json", '{"model_type": "no-such-family"}', ["no-such-family"]),
+        ("config.json", '{"model_type": "llama", "hidden_size": 64, "vocab_size": 640}', ["weights"]),
+        ("generation_config.json", "{", ["generation_config.json"]),
+        ("tokenizer.json", "{", ["tokenizer"]),
+    ],
+)
+def test_a_file_of_a_model_that_makes_no_sense_is_named(
+    file: str,
+    content: str,
+    words: list[str],
+    suite: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    (broken / file).write_text(content)
+    out = tmp_path / "out"
+    code = call(monkeypatch, "run", "--suite", suite, "--model", broken, "--out", out)
+    assert_mistake(code, capsys, *words, str(broken), out=out)
+
+
+def test_a_prompt_longer_than_the_context_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = Path(shutil.copytree(model, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    path = tmp_path / "long.conf"
+    path.write_text(SUITE.format(entry="synthetic_reasoning:model=text,mode=pattern_match"))
+    out = tmp_path / "out"
+    code = call(monkeypatch, "run", "--suite", path, "--model", short, "--out", out)
+    assert_mistake(code, capsys, "context holds 40", "max_tokens", out=out)
 
 
 def test_a_run_and_its_report(

@@ -83,6 +83,22 @@ def test_equal_requests_are_computed_once(model: str) -> None:
         assert engine.usage().num_prompt_tokens == one.num_prompt_tokens
 
 
+def test_a_new_placement_forgets_no_figure(model: str) -> None:
+    small, large = REQUESTS[:1], [Request(prompt=(5, n), max_tokens=2) for n in range(40)]
+    with Engine.load(model, policy="row-tokens=64", cpu_memory="4MB") as engine:
+        engine.generate(small)
+        before = engine.usage()
+        engine.close()  # as when the next requests do not fit
+        assert engine.usage() == before
+        engine.generate(large)
+        after = engine.usage()
+    assert after.num_prompt_tokens == before.num_prompt_tokens + 80
+    assert after.num_generated_tokens >= before.num_generated_tokens + 40
+    assert after.load_s > before.load_s
+    assert after.peak_bytes["cpu"] >= before.peak_bytes["cpu"]
+    assert engine.usage() == after, "also when it is closed"
+
+
 def test_nothing_is_computed_if_one_request_is_wrong(model: str) -> None:
     with Engine.load(model) as engine, pytest.raises(RequestError, match="request 1"):
         engine.generate([REQUESTS[0], Request(prompt="x", max_tokens=5000)])

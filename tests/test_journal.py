@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flexeval.errors import ConfigError
 from flexeval.journal import Journal
 from flexeval.request import Completion, FinishReason, Request
 
@@ -64,6 +65,34 @@ def test_a_torn_last_line_is_dropped_wherever_it_tore(path: Path, tmp_path: Path
             assert journal.get(SECOND) is None
             journal.add([(SECOND, FORKED)])
         assert torn.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "rubbish", [b"\0" * 9, b"{", b"3", b"null", b"[]", b'"usage"', b"{}", b'{"key": "k", "completion": {"text": 1}}']
+)
+def test_a_line_that_cannot_be_read_is_passed_over(path: Path, rubbish: bytes) -> None:
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(first + b"\n" + rubbish + b"\n" + rest)
+    with Journal(path) as journal:
+        assert (journal.get(FIRST), journal.get(SECOND), len(journal.usages)) == (PLAIN, FORKED, 1)
+    assert path.read_bytes().endswith(rest)
+
+
+def test_two_runs_do_not_write_at_once(path: Path) -> None:
+    whole = path.read_bytes()
+    with Journal(path), pytest.raises(ConfigError, match="another run writes here"):
+        Journal(path)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"key": "to'])
+def test_a_journal_without_answers_leaves_no_file(path: Path, content: bytes | None) -> None:
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with Journal(path):
+        pass
+    assert not path.exists()
 
 
 def test_different_requests_are_different(path: Path) -> None:

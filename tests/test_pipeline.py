@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from tiny_directory import write_tiny_model
 
 import flexeval
 from flexeval.backends.native import Engine
+from flexeval.errors import CapacityError, ConfigError, FlexevalError
+from flexeval.journal import Journal
 from flexeval.pipeline import RunOptions, run_suite
 from flexeval.progress import Update
 from flexeval.results import RunResults
@@ -102,7 +105,12 @@ def test_a_run_that_is_stopped_goes_on(options: RunOptions, monkeypatch: pytest.
             run(stopped)
     results = run(stopped)
     assert scores(results) == expected
-    assert 0 < results.settings[0].num_resumed < results.settings[0].num_requests
+    (setting,) = results.settings
+    assert 0 < setting.num_resumed < setting.num_requests
+    (journal,) = (stopped.out / "journal").iterdir()
+    usages = [entry["usage"] for line in journal.read_text().splitlines() if "usage" in (entry := json.loads(line))]
+    assert len(usages) == 2, "of the run that was stopped, too"
+    assert sum(usage["num_generated_tokens"] for usage in usages) == setting.num_generated_tokens
 
 
 def test_a_setting_added_later_reuses_the_first(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,3 +135,41 @@ def test_what_was_answered_survives_an_error(options: RunOptions, monkeypatch: p
     with pytest.raises(AssertionError):
         run(dataclasses.replace(options, settings=("none", "w4-g32")))
     assert len(list((options.out / "journal").glob("*.jsonl"))) == 2
+
+
+def test_answers_are_thrown_away_only_when_others_can_follow(options: RunOptions) -> None:
+    assert options.out is not None
+    run(options)
+    (journal,) = (options.out / "journal").iterdir()
+    whole = journal.read_bytes()
+    for change in ({"device": "tpu"}, {"model": "./nothing"}, {"dtype": "float8"}, {"suite": "nothing"}):
+        with pytest.raises(FlexevalError):
+            run(dataclasses.replace(options, fresh=True, **change))
+    assert journal.read_bytes() == whole
+
+
+def test_options_are_read_before_a_model_is_fetched(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexeval.pipeline.resolve", refuse_to_generate)
+    for change in ({"device": "tpu"}, {"dtype": "x"}, {"policy": "x"}, {"cpu_memory": "x"}, {"settings": ("w9",)}):
+        with pytest.raises(ConfigError):
+            run(dataclasses.replace(options, **change))
+
+
+def test_nothing_is_left_behind_beside_other_peoples_files(options: RunOptions, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    before = set(tmp_path.rglob("*"))
+    for place in ("mine/new/deep", "mine"):
+        with pytest.raises(CapacityError):
+            run(dataclasses.replace(options, out=tmp_path / place, cpu_memory="10KB"))
+    left = {path.relative_to(tmp_path).parts[:2] for path in set(tmp_path.rglob("*")) - before}
+    assert left <= {("mine", "helm"), ("mine", "journal")}, "a directory that was there keeps HELM's log"
+    with pytest.raises(ConfigError, match="--out"):
+        run(dataclasses.replace(options, out=Path(options.suite) / "below-a-file"))
+
+
+def test_two_runs_in_one_directory_do_not_mix(options: RunOptions) -> None:
+    run(options)
+    assert options.out is not None
+    (journal,) = (options.out / "journal").iterdir()
+    with Journal(journal), pytest.raises(ConfigError, match="another run writes here"):
+        run(options)

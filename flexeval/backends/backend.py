@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,6 +33,27 @@ class Usage:
     """Per lane: `num_bytes` moved and `busy_s` seconds it was busy."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds by phase of the work."""
+
+
+def add_up(usages: Sequence[Usage]) -> Usage:
+    """What several sessions have used: figures add up, peaks are the highest, the policy is the last one's."""
+    tiers = dict.fromkeys(tier for usage in usages for tier in usage.peak_bytes)
+    lanes: dict[str, Counter[str]] = {}
+    phases: Counter[str] = Counter()
+    for usage in usages:
+        phases.update(usage.phases)
+        for lane, figures in usage.lanes.items():
+            lanes.setdefault(lane, Counter()).update(figures)
+    return Usage(
+        load_s=sum(usage.load_s for usage in usages),
+        num_prompt_tokens=sum(usage.num_prompt_tokens for usage in usages),
+        num_computed_prompt_tokens=sum(usage.num_computed_prompt_tokens for usage in usages),
+        num_generated_tokens=sum(usage.num_generated_tokens for usage in usages),
+        peak_bytes={tier: max(usage.peak_bytes.get(tier, 0) for usage in usages) for tier in tiers},
+        policy=next((usage.policy for usage in reversed(usages) if usage.policy), {}),
+        lanes={lane: dict(figures) for lane, figures in lanes.items()},
+        phases=dict(phases),
+    )
 
 
 class Backend(Protocol):

@@ -18,6 +18,8 @@ from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.errors import ConfigError, ModelError
 from flexeval.models import ModelSource, resolve
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenModel:
@@ -46,7 +48,8 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
         FlexevalError: It cannot be found, read or run, or an option is unknown.
     """
     chosen = Setting.parse(setting) if isinstance(setting, str) else setting
-    place = _pick_device(device)
+    place = pick_device(device)
+    check_dtype(dtype)
     source = resolve(model) if isinstance(model, str) else model
     config = _read_config(source)
     check_family(config)
@@ -67,7 +70,8 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
     )
 
 
-def _pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` stands for here. Raises `ConfigError`."""
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"unknown device {name!r}", mend="Devices are: auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -76,12 +80,15 @@ def _pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
 
 
+def check_dtype(name: str) -> None:
+    """Raise `ConfigError` unless `name` is `auto` or a type of the arithmetic."""
+    if name != "auto" and name not in _DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}", mend=f"Types are: auto, {', '.join(_DTYPES)}")
+
+
 def _pick_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name in types:
-        return types[name]
-    if name != "auto":
-        raise ConfigError(f"unknown dtype {name!r}", mend=f"Types are: auto, {', '.join(types)}")
+    if name in _DTYPES:
+        return _DTYPES[name]
     if device.type == "cuda":
         stored = getattr(config.get_text_config(), "dtype", None)
         return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16

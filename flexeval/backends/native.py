@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 
-from flexeval.backends.backend import OnCompletions, Usage
-from flexeval.backends.loading import OpenModel, open_model
-from flexeval.backends.text import TextHalf
+from flexeval.backends.backend import OnCompletions, Usage, add_up
+from flexeval.backends.batch import Batch
+from flexeval.backends.loading import OpenModel, check_dtype, open_model, pick_device
 from flexeval.config import Limits, Setting, parse_disk, parse_size
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.tier import DiskTier
@@ -24,7 +24,7 @@ from flexeval.models import ModelSource
 from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, Workload
 from flexeval.policy.search import check, search
-from flexeval.request import Completion, Request, TokenRequest, TokenResult
+from flexeval.request import Completion, Request
 
 OnLayer = Callable[[int, int], None]
 """Told (layers loaded, layers in all) while weights are loaded."""
@@ -64,15 +64,24 @@ class Engine:
         Raises:
             FlexevalError: The model, a setting or an option is not usable; the message says how to mend it.
         """
-        disk_dir, disk_bytes = parse_disk(str(disk)) if disk is not None else (None, 0)
-        limits = Limits(
-            gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
-            cpu_bytes=None if cpu_memory is None else parse_size(cpu_memory),
-            disk_bytes=disk_bytes,
-            disk_dir=disk_dir,
-        )
-        fixed = None if policy == "auto" else _read_policy(policy)
+        fixed, limits = _read_policy(policy), _read_limits(gpu_memory, cpu_memory, disk)
         return cls(open_model(model, setting=setting, device=device, dtype=dtype), fixed, limits)
+
+    @staticmethod
+    def check_options(
+        *,
+        policy: str | Policy = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        gpu_memory: str | int | None = None,
+        cpu_memory: str | int | None = None,
+        disk: str | Path | None = None,
+    ) -> None:
+        """Raise `ConfigError` for options of `load` that suit no model, before one is fetched for them."""
+        _read_policy(policy)
+        _read_limits(gpu_memory, cpu_memory, disk)
+        pick_device(device)
+        check_dtype(dtype)
 
     def __init__(self, opened: OpenModel, policy: Policy | None, limits: Limits):
         """See `load`, which reads these from text."""
@@ -83,7 +92,8 @@ class Engine:
         self.text = opened.text
         self._executor: Executor | None = None
         self._hardware: Hardware | None = None
-        self._load_s = 0.0
+        self._load_s = 0.0  # of the executor at hand
+        self._past: list[Usage] = []  # of the executors before it
 
     def __enter__(self) -> Engine:
         return self
@@ -94,6 +104,7 @@ class Engine:
     def close(self) -> None:
         """Give back memory, threads and files."""
         if self._executor is not None:
+            self._past.append(self._usage_of(self._executor))
             self._executor.close()
             self._executor = None
 
@@ -117,7 +128,7 @@ class Engine:
             CapacityError: The work does not fit the memory given.
         """
         if requests:
-            self._ready(measure_workload(_Batch(self.text, requests).token_requests), on_layer)
+            self._ready(measure_workload(Batch(self.text, requests).token_requests), on_layer)
 
     def generate(
         self, requests: Sequence[Request], *, on_completions: OnCompletions = lambda completions: None
@@ -134,23 +145,24 @@ class Engine:
         """
         if not requests:
             return []
-        batch = _Batch(self.text, requests)
+        batch = Batch(self.text, requests)
         executor = self._ready(measure_workload(batch.token_requests), lambda num_done, num_layers: None)
         executor.execute(batch.token_requests, on_results=lambda results: on_completions(batch.collect(results)))
         return batch.completions()
 
     def usage(self) -> Usage:
-        """What was used so far."""
-        if self._executor is None:
-            return Usage(load_s=0.0, num_prompt_tokens=0, num_computed_prompt_tokens=0, num_generated_tokens=0)
-        trace = self._executor.trace
+        """What was used so far, by every placement of the weights."""
+        return add_up([*self._past, *([self._usage_of(self._executor)] if self._executor is not None else [])])
+
+    def _usage_of(self, executor: Executor) -> Usage:
+        trace = executor.trace
         return Usage(
             load_s=self._load_s,
             num_prompt_tokens=trace.num_prompt_tokens,
             num_computed_prompt_tokens=trace.num_computed_prompt_tokens,
             num_generated_tokens=trace.num_generated_tokens,
-            peak_bytes=self._executor.peak_bytes(),
-            policy=self._executor.policy.to_json(),
+            peak_bytes=executor.peak_bytes(),
+            policy=executor.policy.to_json(),
             lanes={name: {"num_bytes": lane.num_bytes, "busy_s": lane.busy_s} for name, lane in trace.lanes.items()},
             phases=dict(trace.phases),
         )
@@ -183,52 +195,28 @@ class Engine:
             disk_tier=DiskTier(disk_dir) if disk_dir is not None else None,
             on_layer=lambda layer: on_layer(layer + 1, opened.anatomy.num_layers),
         )
-        self._load_s += time.perf_counter() - start
+        self._load_s = time.perf_counter() - start
         return self._executor
 
 
-class _Batch:
-    """Requests on their way through the engine: which token requests stand for which request."""
-
-    def __init__(self, text: TextHalf, requests: Sequence[Request]):
-        self._text = text
-        self._places: dict[Request, list[int]] = {}
-        for index, request in enumerate(requests):
-            self._places.setdefault(request, []).append(index)
-        self._distinct = list(self._places)
-        self.token_requests: list[TokenRequest] = []
-        self._owner: list[int] = []
-        self._waiting: list[dict[int, TokenResult | None]] = []
-        for owner, request in enumerate(self._distinct):
-            parts = text.to_token_requests(request, where=f"request {self._places[request][0]}")
-            first = len(self.token_requests)
-            self._waiting.append(dict.fromkeys(range(first, first + len(parts))))
-            self.token_requests += parts
-            self._owner += [owner] * len(parts)
-        self._completions: dict[int, Completion] = {}
-
-    def collect(self, results: Sequence[tuple[int, TokenResult]]) -> list[tuple[int, Completion]]:
-        """Take results; return the completions that are whole now, for every request that asked for them."""
-        finished = []
-        for index, result in results:
-            owner = self._owner[index]
-            parts = self._waiting[owner]
-            parts[index] = result
-            whole = [part for part in parts.values() if part is not None]
-            if len(whole) == len(parts):
-                request = self._distinct[owner]
-                prompt_ids = self.token_requests[index].prompt_ids
-                completion = self._text.to_completion(request, prompt_ids, whole)
-                finished += [(place, completion) for place in self._places[request]]
-        self._completions.update(finished)
-        return finished
-
-    def completions(self) -> list[Completion]:
-        """All completions, in the order of the requests."""
-        return [self._completions[index] for index in range(len(self._completions))]
-
-
-def _read_policy(policy: str | Policy) -> Policy:
+def _read_policy(policy: str | Policy) -> Policy | None:
+    """A policy from what the user wrote; None where it is to be searched for. Raises `ConfigError`."""
+    if policy == "auto":
+        return None
     if isinstance(policy, Policy):
         return policy
-    return Policy.load(Path(policy)) if Path(policy).is_file() else Policy.parse(policy)
+    try:
+        is_file = Path(policy).is_file()
+    except OSError:  # too long for a path
+        is_file = False
+    return Policy.load(Path(policy)) if is_file else Policy.parse(policy)
+
+
+def _read_limits(gpu_memory: str | int | None, cpu_memory: str | int | None, disk: str | Path | None) -> Limits:
+    disk_dir, disk_bytes = parse_disk(str(disk)) if disk is not None else (None, 0)
+    return Limits(
+        gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
+        cpu_bytes=None if cpu_memory is None else parse_size(cpu_memory),
+        disk_bytes=disk_bytes,
+        disk_dir=disk_dir,
+    )

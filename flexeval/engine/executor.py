@@ -120,8 +120,6 @@ class Executor:
         results: dict[int, TokenResult] = {}
         with self.trace.phase("plan"):
             scheduler = Scheduler(requests, self.policy)
-        self.trace.num_prompt_tokens += scheduler.tree.num_asked_tokens
-        self.trace.num_computed_prompt_tokens += scheduler.tree.num_computed_tokens
         num_top = max((request.num_top_logprobs for request in requests), default=0)
         vocab_size = self._anatomy.config.get_text_config().vocab_size
         cache = self._make_cache()
@@ -146,6 +144,9 @@ class Executor:
                             )
                         scheduler.record(row.plan, readout)
                 finished = scheduler.finish_sweep(time.perf_counter() - start)
+                self.trace.num_computed_prompt_tokens += sum(plan.num_tokens for plan in plans if plan.fresh)
+                self.trace.num_prompt_tokens += sum(len(requests[index].prompt_ids) for index, _ in finished)
+                self.trace.num_generated_tokens += sum(len(result.token_ids) for _, result in finished)
                 for group in scheduler.retired_groups():
                     cache.free(group)
                 results.update(finished)
@@ -153,9 +154,8 @@ class Executor:
                     on_results(finished)
         finally:
             cache.close()
-        self.trace.num_generated_tokens += sum(len(result.token_ids) for result in results.values())
-        for name, lane in self._lanes.items():
-            self.trace.lanes[name].busy_s = lane.busy_s
+            for name, lane in self._lanes.items():
+                self.trace.lanes[name].busy_s = lane.busy_s
         return [results[index] for index in range(len(requests))]
 
     def peak_bytes(self) -> dict[str, int]:
