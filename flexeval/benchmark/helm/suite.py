@@ -27,7 +27,7 @@ from flexeval.benchmark.network import impatient_downloads
 from flexeval.benchmark.resources import import_tasks
 from flexeval.benchmark.suites import Suite
 from flexeval.cache import cache_root
-from flexeval.errors import ConfigError, DataError, FlexevalError
+from flexeval.errors import ConfigError, DataError, FlexevalError, RequestError
 from flexeval.request import Completion, Request
 from flexeval.results import InstanceResult, TaskInfo
 
@@ -175,6 +175,7 @@ class HelmSuite:
         runs: dict[str, AdaptedRun] = {}
         for num_done, (task, spec) in enumerate(specs.items()):
             on_task(num_done, len(specs))
+            self._check_length(task, spec)
             if found := missing_for_metrics(spec):
                 missing[task].append(found)
             try:
@@ -193,6 +194,16 @@ class HelmSuite:
                 runs[task] = run
         on_task(len(specs), len(specs))
         return runs
+
+    def _check_length(self, task: str, spec: RunSpec) -> None:
+        """Raise `RequestError` where no prompt would fit: HELM would shorten an empty one forever."""
+        num_tokens, length = spec.adapter_spec.max_tokens, self._card.max_sequence_length
+        if num_tokens >= length:
+            raise RequestError(
+                f"{task} asks for max_tokens={num_tokens}, the model's context holds {length}",
+                where=str(self._suite.path),
+                mend="Choose a model with a longer context, or write a smaller max_tokens= in the run entry",
+            )
 
     def _provide(self, scenario: str) -> Path:
         """Return the folder of a scenario's input data, after laying out what the suite takes from packages."""
