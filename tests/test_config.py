@@ -1,0 +1,82 @@
+"""What users write on the command line, read into plain values or refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexeval.config import Setting, format_size, parse_disk, parse_size
+from flexeval.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("1024", 1024),
+        (1024, 1024),
+        ("16GiB", 16 * 2**30),
+        ("16 gib", 16 * 2**30),
+        ("16G", 16 * 10**9),
+        ("500MB", 500 * 10**6),
+        ("1.5KiB", 1536),
+        ("0", 0),
+        ("9" * 30, 10**30),
+    ],
+)
+def test_a_size_is_a_number_and_a_unit(text: str | int, num_bytes: int) -> None:
+    assert parse_size(text) == pytest.approx(num_bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-3GB", "3 G i B", "1e9", "GiB", "0x10", "3PB", "nan"])
+def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not a size.*16GiB"):
+        parse_size(text)
+
+
+@given(st.integers(0, 2**50))
+def test_sizes_are_written_as_they_are_read(num_bytes: int) -> None:
+    assert parse_size(format_size(num_bytes)) == pytest.approx(num_bytes, rel=0.06, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40, "1.0 TiB"), (2**60, "1048576.0 TiB")],
+)
+def test_sizes_for_people(num_bytes: int, text: str) -> None:
+    assert format_size(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group_size"), [("none", None, 64), ("w4", 4, 64), ("w4-g32", 4, 32), ("w4-g128", 4, 128)]
+)
+def test_settings_are_named_by_their_parts(name: str, bits: int | None, group_size: int) -> None:
+    assert Setting.parse(name) == Setting(name=name, weight_bits=bits, weight_group_size=group_size)
+
+
+@pytest.mark.parametrize("name", ["", "None", "w3", "w4-g48", "w4-", "w4 ", "w4\n", "kv4"])
+def test_an_unknown_setting_is_refused_with_those_there_are(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting.*none, w4"):
+        Setting.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "folder", "num_bytes"),
+    [
+        ("/scratch", "/scratch", None),
+        ("/scratch:5GB", "/scratch", 5 * 10**9),
+        ("a:b:1KiB", "a:b", 1024),
+        ("a:b", "a:b", None),
+        (".", ".", None),
+    ],
+)
+def test_a_disk_is_a_folder_with_or_without_a_size(text: str, folder: str, num_bytes: int | None) -> None:
+    assert parse_disk(text) == (Path(folder), num_bytes)
+
+
+@pytest.mark.parametrize("text", ["", ":5GB"])
+def test_a_disk_without_a_folder_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"names no folder.*DIR:SIZE"):
+        parse_disk(text)

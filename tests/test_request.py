@@ -1,0 +1,63 @@
+"""Requests refuse what nobody could serve, and equal requests have equal hashes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from flexeval.errors import RequestError
+from flexeval.request import Request
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_tokens": -1}, "max_tokens=-1 is out of range"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5 is not a whole number"),
+        ({"max_tokens": float("inf")}, "max_tokens=inf is out of range"),
+        ({"max_tokens": 0}, "asks for nothing.*echo"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"num_completions": 0}, "num_completions"),
+        ({"top_logprobs": -1}, "top_logprobs"),
+        ({"stop": "\n"}, "stop"),
+        ({"stop": ("\n", "")}, "stop"),
+        ({"prompt": ("one text", "another")}, "neither a text nor token ids.*one Request for each"),
+        ({"prompt": None}, "neither a text nor token ids"),
+        ({"prompt": (1.5,)}, "neither a text nor token ids"),
+    ],
+)
+def test_values_that_nobody_could_serve_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Request(**({"prompt": "Q"} | values))
+
+
+def test_any_sequence_of_numbers_is_token_ids() -> None:
+    requests = [Request(prompt=ids, stop=["a"]) for ids in ([1, 2], (1, 2), np.array([1, 2]))]
+    assert len(set(requests)) == 1
+    assert {request.content_hash() for request in requests} == {Request(prompt=(1, 2), stop=("a",)).content_hash()}
+
+
+def test_every_field_is_part_of_the_hash() -> None:
+    plain = Request(prompt="12")
+    changes = {
+        "prompt": (12,),
+        "max_tokens": 17,
+        "stop": ("a",),
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "num_completions": 2,
+        "seed": 1,
+        "echo": True,
+        "top_logprobs": 1,
+        "ignore_eos": True,
+    }
+    assert set(changes) == {field.name for field in dataclasses.fields(Request)}
+    changed = [dataclasses.replace(plain, **{name: value}) for name, value in changes.items()]
+    others = [dataclasses.replace(plain, stop=stop) for stop in [("a", "b"), ("ab",), ("b", "a"), ("\ud800",)]]
+    assert len({request.content_hash() for request in [plain, *changed, *others]}) == 1 + len(changes) + 4
