@@ -201,6 +201,12 @@ def test_cbc_takes_over_where_highs_is_missing(monkeypatch):
     assert model.cost(best_placement(model, sizes)).objective_s == pytest.approx(with_highs, rel=2e-4)
 
 
+def test_solver_prints_nothing(capfd):
+    model, sizes = small_instance(0)
+    best_placement(model, sizes)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_solver_is_bounded(monkeypatch):
     used = {}
     solve = pulp.LpProblem.solve
