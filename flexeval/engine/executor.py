@@ -21,13 +21,15 @@ from flexeval.engine.compute.row import make_row
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
-from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane
+from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, drain
 from flexeval.engine.memory.tier import DiskTier, MemoryTier, Tier
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.scheduler import Scheduler
+from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.sweep import Sweeper
-from flexeval.engine.trace import Trace
+from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.errors import CapacityError
+from flexeval.planning.rows import RowPlan
 from flexeval.policy.policy import KINDS, Policy
 from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenRequest, TokenResult
@@ -90,7 +92,14 @@ class Executor:
             self._close_lanes()
             self._close_tiers()
             raise
-        self._sweeper = Sweeper(anatomy=anatomy, weights=self._weights, attention=PackedAttention(), trace=self.trace)
+        self._watch = Stopwatch(device)
+        self._sweeper = Sweeper(
+            anatomy=anatomy,
+            weights=self._weights,
+            attention=PackedAttention(),
+            trace=self.trace,
+            watch=self._watch,
+        )
 
     def __enter__(self) -> Executor:
         return self
@@ -127,12 +136,13 @@ class Executor:
             while scheduler.has_work:
                 start = time.perf_counter()
                 plans = scheduler.plan_sweep()
+                self._begin_sweep(plans)
                 for group, num_tokens in scheduler.opened_groups():
                     cache.open(group, num_tokens)
                 rows = [make_row(index, plan, self._device) for index, plan in enumerate(plans)]
                 with closing(self._make_hidden(len(rows))) as hidden:
                     for row, hidden_1TD in zip(rows, self._sweeper.sweep(rows, cache, hidden), strict=True):
-                        with self.trace.phase("head"):
+                        with self.trace.phase("head"), self._watch.running():
                             readout = read_row(
                                 row.plan,
                                 hidden_1TD,
@@ -143,8 +153,8 @@ class Executor:
                                 num_top_logprobs=num_top,
                             )
                         scheduler.record(row.plan, readout)
-                finished = scheduler.finish_sweep(time.perf_counter() - start)
-                self.trace.num_computed_prompt_tokens += sum(plan.num_tokens for plan in plans if plan.fresh)
+                elapsed_s = self.trace.sweeps[-1].elapsed_s = time.perf_counter() - start
+                finished = scheduler.finish_sweep(elapsed_s)
                 self.trace.num_prompt_tokens += sum(len(requests[index].prompt_ids) for index, _ in finished)
                 self.trace.num_generated_tokens += sum(len(result.token_ids) for _, result in finished)
                 for group in scheduler.retired_groups():
@@ -155,7 +165,9 @@ class Executor:
         finally:
             cache.close()
             for name, lane in self._lanes.items():
-                self.trace.lanes[name].busy_s = lane.busy_s
+                drain(lane)
+                self.trace.settle(name, lane.watch.laps())
+            self.trace.settle("compute", self._watch.laps())
         return [results[index] for index in range(len(requests))]
 
     def peak_bytes(self) -> dict[str, int]:
@@ -165,6 +177,19 @@ class Executor:
         if self._device.type == "cuda":
             peak[TierName.GPU] = torch.cuda.max_memory_allocated(self._device)
         return peak
+
+    def _begin_sweep(self, plans: Sequence[RowPlan]) -> None:
+        """Open the sweep's account. Each lane does so in its turn: what an earlier sweep left to it counts there."""
+        num_fresh = sum(plan.num_tokens for plan in plans if plan.fresh)
+        num_decode = sum(plan.num_tokens for plan in plans) - num_fresh
+        self.trace.sweeps.append(SweepTrace(num_fresh_tokens=num_fresh, num_decode_tokens=num_decode))
+        self._begin_lap("compute", self._watch)
+        for name, lane in self._lanes.items():
+            lane.submit(self._begin_lap, name, lane.watch)
+
+    def _begin_lap(self, name: str, watch: Stopwatch) -> None:
+        self.trace.mark(name)
+        watch.next_lap()
 
     def _make_cache(self) -> KVCache:
         return KVCache(

@@ -18,6 +18,7 @@ from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache, LoadedContext
 from flexeval.engine.memory.lane import ahead
 from flexeval.engine.memory.weights import WeightStore
+from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.trace import Trace
 
 
@@ -33,6 +34,8 @@ class Sweeper:
     """How packed rows attend."""
     trace: Trace
     """Where time is counted."""
+    watch: Stopwatch
+    """Counts when the compute device is at work, not when it waits for a lane."""
 
     def sweep(self, rows: Sequence[Row], cache: KVCache, hidden: HiddenStore) -> Iterator[Tensor]:
         """Run all rows through all layers; yield each row's hidden states `[1, T, D]` after the last one, in order.
@@ -49,19 +52,22 @@ class Sweeper:
         with self.trace.phase("embed"):
             calls = {}
             for row in rows:
-                embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
+                with self.watch.running():
+                    embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
                 calls[row.index] = embedded.calls
                 hidden.save(row.index, embedded.hidden_1TD)
         with self.trace.phase("layers"):
             for layer in layers:
-                self.weights.bind(layer, next(weights_ahead))
+                slab = next(weights_ahead)
+                with self.watch.running():
+                    self.weights.bind(layer, slab)
                 for row in rows:
                     hidden_1TD, context = next(hidden_ahead), next(context_ahead)
                     attend = self._attend(layer, row, cache, context)
-                    hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer], attend)
+                    with self.watch.running():
+                        hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer], attend)
                     hidden.save(row.index, hidden_1TD)
                 cache.end_layer()
-        self.trace.num_sweeps += 1
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
 
     def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:

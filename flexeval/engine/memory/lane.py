@@ -9,7 +9,6 @@ Knows threads and streams; not what is moved or why.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
+
+from flexeval.engine.stopwatch import Stopwatch
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -54,8 +55,8 @@ class Transfer(Generic[T]):
 class Lane(Protocol):
     """Runs work in the order it was submitted."""
 
-    busy_s: float
-    """Host seconds spent in submitted work."""
+    watch: Stopwatch
+    """Seconds at work: of the lane's stream where it has one, else of the host."""
 
     def submit(self, work: Callable[..., T], *args: Any) -> Transfer[T]:
         """Start `work(*args)`; an exception surfaces at `wait`."""
@@ -70,17 +71,16 @@ class InlineLane:
     """No overlap: the same order of work on the caller's own thread. The reference of every test."""
 
     def __init__(self) -> None:
-        self.busy_s = 0.0
+        self.watch = Stopwatch(torch.device("cpu"))
 
     def submit(self, work: Callable[..., T], *args: Any) -> Transfer[T]:
         """Run now."""
-        start = time.perf_counter()
         done: Future[_Outcome[T]] = Future()
         try:
-            done.set_result(_Outcome(work(*args), None))
+            with self.watch.running():
+                done.set_result(_Outcome(work(*args), None))
         except Exception as error:
             done.set_exception(error)
-        self.busy_s += time.perf_counter() - start
         return Transfer(done)
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class ThreadLane:
     def __init__(self, name: str, device: torch.device):
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.busy_s = 0.0
+        self.watch = Stopwatch(device)
 
     def submit(self, work: Callable[..., T], *args: Any) -> Transfer[T]:
         """Queue for the worker, behind what the caller has enqueued on its own stream."""
@@ -104,13 +104,12 @@ class ThreadLane:
         return Transfer(self._worker.submit(self._run, seen, work, args))
 
     def _run(self, seen: torch.cuda.Event | None, work: Callable[..., T], args: tuple[Any, ...]) -> _Outcome[T]:
-        start = time.perf_counter()
         with torch.inference_mode(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if seen is not None and self._stream is not None:
                 self._stream.wait_event(seen)
-            value = work(*args)
+            with self.watch.running():
+                value = work(*args)
             event = self._stream.record_event() if self._stream else None
-        self.busy_s += time.perf_counter() - start
         return _Outcome(value, event)
 
     def close(self) -> None:

@@ -1,0 +1,67 @@
+"""Busy seconds, lap by lap: of a thread, or of a CUDA stream as the device saw it. Knows clocks; not what is timed.
+
+On a CUDA device a span is a pair of events recorded on the current stream. They are read once the device has passed
+them, so nothing waits while work goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+
+class _Span(NamedTuple):
+    lap: int
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+
+
+class Stopwatch:
+    """Adds up the spans of one thread or stream; spans of one stopwatch follow each other."""
+
+    def __init__(self, device: torch.device):
+        """On a CUDA device spans are device time, elsewhere host time."""
+        self._is_cuda = device.type == "cuda"
+        self._laps = [0.0]
+        self._open: deque[_Span] = deque()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count a block in the current lap."""
+        lap = len(self._laps) - 1
+        if self._is_cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            try:
+                yield
+            finally:
+                end.record()
+                self._open.append(_Span(lap, start, end))
+        else:
+            start_s = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._laps[lap] += time.perf_counter() - start_s
+
+    def next_lap(self) -> None:
+        """End the current lap; a span that runs still belongs to it."""
+        self._laps.append(0.0)
+        while self._open and self._open[0].end.query():
+            self._close_first()
+
+    def laps(self) -> list[float]:
+        """Busy seconds of each lap so far. Waits until the device has ended the last span."""
+        while self._open:
+            self._open[0].end.synchronize()
+            self._close_first()
+        return list(self._laps)
+
+    def _close_first(self) -> None:
+        span = self._open.popleft()
+        self._laps[span.lap] += span.start.elapsed_time(span.end) / 1000

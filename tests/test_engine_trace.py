@@ -1,0 +1,76 @@
+"""Counters: what each sweep computed and moved adds up to what the batch did, whoever was late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import assert_equal_results, ragged_requests, tiny_case, tiny_config, tiny_model
+
+from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.executor import LANES, Executor
+from flexeval.engine.memory.lane import ThreadLane, drain
+from flexeval.engine.memory.tier import DiskTier
+from flexeval.engine.sizes import model_shape
+from flexeval.engine.trace import SweepTrace, Trace
+from flexeval.policy.policy import Policy
+
+POLICY = "disk-weights=0.5,disk-kv=1,disk-hidden=1,row-tokens=24,sweep-tokens=80,group-sequences=2,num-groups=2"
+
+
+def test_a_write_that_is_late_belongs_to_the_sweep_that_submitted_it() -> None:
+    trace, lane = Trace(), ThreadLane("kv_out", torch.device("cpu"))
+
+    def begin_sweep() -> None:
+        trace.sweeps.append(SweepTrace(num_fresh_tokens=3, num_decode_tokens=0))
+        lane.submit(trace.mark, "kv_out")
+        lane.submit(lane.watch.next_lap)
+
+    begin_sweep()
+    lane.submit(trace.moved, "kv_out", 5)
+    begin_sweep()
+    lane.submit(trace.moved, "kv_out", 7)
+    lane.submit(trace.moved, "kv_out", 1)
+    drain(lane)
+    trace.settle("kv_out", lane.watch.laps())
+    lane.close()
+    assert [sweep.lanes["kv_out"].num_bytes for sweep in trace.sweeps] == [5, 8]
+    assert trace.lanes["kv_out"].num_bytes == 13
+    assert trace.lanes["kv_out"].busy_s >= sum(sweep.lanes["kv_out"].busy_s for sweep in trace.sweeps) > 0
+    assert (trace.num_sweeps, trace.num_computed_prompt_tokens) == (2, 6)
+
+
+@pytest.mark.parametrize(("family", "device"), [("llama", "cpu"), pytest.param("llama", "cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_sweeps_add_up_to_the_batch(family: str, device: str, overlap: bool, tmp_path: Path) -> None:
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    layer_bytes = model_shape(anatomy, None).layer_bytes
+    with Executor(
+        anatomy,
+        StateDictCheckpoint(anatomy, tiny_model(family).state_dict()),
+        Policy.parse(POLICY),
+        codec=None,
+        device=torch.device(device),
+        disk_tier=DiskTier(tmp_path),
+        overlap=overlap,
+    ) as executor:
+        for _ in range(2):
+            assert_equal_results(executor.execute(ragged_requests()), tiny_case(family).expected)
+        trace = executor.trace
+    half = len(trace.sweeps) // 2
+    assert [(s.num_fresh_tokens, s.num_decode_tokens) for s in trace.sweeps[:half]] == [
+        (s.num_fresh_tokens, s.num_decode_tokens) for s in trace.sweeps[half:]
+    ]
+    num_decoded = sum(len(r.token_ids) - 1 for r in tiny_case(family).expected if r.token_ids)
+    assert sum(sweep.num_decode_tokens for sweep in trace.sweeps) == 2 * num_decoded
+    for sweep in trace.sweeps:
+        assert set(sweep.lanes) == {*LANES, "compute"}
+        assert sweep.lanes["weights"].num_bytes == 2 * layer_bytes, "two of four layers rest on disk"
+        assert sweep.lanes["compute"].busy_s > 0
+        assert sweep.lanes["kv_in"].num_bytes > 0 or sweep.num_decode_tokens == 0
+    for lane, total in trace.lanes.items():
+        assert sum(sweep.lanes[lane].num_bytes for sweep in trace.sweeps) == total.num_bytes, lane
+        assert sum(sweep.lanes[lane].busy_s for sweep in trace.sweeps) == pytest.approx(total.busy_s, rel=0.01), lane
+    assert trace.lanes["kv_out"].num_bytes > 0
