@@ -15,8 +15,8 @@ from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.codec import Codec, Int4Codec
+from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.slab import SlabLayout
-from flexeval.engine.memory.tier import DiskTier
 from flexeval.models import ModelSource
 from flexeval.policy.policy import Policy, Split
 from flexeval.request import Request, TokenRequest, TokenResult

@@ -17,7 +17,7 @@ from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import LANES, Executor
-from flexeval.engine.memory.tier import DiskExtent, DiskTier
+from flexeval.engine.memory.disk import DiskExtent, DiskTier
 from flexeval.engine.sizes import model_shape
 from flexeval.errors import CapacityError
 from flexeval.policy.policy import Policy, Split

@@ -12,8 +12,8 @@ from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.codec import Codec, Int4Codec
+from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.slab import SlabLayout
-from flexeval.engine.memory.tier import DiskTier
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.policy.policy import Policy, Split, Workload
 from flexeval.request import TokenRequest

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexeval.engine.memory.tier import DiskTier, MemoryTier, Tier
+from flexeval.engine.memory.disk import DiskTier
+from flexeval.engine.memory.tier import MemoryTier, Tier
 from flexeval.errors import CapacityError
 from flexeval.policy.policy import Tier as TierName
 
@@ -39,7 +40,7 @@ def numbers(num_bytes: int) -> torch.Tensor:
 
 def open_files(folder: Path) -> list[str]:
     links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-    return [str(link) for link in links if link.is_relative_to(folder)]
+    return [str(link) for link in links if link.is_relative_to(folder) and link.is_file()]
 
 
 @every_tier

@@ -17,7 +17,7 @@ from flexeval.backends.batch import Batch
 from flexeval.backends.loading import OpenModel, check_dtype, open_model, pick_device
 from flexeval.config import Limits, Setting, parse_disk, parse_size
 from flexeval.engine.executor import Executor
-from flexeval.engine.memory.tier import DiskTier
+from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.errors import CapacityError
 from flexeval.models import ModelSource

@@ -19,10 +19,11 @@ from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.readout import read_row
 from flexeval.engine.compute.row import make_row
 from flexeval.engine.memory.codec import Codec
+from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
 from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, drain
-from flexeval.engine.memory.tier import DiskTier, MemoryTier, Tier
+from flexeval.engine.memory.tier import MemoryTier, Tier
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.scheduler import Scheduler
 from flexeval.engine.stopwatch import Stopwatch

@@ -9,27 +9,30 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Literal
+from tempfile import NamedTemporaryFile
+from typing import Literal, NamedTuple
 
 import torch
 
 from flexeval.config import Limits
+from flexeval.directio import CHUNK_BYTES, QUEUE_DEPTH, DirectIO
 from flexeval.errors import ConfigError
 from flexeval.policy.memory import free_host_bytes
 from flexeval.policy.policy import Tier
+from flexeval.shelf import prepared_shelf
 
 GPU_USABLE_SHARE = 15 / 16
 """The rest is left to fragmentation and to the workspaces of CUDA libraries."""
 HOST_USABLE_SHARE = 0.9
 """The rest is left to Python itself and to the page cache."""
 PROBE_BYTES = 32 * 2**20
-"""Bytes of a timed copy or file."""
+"""Bytes of a timed copy."""
+PROBE_CHUNKS = 16
+"""Chunks of the timed file: 256 MiB, a quarter of a second of a fast disk."""
 MATMUL_SIZES = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}
 """Tokens, inputs and outputs of the timed matrix product."""
 
@@ -76,16 +79,16 @@ def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -
     cpu_bytes = int(HOST_USABLE_SHARE * free_host_bytes())
     gpu_bytes = _free_gpu_bytes() if device == "cuda" else 0
     to_gpu, from_gpu = _link_rates() if device == "cuda" else (0.0, 0.0)
-    disk_bytes, disk_read, disk_write = _probe_disk(limits.disk_dir) if limits.disk_dir else (0, 0.0, 0.0)
+    disk = _probe_disk(limits.disk_dir) if limits.disk_dir else _Disk(0, 0.0, 0.0)
     return Hardware(
         device=device,
         gpu_bytes=int(GPU_USABLE_SHARE * _at_most(limits.gpu_bytes, gpu_bytes)),
         cpu_bytes=_at_most(limits.cpu_bytes, cpu_bytes),
-        disk_bytes=_at_most(limits.disk_bytes, disk_bytes),
+        disk_bytes=_at_most(limits.disk_bytes, disk.num_free_bytes),
         to_gpu_bytes_per_s=to_gpu,
         from_gpu_bytes_per_s=from_gpu,
-        disk_read_bytes_per_s=disk_read,
-        disk_write_bytes_per_s=disk_write,
+        disk_read_bytes_per_s=disk.read_bytes_per_s,
+        disk_write_bytes_per_s=disk.write_bytes_per_s,
         flops_per_s=_matmul_rate(device, dtype),
         memory_bytes_per_s=_memory_rate(device),
         launch_s=_launch_seconds(device),
@@ -150,27 +153,52 @@ def _link_rates() -> tuple[float, float]:
     return PROBE_BYTES / to_gpu_s, PROBE_BYTES / from_gpu_s
 
 
-def _probe_disk(directory: Path) -> tuple[int, float, float]:
-    """Free bytes, and the rates of one file written through to the disk and read back past the page cache."""
+class _Disk(NamedTuple):
+    num_free_bytes: int
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+
+
+def _probe_disk(directory: Path) -> _Disk:
+    """Room, prepared weights included (they give way or are what is wanted), and rates as the engine moves files."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=directory, buffering=0) as file, mmap.mmap(-1, PROBE_BYTES) as buffer:
-            buffer.write(os.urandom(2**20) * (PROBE_BYTES // 2**20))  # a compressing disk must not cheat
-            start = time.perf_counter()
-            written = os.write(file.fileno(), buffer)
+        with DirectIO(directory) as io, NamedTemporaryFile(dir=directory) as file:
+            chunks = [_noise(CHUNK_BYTES) for _ in range(QUEUE_DEPTH)]
+            write_rate = _transfer_rate(io, Path(file.name), os.O_WRONLY, io.write, chunks)
             os.fsync(file.fileno())
-            write_s = time.perf_counter() - start
-            if sys.platform == "linux":  # elsewhere the page cache answers, and the read looks faster than it is
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            os.lseek(file.fileno(), 0, os.SEEK_SET)
-            start = time.perf_counter()
-            read = os.readv(file.fileno(), [buffer])
-            read_s = time.perf_counter() - start
-        assert written == read == PROBE_BYTES, (written, read)
-        return shutil.disk_usage(directory).free, PROBE_BYTES / read_s, PROBE_BYTES / write_s
+            read_rate = _transfer_rate(io, Path(file.name), os.O_RDONLY, io.read, chunks)
+        num_free_bytes = shutil.disk_usage(directory).free + prepared_shelf(directory).num_bytes()
+        return _Disk(num_free_bytes, read_rate, write_rate)
     except OSError as error:
         raise ConfigError(
             f"cannot write to the disk folder: {error.strerror or error}",
             where=str(directory),
             mend="Name a writable folder with --disk DIR",
         ) from error
+
+
+def _noise(num_bytes: int) -> mmap.mmap:
+    """Page-aligned memory with bytes that a compressing disk cannot shrink."""
+    chunk = mmap.mmap(-1, num_bytes)
+    chunk.write(os.urandom(2**20) * (num_bytes // 2**20))
+    return chunk
+
+
+def _transfer_rate(
+    io: DirectIO, path: Path, flags: int, transfer: Callable[[int, mmap.mmap, int], None], chunks: list[mmap.mmap]
+) -> float:
+    """Bytes per second of `PROBE_CHUNKS` chunks of one file, as many at once as the engine moves."""
+
+    def run(file: int, lane: int) -> None:
+        for chunk in range(lane, PROBE_CHUNKS, len(chunks)):
+            transfer(file, chunks[lane], chunk * CHUNK_BYTES)
+
+    with io.opened(path, flags) as file:
+        start = time.perf_counter()
+        running = [io.submit(run, file, lane) for lane in range(len(chunks))]
+        for one in running:
+            one.result()
+        if flags == os.O_WRONLY:
+            os.fdatasync(file)
+        return PROBE_CHUNKS * CHUNK_BYTES / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Where bytes rest: GPU memory, host memory, disk. Knows bytes and addresses; not what they mean.
+"""Where bytes rest, and memory as such a place. Knows bytes and addresses; not what they mean. Disks are in `disk.py`.
 
 A tier hands out extents. An extent on memory that the compute device can address is used in place (`view`); any other
 is copied in and out (`read`, `write`), on the calling lane's thread and stream.
@@ -6,17 +6,13 @@ is copied in and out (`read`, `write`), on the calling lane's thread and stream.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flexeval.config import format_size
+from flexeval.directio import BLOCK_BYTES
 from flexeval.errors import CapacityError
 from flexeval.policy.policy import Tier as TierName
 
@@ -29,6 +25,10 @@ class Extent(Protocol):
 
     def view(self) -> Tensor | None:
         """The bytes in place (uint8), where the compute device can address them."""
+        ...
+
+    def memory(self) -> Tensor | None:
+        """The bytes in place (uint8), wherever they are, to be filled from the host; None on disk."""
         ...
 
     def read(self, out: Tensor, offset: int = 0) -> None:
@@ -63,7 +63,7 @@ class Tier(Protocol):
         ...
 
 
-class _Meter:
+class Meter:
     """Counts the bytes a tier has handed out."""
 
     def __init__(self, name: TierName):
@@ -72,15 +72,17 @@ class _Meter:
         self.peak_bytes = 0
 
     def take(self, num_bytes: int) -> None:
+        """Count what is handed out."""
         self.used_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def give_back(self, num_bytes: int) -> None:
+        """Count what came back."""
         self.used_bytes -= num_bytes
         assert self.used_bytes >= 0, (self.name, self.used_bytes)
 
 
-class MemoryTier(_Meter):
+class MemoryTier(Meter):
     """The memory of one device; host memory is page-locked where a GPU copies from it.
 
     Page-locking takes seconds a gigabyte, so page-locked buffers that are given back wait for the next request of
@@ -103,7 +105,11 @@ class MemoryTier(_Meter):
             return MemoryExtent(self, buffer, num_bytes)
         self._drop_idle()
         try:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+            buffer = (
+                page_aligned(num_bytes)
+                if self.device.type == "cpu"
+                else torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+            )
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             raise CapacityError(
                 f"no room for {format_size(num_bytes)} more in {self.name} memory",
@@ -111,7 +117,7 @@ class MemoryTier(_Meter):
                 mend="Move more of the model to another tier (--disk DIR), or choose a smaller setting such as w4",
             ) from error
         if self.is_pinned and num_bytes:
-            _pin(buffer)
+            pin(buffer)
         self.take(num_bytes)
         return MemoryExtent(self, buffer, num_bytes)
 
@@ -130,7 +136,7 @@ class MemoryTier(_Meter):
         if self._idle:
             torch.cuda.synchronize()  # a copy may still be on its way
         for buffer in self._idle:
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+            unpin(buffer)
             self.give_back(buffer.numel())
         self._idle = []
 
@@ -145,7 +151,11 @@ class MemoryExtent:
 
     def view(self) -> Tensor | None:
         """The bytes themselves, on the compute device."""
-        return self._buffer[: self.num_bytes] if self._tier.is_addressable else None
+        return self.memory() if self._tier.is_addressable else None
+
+    def memory(self) -> Tensor:
+        """The bytes themselves, on the tier's device."""
+        return self._buffer[: self.num_bytes]
 
     def read(self, out: Tensor, offset: int = 0) -> None:
         """Copy out; asynchronous on the current stream between host and GPU."""
@@ -162,9 +172,21 @@ class MemoryExtent:
         self.num_bytes = 0
 
 
-def _pin(data: Tensor) -> None:
-    """Page-lock plain memory: `pin_memory=True` would round its size up to a power of two."""
+def page_aligned(num_bytes: int) -> Tensor:
+    """Host memory (uint8 `[num_bytes]`) that begins at a block's boundary, as direct transfers want it."""
+    room = torch.empty(num_bytes + BLOCK_BYTES, dtype=torch.uint8)
+    start = -room.data_ptr() % BLOCK_BYTES
+    return room[start : start + num_bytes]
+
+
+def pin(data: Tensor) -> None:
+    """Page-lock plain memory: `pin_memory=True` would round its size up to a power of two. Raises `CapacityError`."""
     _check_cuda(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
+
+
+def unpin(data: Tensor) -> None:
+    """Undo `pin`; no copy may be on its way."""
+    _check_cuda(torch.cuda.cudart().cudaHostUnregister(data.data_ptr()))
 
 
 def _check_cuda(status: object) -> None:
@@ -173,83 +195,3 @@ def _check_cuda(status: object) -> None:
             f"the host memory could not be page-locked (CUDA error {status})",
             mend="Raise the limit on locked memory (ulimit -l), or use less host memory (--cpu-memory)",
         )
-
-
-class DiskTier(_Meter):
-    """Files in a folder of its own, which goes when the tier closes."""
-
-    def __init__(self, directory: Path):
-        super().__init__(TierName.DISK)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix="flexeval-", dir=directory)
-        self._num_files = 0
-
-    def allocate(self, num_bytes: int) -> DiskExtent:
-        """A file of that length. Raises `CapacityError` where the disk is full."""
-        path = Path(self._folder.name) / f"{self._num_files:06d}.bin"
-        self._num_files += 1
-        return DiskExtent(self, path, num_bytes)
-
-    def close(self) -> None:
-        """Delete the folder."""
-        self._folder.cleanup()
-
-
-class DiskExtent:
-    """Bytes in one file, opened for each transfer: a cache of many logs would use up the process's file handles."""
-
-    def __init__(self, tier: DiskTier, path: Path, num_bytes: int):
-        self._tier = tier
-        self._path = path
-        try:
-            with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
-                if num_bytes:
-                    os.posix_fallocate(file, 0, num_bytes)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise CapacityError(
-                f"no room for {format_size(num_bytes)} on disk: {error.strerror}",
-                where=str(path.parent),
-                mend="Free some room, or name another folder with --disk",
-            ) from error
-        self.num_bytes = num_bytes
-        tier.take(num_bytes)
-
-    def view(self) -> Tensor | None:
-        """Never addressable."""
-        return None
-
-    def read(self, out: Tensor, offset: int = 0) -> None:
-        """Read the file; to a GPU by way of host memory."""
-        host = out if out.device.type == "cpu" else torch.empty(out.numel(), dtype=torch.uint8)
-        buffer = memoryview(host.numpy().data)
-        with _opened(self._path, os.O_RDONLY) as file:
-            while buffer:
-                num_read = os.preadv(file, [buffer], offset)
-                assert num_read > 0, (self._path, offset, len(buffer), "file is shorter than its extent")
-                buffer, offset = buffer[num_read:], offset + num_read
-        if host is not out:
-            out.copy_(host)
-
-    def write(self, data: Tensor, offset: int = 0) -> None:
-        """Write the file; from a GPU by way of host memory."""
-        buffer = memoryview(data.cpu().numpy().data)
-        with _opened(self._path, os.O_WRONLY) as file:
-            while buffer:
-                num_written = os.pwritev(file, [buffer], offset)
-                buffer, offset = buffer[num_written:], offset + num_written
-
-    def free(self) -> None:
-        """Delete the file."""
-        self._path.unlink()
-        self._tier.give_back(self.num_bytes)
-        self.num_bytes = 0
-
-
-@contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    file = os.open(path, flags, 0o600)
-    try:
-        yield file
-    finally:
-        os.close(file)
