@@ -21,7 +21,7 @@ class FlexevalError(Exception):
         self.mend = mend
         place = f" ({where})" if where else ""
         hint = f". {mend}" if mend else ""
-        super().__init__(f"{what}{place}{hint}".replace("\n", " "))
+        super().__init__(f"{what.rstrip('. ')}{place}{hint}".replace("\n", " "))
 
 
 class ConfigError(FlexevalError):

@@ -11,12 +11,12 @@ import json
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import flexeval
 from flexeval.cache import cached_directory
 from flexeval.engine.checkpoint import StateDictCheckpoint
-from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.anatomy import OTHER_FAMILY, Anatomy
 from flexeval.engine.executor import Executor
 from flexeval.errors import UnsupportedModelError
 from flexeval.policy.policy import Policy
@@ -43,6 +43,7 @@ _LIMITS = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
     "sliding_window": 8,
+    "floor_scale": 8,  # as a window: positions from which on scores are scaled (Llama 4)
     "attn_logit_softcapping": 0.25,  # low enough that a tiny model's scores feel it
     "initializer_range": 0.05,
     "init_std": 0.05,
@@ -55,22 +56,30 @@ def check_family(config: PretrainedConfig) -> None:
     Raises:
         UnsupportedModelError: With the difference that was measured.
     """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _refusal(config, "transformers has no decoder-only language model of it")
     try:
         tiny = shrink(config)
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"the {config.model_type} family is not built of attention layers as the engine knows them: {error}",
-            mend="Choose another model (Llama, Qwen, Mistral, OPT, ...)",
-        ) from error
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # sizes of its own kind
+        why = str(error).partition(". ")[0]
+        raise _refusal(config, f"its configuration cannot be made small to be checked: {why}") from error
     versions = (flexeval.__version__, torch.__version__, transformers.__version__)
     key = hashlib.sha256(json.dumps([versions, tiny.to_dict()], sort_keys=True, default=str).encode()).hexdigest()
     cached_directory("families", f"{config.model_type}-{key[:24]}", lambda _: _compare(tiny))
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of a tiny model of the same class and flags: fewer, smaller layers of every kind it has."""
+    """The configuration of a tiny model of the same class and flags: fewer, smaller layers of every kind it has.
+
+    Raises:
+        UnsupportedModelError: Its layers have no attention heads.
+    """
     tiny = copy.deepcopy(config)
     text = tiny.get_text_config()
+    if not hasattr(text, "num_attention_heads"):
+        raise _refusal(config, "it is not built of attention layers")
     num_layers = text.num_hidden_layers
     keep = _layers_of_every_kind(text)
     for name, value in list(vars(text).items()):
@@ -143,18 +152,19 @@ def _compare(config: PretrainedConfig) -> None:
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a family trips over, it cannot be trusted
-        raise UnsupportedModelError(
-            f"the {config.model_type} family cannot run here: {type(error).__name__}: {error}",
-            mend="Choose another model",
-        ) from error
+        raise _refusal(config, f"a tiny model of it ends in {type(error).__name__}: {error}") from error
     finally:
         torch.set_rng_state(rng_state)
     if not worst <= TOLERANCE:
         raise UnsupportedModelError(
             f"the {config.model_type} family would be answered wrongly: "
             f"log-probabilities differ from transformers' by {worst:.2g} (at most {TOLERANCE:g} is right)",
-            mend="Choose another model",
+            mend=OTHER_FAMILY,
         )
+
+
+def _refusal(config: PretrainedConfig, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"the {config.model_type} family cannot run here: {why}", mend=OTHER_FAMILY)
 
 
 def _requests(vocab_size: int) -> list[TokenRequest]:

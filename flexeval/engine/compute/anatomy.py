@@ -27,6 +27,9 @@ from flexeval.engine.compute.port import (
 from flexeval.engine.compute.spec import TensorSpec
 from flexeval.errors import UnsupportedModelError
 
+OTHER_FAMILY = "Choose a model of another family (Llama, Qwen, Mistral, OPT, ...)"
+"""How to mend a family that cannot run."""
+
 
 class LayerCall(NamedTuple):
     """What the model passes to one layer besides the hidden states."""
@@ -92,7 +95,8 @@ class Anatomy:
         """Longest sequence that does not depend on the others in its row.
 
         Rotary embeddings that change with the longest sequence of a call (dynamic NTK, LongRoPE) do so beyond the
-        length the model was first trained on; up to there they are the plain ones.
+        length the model was first trained on; up to there they are the plain ones. Attention in chunks (Llama 4) is
+        plain attention within the first one.
         """
         text = self.config.get_text_config()
         rope = getattr(text, "rope_parameters", None) or {}
@@ -105,7 +109,8 @@ class Anatomy:
             for entry in (by_layer_type or [rope])
             if entry.get("rope_type") in changing
         ]
-        return int(min([text.max_position_embeddings, *lengths]))
+        chunk = getattr(text, "attention_chunk_size", None)
+        return int(min([text.max_position_embeddings, *lengths, *([chunk] if chunk else [])]))
 
     @property
     def resident_bytes(self) -> int:
@@ -169,7 +174,7 @@ class Anatomy:
         if self._port.is_waiting:
             raise UnsupportedModelError(
                 f"layer {layer} of {type(self.model).__name__} does not attend through transformers' interface",
-                mend="Choose a model whose attention transformers lets one replace (Llama, Qwen, Mistral, OPT, ...)",
+                mend=OTHER_FAMILY,
             )
         return output[0] if isinstance(output, tuple) else output
 
@@ -205,9 +210,10 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, *, attention: st
         with torch.device("meta"), _quiet_default_dtype():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
+        is_ours = isinstance(error, KeyError) and error.args == (attention,)
+        why = "transformers does not let its attention be replaced" if is_ours else f"{type(error).__name__}: {error}"
         raise UnsupportedModelError(
-            f"the {config.model_type} family cannot run here: {error}",
-            mend="Choose a model whose attention transformers lets one replace (Llama, Qwen, Mistral, OPT, ...)",
+            f"the {config.model_type} family cannot run here: {why}", mend=OTHER_FAMILY
         ) from error
     return model.eval()  # type: ignore[no-any-return]
 
@@ -228,9 +234,7 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and module in in_decoder:
             return name, module
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no list of {num_layers} decoder layers", mend="Choose another model"
-    )
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {num_layers} decoder layers", mend=OTHER_FAMILY)
 
 
 def _is_input_first(module: nn.Module) -> bool:
