@@ -88,9 +88,21 @@ def test_equals_transformers_on_gpu(family: str, placement: str, tmp_path: Path)
     assert_equal_results(measured, case.expected)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_w4_equals_transformers_on_dequantized_weights(family: str, placement: str, tmp_path: Path) -> None:
+    check_w4(family, PLACEMENTS[placement], tmp_path, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("placement", GPU_PLACEMENTS)
+def test_w4_equals_transformers_on_dequantized_weights_on_gpu(family: str, placement: str, tmp_path: Path) -> None:
+    """Rows of few tokens multiply matrices as they rest, others unpack them."""
+    check_w4(family, GPU_PLACEMENTS[placement], tmp_path, torch.device("cuda", 0))
+
+
+def check_w4(family: str, policy: Policy, folder: Path, device: torch.device) -> None:
     codec = Int4Codec(32)
     anatomy = Anatomy(tiny_config(family), torch.float32)
     state = dict(tiny_model(family).state_dict())
@@ -104,7 +116,7 @@ def test_w4_equals_transformers_on_dequantized_weights(family: str, placement: s
     model.load_state_dict(state)
     requests = ragged_requests()
     expected = [answer(model, request) for request in requests]
-    measured = run(family, PLACEMENTS[placement], requests, tmp_path, codec=codec)
+    measured = run(family, policy, requests, folder, codec=codec, device=device)
     assert_equal_results(measured, expected)
     assert [r.logprobs for r in expected] != [r.logprobs for r in tiny_case(family).expected], "w4 changed nothing"
 

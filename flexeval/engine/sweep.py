@@ -56,11 +56,12 @@ class Sweeper:
                     embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
                 calls[row.index] = embedded.calls
                 hidden.save(row.index, embedded.hidden_1TD)
+        row_tokens = max(row.plan.num_tokens for row in rows)
         with self.trace.phase("layers"):
             for layer in layers:
                 slab = next(weights_ahead)
                 with self.watch.running():
-                    self.weights.bind(layer, slab)
+                    self.weights.bind(layer, slab, row_tokens)
                 for row in rows:
                     hidden_1TD, context = next(hidden_ahead), next(context_ahead)
                     attend = self._attend(layer, row, cache, context)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from flexeval.engine.compute.linear import CodedLinear, CodedMatrix, make_coded
 from flexeval.engine.compute.port import (
     ATTENTION_NAME,
     Attend,
@@ -81,6 +82,8 @@ class Anatomy:
         for layer in self.layers:
             for module in layer.modules():
                 object.__setattr__(module, "attention_port", self._port)
+        self.linear_weights = [make_coded(layer) for layer in self.layers]
+        """Per layer, the names of the weights that may be bound as coded matrices."""
         self._stubs = [_Stub(layer) for layer in self.layers]
         parent, _, leaf = self.layers_name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._stubs))
@@ -132,8 +135,8 @@ class Anatomy:
             for name, tensor in module.state_dict(keep_vars=True).items()
         ]
 
-    def bind_layer(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        """Let a layer compute with these tensors (views into a slab)."""
+    def bind_layer(self, layer: int, tensors: Mapping[str, Tensor | CodedMatrix]) -> None:
+        """Let a layer compute with these tensors (views into a slab), linear layers also with coded matrices."""
         _bind(self.layers[layer], tensors)
 
     def bind_rest(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -242,11 +245,16 @@ def _is_input_first(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
 
-def _bind(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _bind(root: nn.Module, tensors: Mapping[str, Tensor | CodedMatrix]) -> None:
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         module = root.get_submodule(path)
-        if leaf in module._parameters:
+        if isinstance(module, CodedLinear) and leaf == "weight":
+            module.coded = None if isinstance(tensor, Tensor) else tensor
+        if not isinstance(tensor, Tensor):
+            assert isinstance(module, CodedLinear), (name, "cannot be coded")
+            module._parameters[leaf] = None
+        elif leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             assert leaf in module._buffers, (name, "is neither a parameter nor a buffer")

@@ -1,15 +1,20 @@
 """How numbers rest as bytes. Knows arithmetic on groups of numbers; not which numbers, nor where the bytes rest.
 
 A codec works on a flat run of numbers whose length is a multiple of its group size, and says to the byte what it needs.
+Where it has a kernel for it, it also multiplies a few tokens by a matrix as it rests.
+
+Shapes: G groups, E numbers of a group, P bytes of its codes, T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.kernels import has_triton
+from flexeval.engine.compute.linear import CodedMatrix
 from flexeval.errors import ModelError
 
 
@@ -31,6 +36,14 @@ class Codec(Protocol):
 
     def decode(self, coded: Tensor, out: Tensor) -> None:
         """Fill the 1-D run `out` (any float type) from uint8 `[num_bytes(len(out))]` on the same device."""
+        ...
+
+    def few_tokens(self, device: torch.device) -> int:
+        """Up to how many tokens a matrix is better multiplied as it rests than unpacked; 0 where it cannot be."""
+        ...
+
+    def matrix(self, coded: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrix:
+        """The matrix `shape` (outputs, padded inputs) whose numbers begin at `first` of the run `coded`."""
         ...
 
 
@@ -79,10 +92,33 @@ class Int4Codec:
         packed_GP = coded[:num_code_bytes].view(-1, self.group_size // 2)
         affine_G2 = coded[num_code_bytes:].view(torch.float16).view(-1, 2)
         out_GE = out.view(-1, self.group_size)
+        if has_triton(coded.device):
+            from flexeval.engine.memory import int4_kernel
+
+            return int4_kernel.unpack(packed_GP, affine_G2, out_GE)
         step = _CHUNK_VALUES // self.group_size
         for first in range(0, out_GE.shape[0], step):
             part = slice(first, first + step)
             self._decode_groups(packed_GP[part], affine_G2[part].float(), out_GE[part])
+
+    def few_tokens(self, device: torch.device) -> int:
+        """What the kernel is good for; without one, matrices are always unpacked."""
+        if not has_triton(device):
+            return 0
+        from flexeval.engine.memory import int4_kernel
+
+        return int4_kernel.MAX_TOKENS
+
+    def matrix(self, coded: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrix:
+        """Views into the run: codes and scales of the matrix's groups."""
+        num_outputs, num_inputs = shape
+        num_groups = num_outputs * num_inputs // self.group_size
+        num_code_bytes = coded.numel() * self.group_size // (self.group_size + 8)
+        codes = coded[first // 2 : (first + num_outputs * num_inputs) // 2]
+        affine = coded[num_code_bytes + first // self.group_size * 4 :][: 4 * num_groups]
+        return Int4Matrix(
+            codes.view(num_outputs, -1, self.group_size // 2), affine.view(torch.float16).view(num_outputs, -1, 2)
+        )
 
     @staticmethod
     def _decode_groups(packed_GP: Tensor, affine_G2: Tensor, out_GE: Tensor) -> None:
@@ -96,3 +132,18 @@ class Int4Codec:
         values_GE.copy_(codes_GE).mul_(affine_G2[:, :1]).add_(affine_G2[:, 1:])
         if not is_float32:
             out_GE.copy_(values_GE)
+
+
+class Int4Matrix(NamedTuple):
+    """A matrix of `Int4Codec` as it rests on a GPU."""
+
+    packed_OGP: Tensor
+    """Codes of each row's groups."""
+    affine_OG2: Tensor
+    """Scale and minimum of each."""
+
+    def multiply(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """`x @ W.T + bias`."""
+        from flexeval.engine.memory import int4_kernel
+
+        return int4_kernel.multiply(x_TI, self.packed_OGP, self.affine_OG2, bias_O)

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.linear import CodedMatrix
 from flexeval.engine.compute.spec import TensorSpec
 from flexeval.engine.memory.codec import Codec
 
@@ -96,17 +97,40 @@ class SlabLayout:
             slab: uint8 `[num_bytes]`.
             workspace: `[>= num_coded_values]` of `coded_dtype` on the same device; None where nothing is coded.
         """
-        tensors = {
-            raw.spec.name: slab[raw.offset : raw.offset + raw.num_bytes].view(raw.spec.dtype).view(raw.spec.shape)
-            for raw in self._raw
-        }
+        tensors = self._raw_tensors(slab)
         if self._coded:
             assert self.codec is not None and workspace is not None
             values = workspace[: self.num_coded_values]
-            num_bytes = self.codec.num_bytes(self.num_coded_values)
-            self.codec.decode(slab[self._num_raw_bytes : self._num_raw_bytes + num_bytes], values)
+            self.codec.decode(self._coded_run(slab), values)
             tensors.update((coded.spec.name, self._place(coded, values)) for coded in self._coded)
         return tensors
+
+    @property
+    def coded_names(self) -> frozenset[str]:
+        """The tensors that are coded."""
+        return frozenset(coded.spec.name for coded in self._coded)
+
+    def as_it_rests(self, slab: Tensor) -> dict[str, Tensor | CodedMatrix]:
+        """Every tensor as a view into `slab`, coded matrices (of two dimensions) as they are."""
+        tensors: dict[str, Tensor | CodedMatrix] = {**self._raw_tensors(slab)}
+        if self._coded:
+            assert self.codec is not None
+            run = self._coded_run(slab)
+            for coded in self._coded:
+                shape = (coded.num_values // coded.padded_row_size, coded.padded_row_size)
+                tensors[coded.spec.name] = self.codec.matrix(run, coded.offset, shape)
+        return tensors
+
+    def _raw_tensors(self, slab: Tensor) -> dict[str, Tensor]:
+        return {
+            raw.spec.name: slab[raw.offset : raw.offset + raw.num_bytes].view(raw.spec.dtype).view(raw.spec.shape)
+            for raw in self._raw
+        }
+
+    def _coded_run(self, slab: Tensor) -> Tensor:
+        assert self.codec is not None
+        num_bytes = self.codec.num_bytes(self.num_coded_values)
+        return slab[self._num_raw_bytes : self._num_raw_bytes + num_bytes]
 
     @staticmethod
     def _rows(coded: _Coded, values: Tensor) -> Tensor:

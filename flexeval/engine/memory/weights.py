@@ -40,6 +40,12 @@ class WeightStore:
         self._trace = trace
         self._layouts = [SlabLayout(anatomy.layer_specs(layer), codec) for layer in range(anatomy.num_layers)]
         self._extents: list[Extent] = []
+        few_tokens = codec.few_tokens(device) if codec is not None else 0
+        self._few_tokens = [
+            few_tokens if layout.coded_names and layout.coded_names <= linear_weights else 0
+            for layout, linear_weights in zip(self._layouts, anatomy.linear_weights, strict=True)
+        ]
+        """Per layer, up to how many tokens of a row it computes with its matrices as they rest."""
         self._is_bound = [False] * anatomy.num_layers
         try:
             for layer, (layout, tier) in enumerate(zip(self._layouts, tiers, strict=True)):
@@ -77,13 +83,22 @@ class WeightStore:
         self._trace.moved("weights", extent.num_bytes)
         return buffer
 
-    def bind(self, layer: int, slab: Tensor) -> None:
-        """Let the layer compute with a loaded slab, unpacked if it is coded."""
-        if self._is_bound[layer]:
-            return
+    def bind(self, layer: int, slab: Tensor, row_tokens: int) -> None:
+        """Let the layer compute with a loaded slab: coded matrices as they rest for few tokens, else unpacked.
+
+        Args:
+            layer: Which.
+            slab: What `load` gave.
+            row_tokens: Tokens of the longest row that is about to be computed.
+        """
         layout = self._layouts[layer]
-        self._anatomy.bind_layer(layer, layout.unpack(slab, self._workspace))
-        self._is_bound[layer] = self._extents[layer].view() is not None and not layout.num_coded_values
+        takes_coded = row_tokens <= self._few_tokens[layer]
+        stays = self._extents[layer].view() is not None and (takes_coded or not layout.num_coded_values)
+        if stays and self._is_bound[layer]:
+            return
+        tensors = layout.as_it_rests(slab) if takes_coded else layout.unpack(slab, self._workspace)
+        self._anatomy.bind_layer(layer, tensors)
+        self._is_bound[layer] = stays
 
     def close(self) -> None:
         """Give back everything."""

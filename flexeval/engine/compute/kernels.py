@@ -1,0 +1,14 @@
+"""Whether our GPU kernels can run. Knows no kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton compiles for this device; torch's CUDA builds bring it."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -1,0 +1,206 @@
+"""Triton kernels for group-wise 4-bit integers: unpack a run, multiply a few tokens by a matrix as it rests.
+
+Knows the bytes of `Int4Codec`, which its docstring describes. Needs Triton: import it only where a GPU computes.
+
+Shapes: G groups, E numbers of a group, P = E / 2 bytes of its codes, T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_UNPACK_GROUPS = 64
+"""Groups of one program of the unpacking kernel."""
+MAX_TOKENS = 128
+"""Up to so many tokens a product with a matrix as it rests is faster than one with an unpacked matrix."""
+_OUTPUTS = 128
+"""Outputs of one program of the product."""
+_PROGRAMS_PER_PROCESSOR, _MAX_PARTS = 6, 8
+"""A product is split along its inputs until so many programs run on each multiprocessor."""
+
+
+def unpack(packed_GP: Tensor, affine_G2: Tensor, out_GE: Tensor) -> None:
+    """Write minimum + scale * code.
+
+    Args:
+        packed_GP: uint8 codes, the first half of a group in the low nibbles.
+        affine_G2: float16 scale and minimum of each group.
+        out_GE: Where the numbers go; any float type.
+    """
+    num_groups, num_bytes = packed_GP.shape
+    if num_groups:
+        _unpack_kernel[(triton.cdiv(num_groups, _UNPACK_GROUPS),)](
+            packed_GP, affine_G2.view(torch.int32), out_GE, num_groups, HALF=num_bytes, GROUPS=_UNPACK_GROUPS
+        )
+
+
+@triton.jit
+def _unpack_kernel(codes, affine, out, num_groups, HALF: tl.constexpr, GROUPS: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    place = tl.arange(0, HALF)
+    is_group = group < num_groups
+    packed = tl.load(codes + group[:, None] * HALF + place[None, :], mask=is_group[:, None])
+    scale, minimum = _scale_and_minimum(tl.load(affine + group, mask=is_group, other=0))
+    low = minimum[:, None] + scale[:, None] * (packed & 15).to(tl.float32)
+    high = minimum[:, None] + scale[:, None] * (packed >> 4).to(tl.float32)
+    target = out + group[:, None] * (2 * HALF) + place[None, :]
+    tl.store(target, low.to(out.dtype.element_ty), mask=is_group[:, None])
+    tl.store(target + HALF, high.to(out.dtype.element_ty), mask=is_group[:, None])
+
+
+def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`x @ W.T + bias` for few tokens, W unpacked on the fly; sums in float32, in an order that never varies.
+
+    Args:
+        x_TI: Tokens; I may fall short of G * E by the padding of W's last group.
+        packed_OGP: uint8 codes of each row's groups.
+        affine_OG2: float16 scale and minimum of each.
+        bias_O: Added to every token.
+
+    Returns:
+        `[T, O]` in the type of `x_TI`.
+    """
+    num_tokens, num_inputs = x_TI.shape
+    num_outputs, num_groups, num_bytes = packed_OGP.shape
+    x_TI = x_TI.contiguous()
+    block_tokens = max(16, triton.next_power_of_2(num_tokens))
+    num_blocks = triton.cdiv(num_outputs, _OUTPUTS)
+    num_processors = torch.cuda.get_device_properties(x_TI.device).multi_processor_count
+    num_parts = 1
+    while num_blocks * num_parts < _PROGRAMS_PER_PROCESSOR * num_processors and num_groups >= 16 * num_parts:
+        num_parts *= 2
+    num_parts = min(num_parts, _MAX_PARTS)
+    parts_STO = torch.empty(num_parts, num_tokens, num_outputs, dtype=torch.float32, device=x_TI.device)
+    _multiply_kernel[(num_blocks, num_parts)](
+        x_TI,
+        packed_OGP,
+        affine_OG2.view(torch.int32),
+        parts_STO,
+        num_tokens,
+        num_outputs,
+        num_inputs,
+        num_groups,
+        HALF=num_bytes,
+        GROUPS=2 if x_TI.element_size() == 2 and block_tokens <= 32 else 1,
+        TOKENS=block_tokens,
+        OUTPUTS=_OUTPUTS,
+        num_warps=4,
+        num_stages=3 if x_TI.element_size() == 2 else 2,
+    )
+    y_TO = torch.empty(num_tokens, num_outputs, dtype=x_TI.dtype, device=x_TI.device)
+    num_values = num_tokens * num_outputs
+    _sum_kernel[(triton.cdiv(num_values, 1024),)](
+        parts_STO, bias_O, y_TO, num_values, num_outputs, PARTS=num_parts, HAS_BIAS=bias_O is not None, BLOCK=1024
+    )
+    return y_TO
+
+
+@triton.jit
+def _multiply_kernel(
+    x,
+    codes,
+    affine,
+    parts,
+    num_tokens,
+    num_outputs,
+    num_inputs,
+    num_groups,
+    HALF: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """One block of outputs over one part of the groups, `GROUPS` of them a step."""
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    token = tl.arange(0, TOKENS)
+    place = tl.arange(0, HALF)
+    byte = tl.arange(0, GROUPS * HALF)
+    is_output = output < num_outputs
+    is_token = token < num_tokens
+    row = tl.minimum(output, num_outputs - 1).to(tl.int64) * num_groups
+    per_part = tl.cdiv(tl.cdiv(num_groups, GROUPS), tl.num_programs(1)) * GROUPS
+    first = tl.program_id(1) * per_part
+    sums = tl.zeros((OUTPUTS, TOKENS), tl.float32)
+    for step in range(first, tl.minimum(first + per_part, num_groups), GROUPS):
+        group = step + tl.arange(0, GROUPS)
+        is_group = group < num_groups
+        source = codes + ((row[:, None] + group[None, :]) * HALF)[:, :, None] + place[None, None, :]
+        packed = tl.load(source, mask=is_group[None, :, None], other=0)
+        pair = tl.load(affine + row[:, None] + group[None, :], mask=is_group[None, :], other=0)
+        low, high = _dequantize(packed, pair, x.dtype.element_ty)
+        inputs = step * (2 * HALF) + byte // HALF * (2 * HALF) + byte % HALF
+        x_source = x + token[None, :] * num_inputs + inputs[:, None]
+        x_low = tl.load(x_source, mask=is_token[None, :] & (inputs < num_inputs)[:, None], other=0.0)
+        x_high = tl.load(x_source + HALF, mask=is_token[None, :] & (inputs + HALF < num_inputs)[:, None], other=0.0)
+        sums = tl.dot(tl.reshape(low, (OUTPUTS, GROUPS * HALF)), x_low, sums, input_precision="ieee")
+        sums = tl.dot(tl.reshape(high, (OUTPUTS, GROUPS * HALF)), x_high, sums, input_precision="ieee")
+    target = parts + (tl.program_id(1) * num_tokens + token)[None, :].to(tl.int64) * num_outputs + output[:, None]
+    tl.store(target, sums, mask=is_token[None, :] & is_output[:, None])
+
+
+@triton.jit
+def _sum_kernel(
+    parts, bias, y, num_values, num_outputs, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_value = value < num_values
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * num_values + value, mask=is_value, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + value % num_outputs, mask=is_value, other=0.0).to(tl.float32)
+    tl.store(y + value, total.to(y.dtype.element_ty), mask=is_value)
+
+
+@triton.jit
+def _scale_and_minimum(pair):
+    """Two float16 side by side in 32 bits, as float32."""
+    scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, minimum
+
+
+@triton.jit
+def _dequantize(packed, pair, dtype: tl.constexpr):
+    """Numbers of the low and of the high nibbles, rounded once.
+
+    In float16 two at a time: bits 0x6400 + code are the number 1024 + code, which a subtraction makes exact.
+    """
+    if dtype == tl.float16:
+        scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)[:, :, None]
+        minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)[:, :, None]
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, bias;
+            mov.b32 bias, 0x64006400;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shr.u32 c, a, 4;
+            shr.u32 d, b, 4;
+            lop3.b32 a, a, 0x000f000f, bias, 0xea;
+            lop3.b32 b, b, 0x000f000f, bias, 0xea;
+            lop3.b32 c, c, 0x000f000f, bias, 0xea;
+            lop3.b32 d, d, 0x000f000f, bias, 0xea;
+            sub.f16x2 a, a, bias;
+            sub.f16x2 b, b, bias;
+            sub.f16x2 c, c, bias;
+            sub.f16x2 d, d, bias;
+            fma.rn.f16x2 $0, a, $5, $7;
+            fma.rn.f16x2 $1, b, $6, $8;
+            fma.rn.f16x2 $2, c, $5, $7;
+            fma.rn.f16x2 $3, d, $6, $8;
+            }""",
+            "=r,=r,=r,=r,r,r,r,r,r",
+            [packed, scale, minimum],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+        return low, high
+    scale, minimum = _scale_and_minimum(pair)
+    low = minimum[:, :, None] + scale[:, :, None] * (packed & 15).to(tl.float32)
+    high = minimum[:, :, None] + scale[:, :, None] * (packed >> 4).to(tl.float32)
+    return low.to(dtype), high.to(dtype)

@@ -1,0 +1,123 @@
+"""Matrices multiplied as they rest: the kernels against float64, the way through a model against unpacked weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
+from torch import Tensor
+
+from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.linear import CodedMatrix
+from flexeval.engine.executor import Executor
+from flexeval.engine.memory.codec import Int4Codec
+from flexeval.engine.memory.disk import DiskTier
+from flexeval.policy.policy import Policy, Split
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+
+
+def random_run(codec: Int4Codec, num_values: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(num_values)
+    return codec.encode(torch.randn(num_values, generator=generator) * 0.02 + 0.01).to(device)
+
+
+def decoded(codec: Int4Codec, coded: Tensor, num_values: int) -> Tensor:
+    out = torch.empty(num_values)
+    codec.decode(coded.cpu(), out)
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_unpacking_on_a_gpu_gives_the_cpus_numbers(group_size: int, dtype: torch.dtype) -> None:
+    codec = Int4Codec(group_size)
+    num_values = 1001 * group_size
+    coded = random_run(codec, num_values, CUDA)
+    out = torch.full((num_values,), torch.nan, dtype=dtype, device=CUDA)
+    codec.decode(coded, out)
+    unit = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]  # a unit in the last place, relative
+    torch.testing.assert_close(out.cpu().float(), decoded(codec, coded, num_values), rtol=unit, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1, 64), (100, 576), (1536, 200), (3000, 7168)])
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 33, 128])
+def test_a_product_with_a_matrix_as_it_rests(
+    num_tokens: int, num_outputs: int, num_inputs: int, group_size: int, dtype: torch.dtype
+) -> None:
+    codec = Int4Codec(group_size)
+    padded = -(-num_inputs // group_size) * group_size
+    num_values, before = num_outputs * padded, 3 * group_size
+    coded = random_run(codec, before + num_values + group_size, CUDA)
+    weight_OI = decoded(codec, coded, before + num_values + group_size)[before : before + num_values]
+    weight_OI = weight_OI.view(num_outputs, padded)[:, :num_inputs].double()
+    x_TI, bias_O = torch.randn(num_tokens, num_inputs).to(dtype), torch.randn(num_outputs).to(dtype)
+    matrix = codec.matrix(coded, before, (num_outputs, padded))
+    y_TO = matrix.multiply(x_TI.to(CUDA), bias_O.to(CUDA))
+    assert (y_TO.dtype, y_TO.shape) == (dtype, (num_tokens, num_outputs))
+    expected_TO = x_TI.double() @ weight_OI.T + bias_O.double()
+    assert (y_TO.cpu().double() - expected_TO).norm() / expected_TO.norm() < TOLERANCE[dtype]
+    assert torch.equal(matrix.multiply(x_TI.to(CUDA), bias_O.to(CUDA)), y_TO), "the same sum in the same order"
+
+
+class UnpackedMatrix:
+    """A coded matrix without a kernel: unpacked for every product, which counts them."""
+
+    num_products = 0
+
+    def __init__(self, weight_OI: Tensor):
+        self._weight_OI = weight_OI
+
+    def multiply(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        UnpackedMatrix.num_products += 1
+        return torch.nn.functional.linear(x_TI, self._weight_OI[:, : x_TI.shape[1]], bias_O)
+
+
+class CodecWithoutUnpacking(Int4Codec):
+    """Multiplies matrices as they rest on a CPU, up to a number of tokens."""
+
+    def __init__(self, few_tokens: int):
+        super().__init__(32)
+        self._few_tokens = few_tokens
+
+    def few_tokens(self, device: torch.device) -> int:
+        return self._few_tokens
+
+    def matrix(self, coded: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrix:
+        values = decoded(self, coded, coded.numel() // self.num_bytes(32) * 32)
+        return UnpackedMatrix(values[first : first + shape[0] * shape[1]].view(shape))
+
+
+@pytest.mark.parametrize("weights", [Split(cpu=1.0), Split(cpu=0.5, disk=0.5)])
+@pytest.mark.parametrize(
+    ("family", "takes_coded"), [("llama", True), ("opt", True), ("gpt2", False), ("mixtral", False)]
+)
+def test_few_tokens_are_multiplied_by_matrices_as_they_rest(
+    family: str, takes_coded: bool, weights: Split, tmp_path: Path
+) -> None:
+    """Some rows are short, some are long, so layers are bound now one way and now the other."""
+    results = []
+    for few_tokens in (0, 9):
+        anatomy = Anatomy(tiny_config(family), torch.float32)
+        checkpoint = StateDictCheckpoint(anatomy, tiny_model(family).state_dict())
+        policy = Policy(weights=weights, row_tokens=24, sweep_tokens=40, group_sequences=2, num_groups=2)
+        UnpackedMatrix.num_products = 0
+        with Executor(
+            anatomy,
+            checkpoint,
+            policy,
+            codec=CodecWithoutUnpacking(few_tokens),
+            device=CPU,
+            disk_tier=DiskTier(tmp_path),
+        ) as executor:
+            results.append(executor.execute(tiny_case(family).requests))
+        assert (UnpackedMatrix.num_products > 0) == (takes_coded and few_tokens > 0)
+    assert_equal_results(results[1], results[0])
