@@ -44,6 +44,10 @@ class CapacityError(FlexevalError):
     """The work does not fit in the memory given."""
 
 
+class DiskError(FlexevalError):
+    """A disk that fails in the middle of the work."""
+
+
 class DataError(FlexevalError):
     """Benchmark data that is missing or not what it should be."""
 

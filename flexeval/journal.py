@@ -7,7 +7,6 @@ requests and files; not who answers.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -16,18 +15,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flexeval.errors import ConfigError
+from flexeval.errors import DiskError
 from flexeval.request import Completion, FinishReason, Request
 
 
 class Journal:
     """Answers to requests, by the hash of the request. Use it in a `with` block."""
 
-    def __init__(self, path: Path):
-        """Open or begin a journal; `path` names everything that answers depend on beside the request.
+    def __init__(self, path: Path, *, fresh: bool = False):
+        """Open or begin a journal.
 
-        Raises:
-            ConfigError: Another process has it open.
+        Args:
+            path: Names everything that answers depend on beside the request. One process writes there at a time.
+            fresh: Forget what is in it.
         """
         self._path = path
         self._completions: dict[str, Completion] = {}
@@ -35,12 +35,7 @@ class Journal:
         """What each session that wrote here has used, in order."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-        except OSError as error:
-            self._file.close()
-            raise ConfigError("another run writes here", where=str(path), mend="Wait, or name another --out") from error
-        self._file.truncate(self._read())
+        self._file.truncate(0 if fresh else self._read())
 
     def __enter__(self) -> Journal:
         return self
@@ -48,27 +43,34 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         if os.fstat(self._file.fileno()).st_size == 0:
             self._path.unlink(missing_ok=True)
-        self._file.close()
+        with suppress(OSError):  # what could not be written has been said
+            self._file.close()
 
-    def get(self, request: Request) -> Completion | None:
-        """The answer to a request, if it is there."""
-        return self._completions.get(request.content_hash())
+    def __contains__(self, request: Request) -> bool:
+        return request.content_hash() in self._completions
+
+    def __getitem__(self, request: Request) -> Completion:
+        return self._completions[request.content_hash()]
 
     def add(self, answers: Iterable[tuple[Request, Completion]]) -> None:
-        """Make answers durable: they are on disk when this returns."""
+        """Make answers durable: they are on disk when this returns. Raises `DiskError`."""
         entries = {request.content_hash(): completion for request, completion in answers}
         self._append({"key": key, "completion": asdict(completion)} for key, completion in entries.items())
         self._completions.update(entries)
 
     def add_usage(self, usage: dict[str, Any]) -> None:
-        """Note what a session has used."""
+        """Note what a session has used. Raises `DiskError`."""
         self._append([{"usage": usage}])
         self.usages.append(usage)
 
     def _append(self, entries: Iterable[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            what = f"answers cannot be written: {error.strerror}"
+            raise DiskError(what, where=str(self._path), mend="Make room there, then run again to go on") from error
 
     def _read(self) -> int:
         """Read the lines that are whole; return where they end."""

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +23,7 @@ from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError
 from flexeval.journal import Journal
 from flexeval.models import DEFAULT_MODEL, ModelSource, fingerprint, resolve
+from flexeval.output import output_directory
 from flexeval.progress import Progress
 from flexeval.report.write import write_report
 from flexeval.request import Completion, Request
@@ -91,34 +90,14 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
         raise ConfigError(f"setting {repeated[0]!r} is named twice", where="--setting", mend="Name each once")
     Engine.check_options(**_engine_options(options))
     out = options.out or Path("reports") / suite.name
-    with _output_directory(out):
+    with output_directory(out, kept=f"{_JOURNALS}/*"):
         with progress.activity(f"preparing {options.model}"):
             source = resolve(options.model)
         outcomes = [_run_setting(options, suite, source, setting, out, progress) for setting in settings]
-    results = _gather(options, suite, source, out, outcomes)
-    results.save(out)
-    with progress.activity("writing the report"):
-        return Done(results, write_report(results, out))
-
-
-@contextmanager
-def _output_directory(out: Path) -> Iterator[None]:
-    """Make the output directory; take it away again if the block fails before anything was answered."""
-    missing = [path for path in (out, *out.parents) if not path.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"cannot make the output directory: {error.strerror}"
-        raise ConfigError(what, where=str(out), mend="Name another with --out") from error
-    try:
-        yield
-    except BaseException:
-        if missing and not any((out / _JOURNALS).glob("*")):
-            shutil.rmtree(out, ignore_errors=True)
-            for parent in missing[1:]:
-                with suppress(OSError):  # not empty: somebody else's
-                    parent.rmdir()
-        raise
+        results = _gather(options, suite, source, out, outcomes)
+        results.save(out)
+        with progress.activity("writing the report"):
+            return Done(results, write_report(results, out))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,11 +132,14 @@ def _run_setting(
             )
             requests = helm.collect(on_task=update)
         path = out / _JOURNALS / f"{setting.name}-{_journal_key(source, engine)}.jsonl"
-        if options.fresh:
-            path.unlink(missing_ok=True)
-        with Journal(path) as journal:
-            num_resumed = sum(journal.get(request) is not None for request in requests)
-            completions = _answer(engine, requests, journal, setting, progress)
+        with Journal(path, fresh=options.fresh) as journal:
+            waiting = [request for request in requests if request not in journal]
+            num_resumed = len(requests) - len(waiting)
+            if num_resumed:
+                progress.say(f"{setting.name}: {num_resumed} of {len(requests)} were answered by an earlier run")
+            if waiting:
+                _answer(engine, waiting, journal, setting, progress)
+            completions = [journal[request] for request in requests]
             result = _cost(engine, setting, completions, journal, num_resumed)
     with progress.activity(f"{setting.name}: scoring") as update:
         scored = helm.score(completions, on_task=update)
@@ -166,33 +148,24 @@ def _run_setting(
 
 def _answer(
     engine: Engine, requests: Sequence[Request], journal: Journal, setting: Setting, progress: Progress
-) -> list[Completion]:
-    """Answer what the journal does not hold yet; each sweep's answers are durable before the next begins."""
-    waiting = [request for request in requests if journal.get(request) is None]
-    if len(waiting) < len(requests):
-        progress.say(
-            f"{setting.name}: {len(requests) - len(waiting)} of {len(requests)} were answered by an earlier run"
-        )
-    if waiting:
-        with progress.activity(f"{setting.name}: loading weights") as update:
-            engine.place(waiting, on_layer=update)
-        with progress.activity(f"{setting.name}: answering") as update:
-            num_done = 0
+) -> None:
+    """Answer requests into the journal: each sweep's answers are durable before the next begins."""
+    with progress.activity(f"{setting.name}: loading weights") as update:
+        engine.place(requests, on_layer=update)
+    with progress.activity(f"{setting.name}: answering") as update:
+        num_done = 0
 
-            def keep(answers: Sequence[tuple[int, Completion]]) -> None:
-                nonlocal num_done
-                journal.add((waiting[index], completion) for index, completion in answers)
-                num_done += len(answers)
-                update(num_done, len(waiting))
+        def keep(answers: Sequence[tuple[int, Completion]]) -> None:
+            nonlocal num_done
+            journal.add((requests[index], completion) for index, completion in answers)
+            num_done += len(answers)
+            update(num_done, len(requests))
 
-            try:
-                engine.generate(waiting, on_completions=keep)
-            finally:
-                if num_done:
-                    journal.add_usage(asdict(engine.usage()))
-    answers = [journal.get(request) for request in requests]
-    assert all(answers), "a request without an answer"
-    return [answer for answer in answers if answer is not None]
+        try:
+            engine.generate(requests, on_completions=keep)
+        finally:
+            if num_done:
+                journal.add_usage(asdict(engine.usage()))
 
 
 def _cost(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 
-from flexeval.errors import ConfigError
+from flexeval.errors import DiskError
 from flexeval.journal import Journal
 from flexeval.request import Completion, FinishReason, Request
 
@@ -38,9 +40,9 @@ def path(tmp_path: Path) -> Path:
 
 def test_answers_come_back_as_they_were(path: Path) -> None:
     with Journal(path) as journal:
-        assert journal.get(FIRST) == PLAIN
-        assert journal.get(SECOND) == FORKED
-        assert journal.get(Request(prompt="three")) is None
+        assert journal[FIRST] == PLAIN
+        assert journal[SECOND] == FORKED
+        assert Request(prompt="three") not in journal
         assert journal.usages == [{"load_s": 1.5}]
 
 
@@ -48,10 +50,10 @@ def test_answers_are_on_disk_when_add_returns(path: Path) -> None:
     with Journal(path) as journal:
         journal.add([(Request(prompt="three"), PLAIN)])
         with Journal(path.with_name("copy")) as copy:  # as another process would find the bytes
-            assert copy.get(FIRST) is None
+            assert FIRST not in copy
         path.with_name("copy").write_bytes(path.read_bytes())
     with Journal(path.with_name("copy")) as copy:
-        assert copy.get(Request(prompt="three")) == PLAIN
+        assert copy[Request(prompt="three")] == PLAIN
 
 
 def test_a_torn_last_line_is_dropped_wherever_it_tore(path: Path, tmp_path: Path) -> None:
@@ -61,8 +63,8 @@ def test_a_torn_last_line_is_dropped_wherever_it_tore(path: Path, tmp_path: Path
         torn = tmp_path / "torn.jsonl"
         torn.write_bytes(whole[:end])
         with Journal(torn) as journal:
-            assert journal.get(FIRST) == PLAIN
-            assert journal.get(SECOND) is None
+            assert journal[FIRST] == PLAIN
+            assert SECOND not in journal
             journal.add([(SECOND, FORKED)])
         assert torn.read_bytes() == whole
 
@@ -74,15 +76,34 @@ def test_a_line_that_cannot_be_read_is_passed_over(path: Path, rubbish: bytes) -
     first, rest = path.read_bytes().split(b"\n", 1)
     path.write_bytes(first + b"\n" + rubbish + b"\n" + rest)
     with Journal(path) as journal:
-        assert (journal.get(FIRST), journal.get(SECOND), len(journal.usages)) == (PLAIN, FORKED, 1)
+        assert (journal[FIRST], journal[SECOND], len(journal.usages)) == (PLAIN, FORKED, 1)
     assert path.read_bytes().endswith(rest)
 
 
-def test_two_runs_do_not_write_at_once(path: Path) -> None:
-    whole = path.read_bytes()
-    with Journal(path), pytest.raises(ConfigError, match="another run writes here"):
-        Journal(path)
-    assert path.read_bytes() == whole
+def test_a_fresh_journal_forgets_what_was_there(path: Path) -> None:
+    with Journal(path, fresh=True) as journal:
+        assert FIRST not in journal and journal.usages == []
+        journal.add([(SECOND, FORKED)])
+    with Journal(path) as journal:
+        assert FIRST not in journal and journal[SECOND] == FORKED
+
+
+def test_a_full_disk_is_said_with_the_path_and_costs_no_answer(path: Path) -> None:
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 30, hard))
+    try:
+        with pytest.raises(DiskError, match="journal"), Journal(path) as journal:
+            journal.add([(Request(prompt="three"), PLAIN)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert len(path.read_bytes()) == len(before) + 30, "the line was cut"
+    with Journal(path) as journal:
+        assert (journal[FIRST], journal[SECOND]) == (PLAIN, FORKED)
+        assert Request(prompt="three") not in journal
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"key": "to'])
@@ -98,4 +119,4 @@ def test_a_journal_without_answers_leaves_no_file(path: Path, content: bytes | N
 def test_different_requests_are_different(path: Path) -> None:
     with Journal(path) as journal:
         for field, value in {"max_tokens": 4, "stop": ("\n",), "temperature": 0.0, "seed": 1, "echo": True}.items():
-            assert journal.get(dataclasses.replace(SECOND, **{field: value})) is None, field
+            assert dataclasses.replace(SECOND, **{field: value}) not in journal, field

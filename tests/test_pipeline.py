@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,8 @@ from tiny_directory import write_tiny_model
 
 import flexeval
 from flexeval.backends.native import Engine
-from flexeval.errors import CapacityError, ConfigError, FlexevalError
-from flexeval.journal import Journal
+from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError
+from flexeval.output import output_directory
 from flexeval.pipeline import RunOptions, run_suite
 from flexeval.progress import Update
 from flexeval.results import RunResults
@@ -170,6 +171,29 @@ def test_nothing_is_left_behind_beside_other_peoples_files(options: RunOptions, 
 def test_two_runs_in_one_directory_do_not_mix(options: RunOptions) -> None:
     run(options)
     assert options.out is not None
-    (journal,) = (options.out / "journal").iterdir()
-    with Journal(journal), pytest.raises(ConfigError, match="another run writes here"):
-        run(options)
+    before = {path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()}
+    with output_directory(options.out, kept="*"), pytest.raises(ConfigError, match="another run writes here"):
+        run(dataclasses.replace(options, fresh=True, settings=("w4-g32",)))
+    assert before == {path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()}
+
+
+def test_a_disk_that_fails_in_the_middle_is_named_and_costs_no_answer(
+    options: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    on_disk = dataclasses.replace(options, disk=str(disk), policy=f"cpu-weights=0,disk-weights=1,{options.policy}")
+    generate = Engine.generate
+
+    def lose_the_disk(self: Engine, requests: Any, *, on_completions: Any) -> Any:
+        def keep(answers: Any) -> None:
+            on_completions(answers)
+            shutil.rmtree(disk)
+
+        return generate(self, requests, on_completions=keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "generate", lose_the_disk)
+        with pytest.raises(DiskError, match=f"No such file or directory.*{disk}.*--disk"):
+            run(on_disk)
+    (setting,) = run(on_disk).settings
+    assert 0 < setting.num_resumed < setting.num_requests

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +16,7 @@ from flexeval.directio import DirectIO, round_down, round_up
 from flexeval.engine.memory.chunks import ChunkedTransfer, bytes_of, pieces
 from flexeval.engine.memory.staging import Staging
 from flexeval.engine.memory.tier import Meter
-from flexeval.errors import CapacityError
+from flexeval.errors import CapacityError, DiskError
 from flexeval.policy.policy import Tier as TierName
 from flexeval.shelf import HeldFolder, Shelf, discard, prepared_shelf
 
@@ -71,6 +73,19 @@ class DiskTier(Meter):
         self.kept_bytes += num_bytes
         return DiskExtent(self, path, num_bytes, is_kept=True)
 
+    @contextmanager
+    def opened(self, path: Path, flags: int, *, is_aligned: bool = True) -> Iterator[int]:
+        """Open a file of this tier (see `DirectIO.opened`). Raises `DiskError` for what goes wrong in the block."""
+        try:
+            with self.io.opened(path, flags, is_aligned=is_aligned) as file:
+                yield file
+        except OSError as error:
+            raise DiskError(
+                f"the disk failed: {error.strerror}",
+                where=str(path),
+                mend="Check the disk, or name another folder with --disk; then run again",
+            ) from error
+
     def close(self) -> None:
         """Delete the run's own folder, and leave the shelf."""
         self.io.close()
@@ -112,7 +127,7 @@ class DiskExtent:
         """Read the file; to a GPU by way of host memory, asynchronously on the current stream."""
         assert offset + out.numel() <= self.num_bytes, (offset, out.numel(), self.num_bytes)
         with (
-            self._tier.io.opened(self._path, os.O_RDONLY) as file,
+            self._tier.opened(self._path, os.O_RDONLY) as file,
             ChunkedTransfer(self._tier.io, self._tier.staging, is_pinned=out.is_cuda) as transfer,
         ):
             for piece in pieces(offset, offset + out.numel()):
@@ -125,7 +140,7 @@ class DiskExtent:
         inner_start, inner_end = round_up(offset), round_down(end)
         if inner_start < inner_end:
             with (
-                self._tier.io.opened(self._path, os.O_WRONLY) as file,
+                self._tier.opened(self._path, os.O_WRONLY) as file,
                 ChunkedTransfer(self._tier.io, self._tier.staging, is_pinned=data.is_cuda) as transfer,
             ):
                 for piece in pieces(inner_start, inner_end):
@@ -134,14 +149,14 @@ class DiskExtent:
         else:
             edges = [(offset, end)]
         if any(start < stop for start, stop in edges):  # parts of blocks: the page cache reads and completes them
-            with self._tier.io.opened(self._path, os.O_WRONLY, is_aligned=False) as file:
+            with self._tier.opened(self._path, os.O_WRONLY, is_aligned=False) as file:
                 for start, stop in edges:
                     edge = data[start - offset : stop - offset].cpu()
                     self._tier.io.write(file, bytes_of(edge), start)
 
     def keep_as(self, path: Path) -> None:
         """Let the file outlive the run, under another name in the tier's folder: there whole or not at all."""
-        with self._tier.io.opened(self._path, os.O_RDONLY) as file:
+        with self._tier.opened(self._path, os.O_RDONLY) as file:
             os.fsync(file)
         self._path = self._path.rename(path)
         self._is_kept = True
@@ -152,6 +167,6 @@ class DiskExtent:
         if self._is_kept:
             self._tier.kept_bytes -= self.num_bytes
         else:
-            self._path.unlink()
+            self._path.unlink(missing_ok=True)
         self._tier.give_back(self.num_bytes)
         self.num_bytes = 0

@@ -1,0 +1,59 @@
+"""The directory of a run: one run at a time, and not left behind if it came to nothing. Knows not what is in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from flexeval.errors import ConfigError
+
+
+@contextmanager
+def output_directory(out: Path, *, kept: str) -> Iterator[None]:
+    """Make the directory and hold it during the block.
+
+    Args:
+        out: The directory; its parents are made as well.
+        kept: Pattern of the files worth keeping. If the block fails without any, what was made is taken away again.
+
+    Raises:
+        ConfigError: It cannot be written to, or another run holds it.
+    """
+    missing = [path for path in (out, *out.parents) if not path.exists()]
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise _unusable(out, error.strerror) from error
+        stack.callback(os.close, folder)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise _unusable(out, "Permission denied")
+        _lock(folder, out)
+        try:
+            yield
+        except BaseException:
+            if missing and not any(out.glob(kept)):
+                shutil.rmtree(out, ignore_errors=True)
+                for parent in missing[1:]:
+                    with suppress(OSError):  # not empty: somebody else's
+                        parent.rmdir()
+            raise
+
+
+def _lock(folder: int, out: Path) -> None:
+    """Lock the open directory until it is closed or the process ends, however it does. Raises `ConfigError`."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError("another run writes here", where=str(out), mend="Wait, or name another --out") from error
+    except OSError:
+        return  # a file system without locks
+
+
+def _unusable(out: Path, why: str | None) -> ConfigError:
+    return ConfigError(f"cannot write to the output directory: {why}", where=str(out), mend="Name another with --out")
