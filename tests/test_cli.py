@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import load_file, save_file
 from tiny_directory import write_tiny_model
 
 from flexeval.cli import app, main
@@ -115,7 +117,20 @@ def test_a_model_that_cannot_be_read_is_named(
     assert_mistake(code, capsys, "model.safetensors", out=out)
 
 
-@pytest.mark.parametrize("family", ["falcon", "bloom", "mamba"])
+def test_a_weight_that_cannot_be_quantized_is_named(
+    suite: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    weights[name][3, 5] = torch.inf
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    code = call(monkeypatch, "run", "--suite", suite, "--model", broken, "--setting", "w4-g32", "--out", out)
+    assert_mistake(code, capsys, "infinite", name, "none", out=out)
+
+
+@pytest.mark.parametrize("family", ["falcon", "bloom", "mamba", "t5"])
 def test_a_family_that_cannot_run_is_refused(
     family: str,
     suite: Path,

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from flexeval.engine.compute.spec import TensorSpec
 from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.engine.memory.slab import ALIGNMENT, SlabLayout
+from flexeval.errors import ModelError
 
 CPU = torch.device("cpu")
 RAW = [
@@ -129,3 +130,11 @@ def test_what_is_unpacked_are_views() -> None:
     for name, tensor in tensors.items():
         owner = slab if name in {spec.name for spec in RAW} else workspace
         assert tensor.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr(), name
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in MATRICES])
+def test_a_matrix_that_cannot_be_coded_is_named(name: str) -> None:
+    tensors = fill(SPECS)
+    tensors[name].view(-1)[7] = torch.nan
+    with pytest.raises(ModelError, match=rf"NaN.*\({name}\).*none"):
+        SlabLayout(SPECS, Int4Codec(32)).pack(tensors, device=CPU)

@@ -17,6 +17,7 @@ from torch import Tensor
 from flexeval.engine.compute.linear import CodedMatrix
 from flexeval.engine.compute.spec import TensorSpec
 from flexeval.engine.memory.codec import Codec
+from flexeval.errors import ModelError
 
 ALIGNMENT = 64
 """Bytes; every tensor starts at a multiple, wide enough for any vector load."""
@@ -74,7 +75,7 @@ class SlabLayout:
         """The type coded matrices are unpacked to."""
 
     def pack(self, tensors: Mapping[str, Tensor], *, device: torch.device) -> Tensor:
-        """The slab of one layer: uint8 `[num_bytes]` on `device`."""
+        """The slab of one layer: uint8 `[num_bytes]` on `device`. Raises `ModelError` for what cannot be coded."""
         slab = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
         for raw in self._raw:
             tensor = tensors[raw.spec.name].to(device, raw.spec.dtype).contiguous()
@@ -86,9 +87,21 @@ class SlabLayout:
             for coded in self._coded:
                 self._place(coded, values).copy_(tensors[coded.spec.name])
                 self._fill_padding(coded, values)
-            encoded = self.codec.encode(values)
+            encoded = self._encode(self.codec, values)
             slab[self._num_raw_bytes : self._num_raw_bytes + encoded.numel()] = encoded
         return slab
+
+    def _encode(self, codec: Codec, values: Tensor) -> Tensor:
+        """Code the run. Raises `ModelError` with the name of the matrix that cannot be coded."""
+        try:
+            return codec.encode(values)
+        except ModelError:
+            for coded in self._coded:
+                try:
+                    codec.encode(self._rows(coded, values).flatten())
+                except ModelError as error:
+                    raise ModelError(error.what, where=coded.spec.name, mend=error.mend) from error
+            raise
 
     def unpack(self, slab: Tensor, workspace: Tensor | None) -> dict[str, Tensor]:
         """Every tensor as a view: into `slab` itself, or into `workspace` for what the codec had to unpack.

@@ -14,6 +14,7 @@ from flexeval.engine.memory.lane import Lane
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.memory.tier import Extent, Tier
 from flexeval.engine.trace import Trace
+from flexeval.errors import ModelError
 
 
 class WeightStore:
@@ -51,7 +52,7 @@ class WeightStore:
             for layer, (layout, tier) in enumerate(zip(self._layouts, tiers, strict=True)):
                 extent = tier.allocate(layout.num_bytes)
                 self._extents.append(extent)
-                extent.write(layout.pack(checkpoint.layer(layer), device=torch.device("cpu")))
+                extent.write(self._pack(checkpoint, layer))
                 on_layer(layer)
         except BaseException:
             self.close()
@@ -62,6 +63,15 @@ class WeightStore:
         coded = max((layout.num_coded_values for layout in self._layouts), default=0)
         types = {layout.coded_dtype for layout in self._layouts if layout.num_coded_values}
         self._workspace = torch.empty(coded, dtype=types.pop(), device=device) if types else None
+
+    def _pack(self, checkpoint: Checkpoint, layer: int) -> Tensor:
+        """A layer's slab on the host. Raises `ModelError`, with the full name of a matrix that cannot be coded."""
+        tensors = checkpoint.layer(layer)
+        try:
+            return self._layouts[layer].pack(tensors, device=torch.device("cpu"))
+        except ModelError as error:
+            name = f"{self._anatomy.layers_name}.{layer}.{error.where}"
+            raise ModelError(error.what, where=name, mend=error.mend) from error
 
     @property
     def num_bytes(self) -> int:
