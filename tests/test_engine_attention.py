@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexeval.engine.compute.attention import KeysValues, PackedAttention
 from flexeval.engine.compute.port import AttentionOptions
-from flexeval.engine.compute.row import DecodeBatch, make_row
+from flexeval.engine.compute.row import DecodeBatch, RowMaker
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, KeySource, RowPlan
 
 NUM_HEADS, NUM_KV_HEADS, KEY_SIZE = 4, 2, 16
@@ -103,7 +103,7 @@ def check(
     index = torch.tensor(row)
     for name in ("q_TNH", "k_TKH", "v_TKW"):
         setattr(tokens, name, getattr(tokens, name).to(dtype))
-    made = make_row(0, plan, tokens.q_TNH.device)
+    made = RowMaker(tokens.q_TNH.device).make(0, plan)
     q_TNH, k_TKH, v_TKW = tokens.q_TNH[index], tokens.k_TKH[index], tokens.v_TKW[index]
     out_TNW = PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)
     expected_TNW = torch.stack([tokens.attend(path, options) for path in paths])
@@ -132,10 +132,23 @@ FRESH = RowPlan(
         FreshSpan(node=6, start=134, length=2),
     ),
     ancestors=(
-        AncestorSpan(start=40, length=29, num_keys=40, first_key_position=0, source=KeySource(row_start=0)),
-        AncestorSpan(start=68, length=1, num_keys=25, first_key_position=40, source=KeySource(row_start=43)),
-        AncestorSpan(start=129, length=7, num_keys=5, first_key_position=0, source=KeySource(group=3, log_start=2)),
-        AncestorSpan(start=129, length=7, num_keys=7, first_key_position=5, source=KeySource(scratch_node=9)),
+        AncestorSpan(
+            start=40, length=29, num_keys=40, first_key_position=0, last_position=65, source=KeySource(row_start=0)
+        ),
+        AncestorSpan(
+            start=68, length=1, num_keys=25, first_key_position=40, last_position=65, source=KeySource(row_start=43)
+        ),
+        AncestorSpan(
+            start=129,
+            length=7,
+            num_keys=5,
+            first_key_position=0,
+            last_position=16,
+            source=KeySource(group=3, log_start=2),
+        ),
+        AncestorSpan(
+            start=129, length=7, num_keys=7, first_key_position=5, last_position=16, source=KeySource(scratch_node=9)
+        ),
     ),
 )
 
@@ -180,11 +193,19 @@ DECODE = RowPlan(
             log_length=9,
             own_tokens=((0, 1, 2, 7, 9), (3, 4, 5, 6, 8, 10)),
             first_own_positions=(9, 9),
+            version=1,
         ),
-        DecodeSpan(group=2, start=2, log_length=1, own_tokens=((0, 1),), first_own_positions=(0,)),
+        DecodeSpan(group=2, start=2, log_length=1, own_tokens=((0, 1),), first_own_positions=(0,), version=1),
     ),
     ancestors=(
-        AncestorSpan(start=0, length=2, num_keys=9, first_key_position=0, source=KeySource(group=1, log_start=4)),
+        AncestorSpan(
+            start=0,
+            length=2,
+            num_keys=9,
+            first_key_position=0,
+            last_position=14,
+            source=KeySource(group=1, log_start=4),
+        ),
     ),
 )
 
@@ -208,7 +229,7 @@ def test_spans_of_very_different_lengths_are_not_padded_to_the_longest() -> None
     starts = [0, *accumulate(lengths)]
     spans = tuple(FreshSpan(node=i, start=starts[i], length=length) for i, length in enumerate(lengths))
     plan = RowPlan(token_ids=(0,) * sum(lengths), positions=(0,) * sum(lengths), fresh=spans)
-    row = make_row(0, plan, torch.device("cpu"))
+    row = RowMaker(torch.device("cpu")).make(0, plan)
     held = torch.cat([batch.token_M for batch in row.fresh])
     assert sorted(held.tolist()) == list(range(sum(lengths))), "every token once"
     assert sum(batch.index_BL.numel() for batch in row.fresh) < 1.25 * sum(lengths)

@@ -181,7 +181,7 @@ def test_a_failure_inside_a_sweep_leaves_nothing_and_the_engine_usable(
 def test_stores_are_closed_only_when_nothing_is_in_flight(tmp_path: Path) -> None:
     done: list[str] = []
     with loaded(ALL_ON_DISK, tmp_path, overlap=True) as executor:
-        for store, names in ((executor._make_cache(), ("kv_in", "kv_out")), (executor._make_hidden(2), ("hidden",))):
+        for store, names in ((executor._make_cache({}), ("kv_in", "kv_out")), (executor._make_hidden(2), ("hidden",))):
             for name in names:
                 executor._lanes[name].submit(lambda name=name: (time.sleep(0.03), done.append(name)))
             store.close()

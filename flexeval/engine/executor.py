@@ -8,7 +8,7 @@ Knows how the parts work together; neither text nor the search for a policy.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -17,7 +17,7 @@ from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.readout import read_row
-from flexeval.engine.compute.row import make_row
+from flexeval.engine.compute.row import RowMaker
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
@@ -31,6 +31,7 @@ from flexeval.engine.sweep import Sweeper
 from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.errors import CapacityError
 from flexeval.planning.rows import RowPlan
+from flexeval.planning.summary import PlanSummary
 from flexeval.policy.policy import KINDS, Policy
 from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenRequest, TokenResult
@@ -67,6 +68,8 @@ class Executor:
         """
         self.policy = policy
         self.trace = Trace()
+        self.plan: PlanSummary | None = None
+        """What the plan of the last batch saves."""
         self._anatomy = anatomy
         self._device = device
         self.tiers = _make_tiers(device, disk_tier)
@@ -130,17 +133,17 @@ class Executor:
         results: dict[int, TokenResult] = {}
         with self.trace.phase("plan"):
             scheduler = Scheduler(requests, self.policy)
+        self.plan = scheduler.summary
+        maker = RowMaker(self._device)
         num_top = max((request.num_top_logprobs for request in requests), default=0)
         vocab_size = self._anatomy.config.get_text_config().vocab_size
-        cache = self._make_cache()
+        cache = self._make_cache(scheduler.log_capacities)
         try:
             while scheduler.has_work:
                 start = time.perf_counter()
                 plans = scheduler.plan_sweep()
                 self._begin_sweep(plans)
-                for group, num_tokens in scheduler.opened_groups():
-                    cache.open(group, num_tokens)
-                rows = [make_row(index, plan, self._device) for index, plan in enumerate(plans)]
+                rows = [maker.make(index, plan) for index, plan in enumerate(plans)]
                 with closing(self._make_hidden(len(rows))) as hidden:
                     for row, hidden_1TD in zip(rows, self._sweeper.sweep(rows, cache, hidden), strict=True):
                         with self.trace.phase("head"), self._watch.running():
@@ -158,11 +161,10 @@ class Executor:
                 finished = scheduler.finish_sweep(elapsed_s)
                 self.trace.num_prompt_tokens += sum(len(requests[index].prompt_ids) for index, _ in finished)
                 self.trace.num_generated_tokens += sum(len(result.token_ids) for _, result in finished)
-                for group in scheduler.retired_groups():
-                    cache.free(group)
                 results.update(finished)
                 if finished:
                     on_results(finished)
+            cache.flush()
         finally:
             cache.close()
             for name, lane in self._lanes.items():
@@ -192,9 +194,10 @@ class Executor:
         self.trace.mark(name)
         watch.next_lap()
 
-    def _make_cache(self) -> KVCache:
+    def _make_cache(self, capacities: Mapping[int, int]) -> KVCache:
         return KVCache(
             self._kv_tiers,
+            capacities=capacities,
             device=self._device,
             lane_in=self._lanes["kv_in"],
             lane_out=self._lanes["kv_out"],

@@ -1,30 +1,30 @@
-"""Which rows the next sweep computes: admits groups, follows sequences, retires what is done.
+"""Which rows the next sweep computes: lets prompts in, follows sequences, forgets what is done.
 
 Knows the plan and the state of each sequence in plain integers; never touches a tensor.
+
+Prompts enter depth first, node by node of the prefix tree, as soon as there is room: a seat in a group for each
+sequence that generates, room for shared prefixes, tokens of the sweep. A sequence whose prompt is its own takes its
+seat when its prompt begins; one that shares its whole prompt draws its first token and then waits for a seat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Sequence
 
-from flexeval.engine.compute.readout import Drawn, Readout, Scored
-from flexeval.planning.groups import Group, make_groups
-from flexeval.planning.prefix import PrefixTree, build_tree
-from flexeval.planning.rowplans import LogStep, RowBuilder, SequenceStep
-from flexeval.planning.rows import RowPlan
+import numpy as np
+
+from flexeval.engine.answers import Answers
+from flexeval.engine.compute.readout import Readout
+from flexeval.planning.logs import GroupLog, Seat, SharedLog, Step
+from flexeval.planning.prefix import build_tree
+from flexeval.planning.rowplans import Place, RowBuilder
+from flexeval.planning.rows import SHARED, Compaction, RowPlan
+from flexeval.planning.streams import Stream, make_streams
+from flexeval.planning.summary import PlanSummary
+from flexeval.planning.usage import NodeUsage
 from flexeval.policy.policy import Policy
-from flexeval.request import FinishReason, TokenRequest, TokenResult
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """A request on its way."""
-
-    node: int
-    own_log_tokens: list[int] = field(default_factory=list)
-    drawn: list[Drawn] = field(default_factory=list)
-    elapsed_s: float = 0.0
+from flexeval.request import TokenRequest, TokenResult
 
 
 class Scheduler:
@@ -34,232 +34,252 @@ class Scheduler:
         """Plan the whole batch; nothing is admitted yet."""
         self._requests = requests
         self._policy = policy
-        self.tree: PrefixTree = build_tree([r.prompt_ids for r in requests], max_node_tokens=policy.row_tokens)
-        self.groups: list[Group] = make_groups(
-            self.tree,
-            is_decoding=[request.max_tokens > 1 for request in requests],
-            row_tokens=policy.row_tokens,
-            group_tokens=policy.sweep_tokens,
-            group_sequences=policy.group_sequences,
+        self._streams = make_streams(requests)
+        self.tree = build_tree(
+            [stream.prompt_ids for stream in self._streams],
+            max_node_tokens=policy.row_tokens,
+            # The longest first: what is short fills the seats at the end, and what only scores the sweeps.
+            ranks=[stream.max_tokens for stream in self._streams],
         )
-        self._children = self.tree.children()
-        self._group_of = {node: index for index, group in enumerate(self.groups) for row in group.rows for node in row}
-        is_scored = self._mark(lambda request: request.score_prompt)
-        self._kept_at: dict[int, int] = {}  # node -> where in its group's log its KV begins
+        self._usage = NodeUsage(self.tree, is_generating=[stream.is_generating for stream in self._streams])
+        self.summary = PlanSummary.of(requests, self.tree)
+        self._answers = Answers(requests, self._streams, self.tree)
+        self._leaf = {stream: node for node, entry in enumerate(self.tree.nodes) for stream in entry.prompts}
+        self._groups = self._make_groups()
+        self._shared_room = self._usage.generating_room()
+        self._shared = SharedLog(self._shared_room + self._usage.scoring_room(sweep_tokens=policy.sweep_tokens))
+        self._num_held = 0  # tokens of shared nodes that wait for the end of sequences
+        self._num_open = list(self._usage.num_users)  # unfinished streams that run through each node
+        self._num_unfinished = len(self._streams)
+        self._seats: dict[int, tuple[GroupLog, Seat]] = {}
+        self._waiting: deque[int] = deque()  # streams that have drawn their first token and have no seat
+        self._next_node = 0
+        self._weights: dict[int, int] = {}
         self._rows = RowBuilder(
             self.tree,
-            children=self._children,
-            group_of=self._group_of,
-            is_scored=is_scored,
-            is_generating=[request.max_tokens > 0 for request in requests],
-            kept_at=self._kept_at,
+            last_descendant=self._usage.last_descendant,
+            is_scored=self._usage.mark({i for i, stream in enumerate(self._streams) if self._wants_scores(stream)}),
+            generators_of=self._generators_of,
+            place_of=self._place_of,
         )
-        self._decodes = self._mark(lambda request: request.max_tokens > 1)
-        self._sequences = {
-            request: _Sequence(node) for node, entry in enumerate(self.tree.nodes) for request in entry.prompts
-        }
-        self._num_admitted = 0
-        self._admitted: list[int] = []  # by the sweep just planned
-        self._num_unfinished = [
-            sum(len(self.tree.nodes[node].prompts) for row in group.rows for node in row) for group in self.groups
-        ]
-        self._log_lengths: dict[int, int] = {}
-        self._decoding: dict[int, list[int]] = {}  # group -> requests that go on generating
-        self._scores: dict[int, list[Scored]] = {
-            node: [Scored(0.0, ())] * len(entry.token_ids)
-            for node, entry in enumerate(self.tree.nodes)
-            if is_scored[node]
-        }
-        self._weights: dict[int, int] = {}
-        self._unassigned_s = 0.0
-        self._finished: list[int] = []
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unanswered."""
-        return any(self._num_unfinished)
+        return self._num_unfinished > 0
+
+    @property
+    def log_capacities(self) -> dict[int, int]:
+        """Tokens that the log of each group, and of shared nodes, can come to hold at most."""
+        return {SHARED: self._shared.capacity, **{group.group: group.capacity for group in self._groups}}
 
     def plan_sweep(self) -> list[RowPlan]:
-        """The rows of the next sweep: one step of every sequence in flight, and groups that may enter."""
-        rows = self._decode_rows()
-        admitted = self._admitted = self._admit()
-        self._keep(admitted)
-        place = {node: row for group in admitted for row in self.groups[group].rows for node in row}
-        for group in admitted:
-            for row in self.groups[group].rows:
-                rows.append(self._rows.fresh(group, row, place=place))
-                for node in row:
-                    for request in self.tree.nodes[node].prompts:
-                        self._weights[request] = self._length(node)
-        assert rows, "a sweep without rows"
+        """The rows of the next sweep: one step of every sequence in flight, and the nodes that may enter."""
+        while self._waiting and self._num_free_seats() > 0:
+            self._take_seat(self._waiting.popleft())
+        entering = self._admit()
+        compactions = self._make_room(entering)
+        rows = [*self._decode_rows(compactions), *self._fresh_rows(entering, compactions)]
+        assert rows and not compactions, (rows, compactions)
         return rows
 
     def num_drawn(self, plan: RowPlan) -> dict[int, int]:
         """Tokens that the requests of a row have drawn so far."""
-        return {request: len(self._sequences[request].drawn) for _, request in plan.generators}
+        return {request: self._answers.num_drawn(request) for _, request in plan.generators}
 
     def record(self, plan: RowPlan, readout: Readout) -> None:
         """Take what was read off a row."""
-        for score, scored in zip(plan.scores, readout.scored, strict=True):
-            self._scores[score.node][score.index] = scored
-        for (_, request), drawn in zip(plan.generators, readout.drawn, strict=True):
-            self._sequences[request].drawn.append(drawn)
+        self._answers.record(plan, readout)
 
     def finish_sweep(self, elapsed_s: float) -> list[tuple[int, TokenResult]]:
-        """End the sweep: share its time among the requests in it and answer those that are done."""
-        self._unassigned_s += elapsed_s
-        total = sum(self._weights.values())
-        for request, weight in self._weights.items():
-            self._sequences[request].elapsed_s += self._unassigned_s * weight / total
-        if total:
-            self._unassigned_s = 0.0
-        done = [(request, reason) for request in self._weights if (reason := self._reason(request)) is not None]
+        """End the sweep: share its time among the requests in it, answer those that are done and free their seats."""
+        results = self._answers.finish_sweep(self._weights, elapsed_s)
+        for stream in self._weights:
+            if not self._answers.is_open(stream):
+                self._finish(stream)
+            elif stream not in self._seats:
+                self._waiting.append(stream)
         self._weights = {}
-        results = []
-        for request, reason in done:
-            results.append((request, self._result(request, reason)))
-            group = self._group_of[self._sequences[request].node]
-            self._num_unfinished[group] -= 1
-            if request in self._decoding.get(group, ()):
-                self._decoding[group].remove(request)
         return results
 
-    def retired_groups(self) -> list[int]:
-        """Groups whose log nobody will read again, each named once."""
-        needed = {group for group in range(len(self.groups)) if self._num_unfinished[group]}
-        needed |= {other for group in needed for other in self.groups[group].depends_on}
-        retired = [group for group in self._log_lengths if group not in needed]
-        for group in retired:
-            del self._log_lengths[group]
-            self._decoding.pop(group, None)
-        return retired
+    # -- who enters -------------------------------------------------------------------------------------------------
 
-    def opened_groups(self) -> list[tuple[int, int]]:
-        """Groups that the sweep just planned opens a log for, and the tokens each can come to hold at most."""
-        return [
-            (
-                group,
-                self._log_lengths[group] + sum(self._requests[r].max_tokens - 1 for r in self.groups[group].sequences),
+    def _admit(self) -> range:
+        """The nodes that enter now: in order, while there is room; always one if nothing else is to be done.
+
+        A run of nodes that belong to one prompt enters as a whole where a sweep can take it at all.
+        """
+        first, usage, limit = self._next_node, self._usage, self._policy.sweep_tokens
+        num_new = sum(len(group.stepping) for group in self._groups)
+        num_drawing = len(self._waiting)  # streams that will want a seat after this sweep
+        while self._next_node < len(self.tree.nodes) and self._has_room(self._next_node, num_drawing):
+            node = self._next_node
+            is_exclusive = usage.num_users[node] == 1
+            stop = usage.last_descendant[node] + 1 if is_exclusive else node + 1
+            if num_new + usage.num_left[node] > limit and node > first:
+                break
+            if is_exclusive and usage.num_left[node] > limit:  # longer than any sweep: as much of it as fits
+                sizes = np.cumsum(usage.num_tokens[node:stop])
+                stop = node + max(1, int(np.searchsorted(sizes, limit - num_new, side="right")))
+            self._enter(node)
+            num_drawing += sum(
+                self._streams[stream].is_generating and stream not in self._seats
+                for stream in self.tree.nodes[node].prompts
             )
-            for group in self._admitted
-            if group in self._log_lengths
-        ]
+            num_new += sum(usage.num_tokens[node:stop])
+            self._next_node = stop
+        return range(first, self._next_node)
 
-    # -- what is in flight ------------------------------------------------------------------------------------------
+    def _has_room(self, node: int, num_drawing: int) -> bool:
+        """Whether there is room for the KV that a node leaves, and for the sequences that begin with it."""
+        if self._usage.is_owned(node):
+            return self._stream_of(node) in self._seats or self._num_free_seats() > num_drawing
+        if not self._usage.is_shared_by_generating(node):
+            return True
+        begins = any(self._streams[stream].is_generating for stream in self.tree.nodes[node].prompts)
+        has_seat = not begins or self._num_free_seats() > num_drawing
+        return has_seat and self._num_held + self._usage.num_tokens[node] <= self._shared_room
 
-    def _mark(self, predicate: Callable[[TokenRequest], bool]) -> list[bool]:
-        """Per node, whether some request that runs through it satisfies `predicate`."""
-        marked = [any(predicate(self._requests[p]) for p in node.prompts) for node in self.tree.nodes]
-        for index in range(len(marked) - 1, -1, -1):
-            parent = self.tree.nodes[index].parent
-            if marked[index] and parent is not None:
-                marked[parent] = True
-        return marked
+    def _enter(self, node: int) -> None:
+        if self._usage.is_owned(node) and (stream := self._stream_of(node)) not in self._seats:
+            self._take_seat(stream)
+        if self._usage.is_shared_by_generating(node):
+            self._num_held += self._usage.num_tokens[node]
 
-    def _nodes(self, group: int) -> list[int]:
-        return [node for row in self.groups[group].rows for node in row]
+    def _take_seat(self, stream: int) -> None:
+        """Give a sequence the first free seat, so that the last groups are the first to be empty."""
+        leaf, asked = self._leaf[stream], self._streams[stream]
+        num_own = self._usage.num_own[leaf]
+        above: int | None = leaf
+        while above is not None and self._usage.num_users[above] == 1:
+            above = self.tree.nodes[above].parent
+        group = next(group for group in self._groups if len(group.seats) < group.num_seats)
+        seat = Seat(
+            stream=stream,
+            leaf=leaf,
+            above=above,
+            first_position=len(asked.prompt_ids) - num_own,
+            places=np.zeros(num_own + asked.max_tokens - 1, dtype=np.int32),
+            num_prompt_tokens=num_own,
+        )
+        group.enter(seat)
+        self._seats[stream] = group, seat
 
-    def _admit(self) -> list[int]:
-        """Groups that enter now: as many as the sweep and the KV room take, and always one if nothing is in flight."""
-        admitted: list[int] = []
-        num_fresh = 0
-        num_decoding = sum(map(len, self._decoding.values()))
-        while self._num_admitted < len(self.groups):
-            group = self.groups[self._num_admitted]
-            if num_fresh and num_fresh + group.num_tokens > self._policy.sweep_tokens:
-                break
-            if num_decoding and num_decoding + len(group.sequences) > self._policy.block_sequences and group.sequences:
-                break
-            admitted.append(self._num_admitted)
-            num_fresh += group.num_tokens
-            num_decoding += len(group.sequences)
-            self._num_admitted += 1
-        return admitted
+    def _num_free_seats(self) -> int:
+        return sum(group.num_seats for group in self._groups) - len(self._seats)
 
-    def _keep(self, admitted: list[int]) -> None:
-        """Decide whose KV outlives this sweep: what goes on generating, and what later groups descend from."""
-        is_kept: dict[int, bool] = {}
-        for group in reversed(admitted):
-            for node in reversed(self._nodes(group)):
-                children = self._children[node]
-                is_kept[node] = self._decodes[node] or any(
-                    self._group_of[child] >= self._num_admitted or is_kept[child] for child in children
-                )
-        for group in admitted:
-            length = 0
-            for node in self._nodes(group):
-                if is_kept[node]:
-                    self._kept_at[node] = length
-                    length += len(self.tree.nodes[node].token_ids)
-            if length:
-                self._log_lengths[group] = length
-            self._decoding[group] = list(self.groups[group].sequences)
-            for request in self.groups[group].sequences:
-                node = self._sequences[request].node
-                start = self._kept_at[node]
-                self._sequences[request].own_log_tokens = list(range(start, start + self._length(node)))
+    def _finish(self, stream: int) -> None:
+        """A stream has answered all of its requests: nobody reads its KV again."""
+        self._num_unfinished -= 1
+        if stream in self._seats:
+            group, _ = self._seats.pop(stream)
+            group.leave(stream)
+        for node in self.tree.path(self._leaf[stream]):
+            self._num_open[node] -= 1
+            if not self._num_open[node]:
+                self._shared.forget(node)
+                if self._usage.is_shared_by_generating(node):
+                    self._num_held -= self._usage.num_tokens[node]
 
-    def _length(self, node: int) -> int:
-        return len(self.tree.nodes[node].token_ids)
+    # -- rows -------------------------------------------------------------------------------------------------------
 
-    def _decode_rows(self) -> list[RowPlan]:
+    def _make_room(self, entering: range) -> dict[int, Compaction]:
+        """Compact the logs that would overflow in this sweep, or hold too much that nobody reads."""
+        num_tokens = dict.fromkeys(self.log_capacities, 0)
+        for node in entering:
+            if (log := self._log_of(node)) is not None:
+                num_tokens[log] += self._usage.num_tokens[node]
+        compactions = [group.begin_sweep(num_tokens[group.group]) for group in self._groups]
+        compactions.append(self._shared.begin_sweep(num_tokens[SHARED]))
+        return {compaction.group: compaction for compaction in compactions if compaction is not None}
+
+    def _decode_rows(self, compactions: dict[int, Compaction]) -> Iterator[RowPlan]:
         """One step of every sequence in flight; groups share a row while their sequences fit in it."""
-        batches: list[list[LogStep]] = []
+        batches: list[list[Step]] = []
         num_sequences = 0
-        for group, requests in self._decoding.items():
-            if not requests:
+        for group in self._groups:
+            step = group.step()
+            if not step.seats:
                 continue
-            if not batches or num_sequences + len(requests) > self._policy.group_sequences:
+            if not batches or num_sequences + len(step.seats) > self._policy.group_sequences:
                 batches.append([])
                 num_sequences = 0
-            batches[-1].append(self._log_step(group, requests))
-            num_sequences += len(requests)
-        return [self._rows.decode(batch) for batch in batches]
+            batches[-1].append(step)
+            num_sequences += len(step.seats)
+        for batch in batches:
+            streams = [seat.stream for step in batch for seat in step.seats]
+            self._weights.update(dict.fromkeys(streams, 1))
+            first = [compactions.pop(log) for log in (SHARED, *(s.group for s in batch)) if log in compactions]
+            drawn = [(self._streams[stream].requests[0], self._answers.last_token(stream)) for stream in streams]
+            yield self._rows.decode(batch, drawn, first)
 
-    def _log_step(self, group: int, requests: list[int]) -> LogStep:
-        """The next token of a group's sequences, and where in the group's log its KV will lie."""
-        log_length = self._log_lengths[group]
-        self._log_lengths[group] += len(requests)
-        steps = []
-        for offset, request in enumerate(requests):
-            sequence = self._sequences[request]
-            sequence.own_log_tokens.append(log_length + offset)
-            self._weights[request] = 1
-            steps.append(
-                SequenceStep(
-                    request=request,
-                    node=sequence.node,
-                    token_id=sequence.drawn[-1].token_id,
-                    position=len(self._requests[request].prompt_ids) + len(sequence.drawn) - 1,
-                    own_log_tokens=tuple(sequence.own_log_tokens),
-                )
-            )
-        return LogStep(group=group, log_length=log_length, sequences=tuple(steps))
+    def _fresh_rows(self, entering: range, compactions: dict[int, Compaction]) -> Iterator[RowPlan]:
+        """The nodes that enter, packed in their order."""
+        for node in entering:
+            self._keep(node)
+            for stream in self.tree.nodes[node].prompts:
+                self._weights[stream] = self._usage.num_tokens[node]
+        start, num_tokens = entering.start, 0
+        for node in entering:
+            num_tokens += self._usage.num_tokens[node]
+            is_last = node + 1 == entering.stop
+            if is_last or num_tokens + self._usage.num_tokens[node + 1] > self._policy.row_tokens:
+                first = [compactions.pop(log) for log in list(compactions)]
+                yield self._rows.fresh(range(start, node + 1), entering, first)
+                start, num_tokens = node + 1, 0
 
-    # -- answers ----------------------------------------------------------------------------------------------------
+    def _keep(self, node: int) -> None:
+        """Assign the KV of a node its place."""
+        log = self._log_of(node)
+        if log == SHARED:
+            self._shared.append(node, self._usage.num_tokens[node])
+        elif log is not None:
+            group, seat = self._seats[self._stream_of(node)]
+            group.append(seat, self._usage.num_tokens[node])
 
-    def _reason(self, request: int) -> FinishReason | None:
-        """Why a request is done, or None while it is not."""
-        asked, drawn = self._requests[request], self._sequences[request].drawn
-        if asked.max_tokens == 0:
-            return FinishReason.LENGTH
-        if drawn[-1].token_id in asked.eos_ids:
-            return FinishReason.ENDOFTEXT
-        if asked.is_stopped is not None and asked.is_stopped([token.token_id for token in drawn]):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(drawn) == asked.max_tokens else None
+    def _log_of(self, node: int) -> int | None:
+        """The log that a node of this sweep goes to, if its KV outlives the sweep."""
+        if self._usage.is_owned(node):
+            return self._seats[self._stream_of(node)][0].group
+        has_later_descendants = self._usage.last_descendant[node] >= self._next_node
+        return SHARED if has_later_descendants or self._usage.is_generating[node] else None
 
-    def _result(self, request: int, reason: FinishReason) -> TokenResult:
-        asked, sequence = self._requests[request], self._sequences[request]
-        prompt = [s for node in self.tree.path(sequence.node) for s in self._scores[node]] if asked.score_prompt else []
-        wants_top = asked.num_top_logprobs > 0
-        cut = asked.num_top_logprobs
-        return TokenResult(
-            token_ids=tuple(drawn.token_id for drawn in sequence.drawn),
-            logprobs=tuple(drawn.logprob for drawn in sequence.drawn),
-            finish_reason=reason,
-            top_logprobs=tuple(drawn.top_logprobs[:cut] for drawn in sequence.drawn) if wants_top else (),
-            prompt_logprobs=tuple(scored.logprob for scored in prompt),
-            prompt_top_logprobs=tuple(scored.top_logprobs[:cut] for scored in prompt) if wants_top else (),
-            elapsed_s=sequence.elapsed_s,
+    def _place_of(self, node: int) -> Place | None:
+        """Where the KV of a node is kept."""
+        if self._usage.is_owned(node):
+            group, seat = self._seats[self._stream_of(node)]
+            offset = self.tree.nodes[node].first_position - seat.first_position
+            return Place(group=group.group, start=int(seat.places[offset]))
+        start = self._shared.starts.get(node)
+        return None if start is None else Place(group=SHARED, start=start)
+
+    # -- the batch --------------------------------------------------------------------------------------------------
+
+    def _make_groups(self) -> list[GroupLog]:
+        """The policy's groups, as many as are needed; each has room for the largest sequences there are."""
+        sizes = sorted(
+            (
+                self._usage.num_own[self._leaf[index]] + stream.max_tokens - 1
+                for index, stream in enumerate(self._streams)
+                if stream.is_generating
+            ),
+            reverse=True,
         )
+        groups = []
+        for index in range(self._policy.num_groups):
+            num_seats = min(self._policy.group_sequences, len(sizes) - index * self._policy.group_sequences)
+            if num_seats > 0:
+                groups.append(GroupLog(group=index, num_seats=num_seats, capacity=sum(sizes[:num_seats])))
+        return groups
+
+    def _wants_scores(self, stream: Stream) -> bool:
+        return any(self._requests[request].score_prompt for request in stream.requests)
+
+    def _generators_of(self, node: int) -> list[int]:
+        """A request of each stream that draws its first token at the end of a node."""
+        streams = [self._streams[stream] for stream in self.tree.nodes[node].prompts]
+        return [stream.requests[0] for stream in streams if stream.max_tokens]
+
+    def _stream_of(self, node: int) -> int:
+        """The only stream that runs through an exclusive node."""
+        return self.tree.nodes[self._usage.last_descendant[node]].prompts[0]

@@ -9,6 +9,8 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.planning.prefix import build_tree
+from flexeval.planning.streams import make_streams
+from flexeval.planning.usage import NodeUsage
 from flexeval.policy.policy import ModelShape, Workload
 from flexeval.request import TokenRequest
 
@@ -54,34 +56,28 @@ def _intermediate_size(text: object) -> int:
 
 
 def measure_workload(requests: Sequence[TokenRequest]) -> Workload:
-    """Count a batch of at least one request; shared prefixes count once, as the engine computes them."""
-    longest = max(len(request.prompt_ids) for request in requests)
-    tree = build_tree([request.prompt_ids for request in requests], max_node_tokens=longest)
-    lengths = [len(node.token_ids) for node in tree.nodes]
-    decodes = [any(requests[prompt].max_tokens > 1 for prompt in node.prompts) for node in tree.nodes]
-    ends_decoding = list(decodes)
-    is_scored = [any(requests[prompt].score_prompt for prompt in node.prompts) for node in tree.nodes]
-    for index in range(len(tree.nodes) - 1, -1, -1):
-        if (parent := tree.nodes[index].parent) is not None:
-            decodes[parent] |= decodes[index]
-            is_scored[parent] |= is_scored[index]
-    own = [
-        length + max(requests[prompt].max_tokens for prompt in node.prompts)
-        for length, node in zip(lengths, tree.nodes, strict=True)
-        if any(requests[prompt].max_tokens > 1 for prompt in node.prompts)
-    ]
+    """Count a batch of at least one request; what several share counts once, as the engine computes it."""
+    streams = make_streams(requests)
+    longest = max(len(stream.prompt_ids) for stream in streams)
+    tree = build_tree([stream.prompt_ids for stream in streams], max_node_tokens=longest)
+    usage = NodeUsage(tree, is_generating=[stream.is_generating for stream in streams])
+    is_scored = usage.mark(
+        {i for i, stream in enumerate(streams) if any(requests[index].score_prompt for index in stream.requests)}
+    )
+    leaf = {stream: node for node, entry in enumerate(tree.nodes) for stream in entry.prompts}
+    generating = [(i, stream) for i, stream in enumerate(streams) if stream.is_generating]
     return Workload(
-        num_sequences=len(requests),
-        num_scoring_sequences=sum(request.max_tokens <= 1 for request in requests),
-        num_prompt_tokens=sum(lengths),
-        num_scoring_tokens=sum(n for n, decoding in zip(lengths, decodes, strict=True) if not decoding),
-        num_shared_tokens=sum(
-            n for n, decoding, ends in zip(lengths, decodes, ends_decoding, strict=True) if decoding and not ends
+        num_sequences=len(streams),
+        num_scoring_sequences=len(streams) - len(generating),
+        num_prompt_tokens=tree.num_computed_tokens,
+        num_scoring_tokens=sum(
+            n for n, is_kept in zip(usage.num_tokens, usage.is_generating, strict=True) if not is_kept
         ),
-        max_prompt_tokens=max(lengths),
-        max_own_tokens=max(own, default=0),
-        mean_context_tokens=tree.num_asked_tokens / len(requests),
-        num_generated_tokens=sum(request.max_tokens for request in requests if request.max_tokens > 1),
-        max_generated_tokens=max(request.max_tokens for request in requests),
-        max_logits_rows=len(requests) + sum(n for n, scored in zip(lengths, is_scored, strict=True) if scored),
+        num_shared_tokens=usage.generating_room() + usage.scoring_room(),
+        max_prompt_tokens=max(usage.num_tokens),
+        max_own_tokens=max((usage.num_own[leaf[i]] + stream.max_tokens for i, stream in generating), default=0),
+        mean_context_tokens=tree.num_asked_tokens / len(streams),
+        num_generated_tokens=sum(stream.max_tokens for _, stream in generating),
+        max_generated_tokens=max(stream.max_tokens for stream in streams),
+        max_logits_rows=len(streams) + sum(n for n, scored in zip(usage.num_tokens, is_scored, strict=True) if scored),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 MIN_SAVED_TOKENS = 32
 """A shared run becomes a node of its own only where it saves this many tokens; attention per node costs too."""
@@ -61,7 +62,11 @@ class PrefixTree:
 
 
 def build_tree(
-    prompts: Sequence[Sequence[int]], *, max_node_tokens: int, min_saved_tokens: int = MIN_SAVED_TOKENS
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_node_tokens: int,
+    min_saved_tokens: int = MIN_SAVED_TOKENS,
+    ranks: Sequence[int] | None = None,
 ) -> PrefixTree:
     """The prefix tree of `prompts` (each of at least one token).
 
@@ -69,11 +74,15 @@ def build_tree(
         prompts: Token ids; equal prompts end in the same node.
         max_node_tokens: A longer run becomes a chain of nodes, so that any one fits a row.
         min_saved_tokens: What a shared run must save at least.
+        ranks: Of each prompt; of the branches of a node, the one that holds the highest rank comes first.
     """
     assert all(prompts), "a prompt has at least one token"
-    order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
+    arrays = [np.array(prompt, dtype=np.uint32) for prompt in prompts]
+    keys = [array.astype(">u4").tobytes() for array in arrays]  # bytes sort as the tokens do
+    order = sorted(range(len(prompts)), key=keys.__getitem__)
     ordered = [prompts[index] for index in order]
-    shared = np.array([0, *(_common_length(a, b) for a, b in pairwise(ordered))], dtype=np.int64)
+    shared = np.array([0, *(_common_length(arrays[a], arrays[b]) for a, b in pairwise(order))], dtype=np.int64)
+    rank = np.array([0 if ranks is None else ranks[index] for index in order])
     nodes: list[Node] = []
 
     def add(parent: int | None, first: int, tokens: Sequence[int], ending: Sequence[int]) -> int:
@@ -100,6 +109,7 @@ def build_tree(
         bounds = [low, *(low + 1 + np.flatnonzero(shared[low + 1 : high] == common)).tolist(), high]
         num_ending = next((i for i in range(low, high) if len(ordered[i]) > common), high) - low
         branches = [(a, b) for a, b in pairwise(bounds) if a >= low + num_ending]
+        branches.sort(key=lambda branch: -rank[branch[0] : branch[1]].max())
         num_users = len(branches) + (num_ending > 0)
         if common > done and (num_users == 1 or (num_users - 1) * (common - done) >= min_saved_tokens):
             ending = [order[i] for i in range(low, low + num_ending)]
@@ -110,8 +120,9 @@ def build_tree(
     return PrefixTree(nodes=tuple(nodes), num_asked_tokens=sum(map(len, prompts)))
 
 
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_length(a: npt.NDArray[np.uint32], b: npt.NDArray[np.uint32]) -> int:
     """Length of the longest common prefix."""
     length = min(len(a), len(b))
-    differs = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
-    return int(differs[0]) if len(differs) else length
+    differs = a[:length] != b[:length]
+    place = int(differs.argmax())
+    return place if differs[place] else length

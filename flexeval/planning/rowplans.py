@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
+
+from flexeval.planning.logs import Step
 from flexeval.planning.prefix import PrefixTree
-from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, Keep, KeySource, RowPlan, Score
+from flexeval.planning.rows import (
+    AncestorSpan,
+    Compaction,
+    DecodeSpan,
+    FreshSpan,
+    Integers,
+    Keep,
+    KeySource,
+    RowPlan,
+    Score,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceStep:
-    """The next token of one sequence."""
-
-    request: int
-    """Whose."""
-    node: int
-    """Where its prompt ends."""
-    token_id: int
-    """The token drawn last, which is computed now."""
-    position: int
-    """Its position in the sequence."""
-    own_log_tokens: tuple[int, ...]
-    """Where in its group's log its own context lies, the new token last."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogStep:
-    """The next token of all live sequences of a group."""
+class Place:
+    """Where the KV of a node is kept."""
 
     group: int
-    """The group."""
-    log_length: int
-    """Tokens in its log before this step."""
-    sequences: tuple[SequenceStep, ...]
-    """In the order of their nodes."""
-
-
-Row = tuple[int, ...]
-"""Nodes computed together for the first time."""
+    """In whose log; `SHARED` for the log of shared nodes."""
+    start: int
+    """From which token on."""
 
 
 class RowBuilder:
@@ -48,98 +40,101 @@ class RowBuilder:
         self,
         tree: PrefixTree,
         *,
-        children: Sequence[Sequence[int]],
-        group_of: Mapping[int, int],
+        last_descendant: Sequence[int],
         is_scored: Sequence[bool],
-        is_generating: Sequence[bool],
-        kept_at: Mapping[int, int],
+        generators_of: Callable[[int], Sequence[int]],
+        place_of: Callable[[int], Place | None],
     ):
         """Take what holds for the whole batch.
 
         Args:
             tree: All prompts.
-            children: Of each node.
-            group_of: The group of each node.
+            last_descendant: Of each node, as `NodeUsage` has it.
             is_scored: Per node, whether the log-probabilities of its tokens are wanted.
-            is_generating: Per request, whether a token follows its prompt.
-            kept_at: For nodes whose KV is kept, where in their group's log it begins; grows as groups are admitted.
+            generators_of: The requests for which a token is drawn at the end of a node.
+            place_of: Where the KV of a node is kept, or None where it is not.
         """
         self._tree = tree
-        self._children = children
-        self._group_of = group_of
+        self._children = tree.children()
+        self._last_descendant = last_descendant
         self._is_scored = is_scored
-        self._is_generating = is_generating
-        self._kept_at = kept_at
+        self._generators_of = generators_of
+        self._place_of = place_of
 
-    def fresh(self, group: int, row: Row, *, place: Mapping[int, Row]) -> RowPlan:
-        """A row of nodes on their first pass.
-
-        Args:
-            group: Their group.
-            row: The nodes, depth first.
-            place: The row of every node that this sweep computes for the first time.
-        """
+    def fresh(self, row: range, sweep: range, compactions: Sequence[Compaction] = ()) -> RowPlan:
+        """A row of nodes on their first pass, out of those of a sweep."""
         nodes = self._tree.nodes
         spans: list[FreshSpan] = []
         for node in row:
             start = spans[-1].start + spans[-1].length if spans else 0
             spans.append(FreshSpan(node=node, start=start, length=len(nodes[node].token_ids)))
         starts = {span.node: span.start for span in spans}
+        positions = np.concatenate([np.arange(span.length) + nodes[span.node].first_position for span in spans])
         return RowPlan(
-            token_ids=tuple(token for node in row for token in nodes[node].token_ids),
-            positions=tuple(nodes[s.node].first_position + offset for s in spans for offset in range(s.length)),
+            token_ids=np.concatenate([nodes[node].token_ids for node in row]),
+            positions=positions,
             fresh=tuple(spans),
-            ancestors=self._ancestors([(s.start, s.length, s.node) for s in spans], starts, place),
-            keeps=self._keeps(group, [span for span in spans if span.node in self._kept_at]),
-            scratch=tuple(span for span in spans if self._is_needed_elsewhere(span.node, row, place)),
+            ancestors=self._ancestors(
+                [(span.start, span.length, nodes[span.node].parent) for span in spans], starts, sweep, positions
+            ),
+            compactions=tuple(compactions),
+            keeps=self._keeps(spans),
+            scratch=tuple(
+                span for span in spans if row.stop <= self._last_descendant[span.node] and row.stop < sweep.stop
+            ),
             scores=tuple(score for span in spans for score in self._scores(span)),
             generators=tuple(
-                (span.start + span.length - 1, request)
-                for span in spans
-                for request in nodes[span.node].prompts
-                if self._is_generating[request]
+                (span.start + span.length - 1, request) for span in spans for request in self._generators_of(span.node)
             ),
         )
 
-    def decode(self, steps: Sequence[LogStep]) -> RowPlan:
-        """A row of one new token for each sequence of some groups."""
+    def decode(
+        self, steps: Sequence[Step], drawn: Sequence[tuple[int, int]], compactions: Sequence[Compaction] = ()
+    ) -> RowPlan:
+        """A row of one new token for each sequence of some groups; `drawn` has each one's (request, last token)."""
+        positions = np.array([seat.first_position + seat.length - 1 for step in steps for seat in step.seats])
         spans: list[DecodeSpan] = []
-        order: list[SequenceStep] = []
+        ancestors: list[AncestorSpan] = []
+        start = 0
         for step in steps:
             spans.append(
                 DecodeSpan(
                     group=step.group,
-                    start=len(order),
+                    start=start,
                     log_length=step.log_length,
-                    own_tokens=tuple(sequence.own_log_tokens for sequence in step.sequences),
-                    first_own_positions=tuple(
-                        self._tree.nodes[sequence.node].first_position for sequence in step.sequences
-                    ),
+                    own_tokens=[seat.own_places for seat in step.seats],
+                    first_own_positions=[seat.first_position for seat in step.seats],
+                    version=step.version,
                 )
             )
-            order += step.sequences
+            members: list[tuple[int, int, int | None]] = []
+            for above, seats in groupby(step.seats, key=lambda seat: seat.above):
+                count = sum(1 for _ in seats)
+                members.append((start, count, above))
+                start += count
+            ancestors += self._ancestors(members, {}, range(0), positions)
         return RowPlan(
-            token_ids=tuple(sequence.token_id for sequence in order),
-            positions=tuple(sequence.position for sequence in order),
+            token_ids=np.array([token for _, token in drawn]),
+            positions=positions,
             decode=tuple(spans),
-            ancestors=self._ancestors([(index, 1, sequence.node) for index, sequence in enumerate(order)], {}, {}),
+            ancestors=tuple(ancestors),
+            compactions=tuple(compactions),
             keeps=tuple(
                 Keep(group=span.group, log_start=span.log_length, spans=((span.start, len(span.own_tokens)),))
                 for span in spans
             ),
-            generators=tuple((index, sequence.request) for index, sequence in enumerate(order)),
+            generators=tuple((index, request) for index, (request, _) in enumerate(drawn)),
         )
 
-    def _keeps(self, group: int, spans: Sequence[FreshSpan]) -> tuple[Keep, ...]:
-        """Nodes of one group are kept in their order, so a row's part of the log has no gaps."""
-        if not spans:
-            return ()
-        return (
-            Keep(
-                group=group,
-                log_start=self._kept_at[spans[0].node],
-                spans=tuple((span.start, span.length) for span in spans),
-            ),
+    def _keeps(self, spans: Sequence[FreshSpan]) -> tuple[Keep, ...]:
+        """Nodes go into a log in the order in which they are computed, so a row's part of a log has no gaps."""
+        kept: dict[int, list[tuple[Place, FreshSpan]]] = {}
+        for span in spans:
+            if (place := self._place_of(span.node)) is not None:
+                kept.setdefault(place.group, []).append((place, span))
+        return tuple(
+            Keep(group=group, log_start=own[0][0].start, spans=tuple((span.start, span.length) for _, span in own))
+            for group, own in kept.items()
         )
 
     def _scores(self, span: FreshSpan) -> list[Score]:
@@ -158,23 +153,17 @@ class RowBuilder:
             if self._is_scored[child]
         ]
 
-    def _is_needed_elsewhere(self, node: int, row: Row, place: Mapping[int, Row]) -> bool:
-        """Whether a later row of the sweep holds a descendant."""
-        pending = list(self._children[node])
-        while pending:
-            child = pending.pop()
-            if place.get(child, row) is not row:
-                return True
-            pending += self._children[child]
-        return False
-
     def _ancestors(
-        self, members: Sequence[tuple[int, int, int]], starts: Mapping[int, int], place: Mapping[int, Row]
+        self,
+        members: Sequence[tuple[int, int, int | None]],
+        starts: Mapping[int, int],
+        sweep: range,
+        positions: Integers,
     ) -> tuple[AncestorSpan, ...]:
-        """For each ancestor of the row's members (start, length, node), the span of tokens that see it."""
+        """For each ancestor of the row's members (start, length, node above), the span of tokens that see it."""
         ranges: dict[int, tuple[int, int]] = {}
-        for start, length, node in members:
-            for ancestor in self._tree.path(node)[:-1]:
+        for start, length, above in members:
+            for ancestor in self._tree.path(above) if above is not None else ():
                 first, stop = ranges.get(ancestor, (start, start))
                 assert stop == start, (ancestor, first, stop, start, "descendants lie depth first, without a gap")
                 ranges[ancestor] = (first, start + length)
@@ -184,15 +173,18 @@ class RowBuilder:
                 length=stop - first,
                 num_keys=len(self._tree.nodes[ancestor].token_ids),
                 first_key_position=self._tree.nodes[ancestor].first_position,
-                source=self._source(ancestor, starts, place),
+                last_position=int(positions[first:stop].max()),
+                source=self._source(ancestor, starts, sweep),
             )
             for ancestor, (first, stop) in ranges.items()
         )
 
-    def _source(self, node: int, starts: Mapping[int, int], place: Mapping[int, Row]) -> KeySource:
+    def _source(self, node: int, starts: Mapping[int, int], sweep: range) -> KeySource:
         """Where an ancestor's KV is: in the row, left by an earlier row of the sweep, or in a log."""
         if node in starts:
             return KeySource(row_start=starts[node])
-        if node in place:
+        if node in sweep:
             return KeySource(scratch_node=node)
-        return KeySource(group=self._group_of[node], log_start=self._kept_at[node])
+        place = self._place_of(node)
+        assert place is not None, (node, "an ancestor's KV is gone")
+        return KeySource(group=place.group, log_start=place.start)

@@ -6,7 +6,15 @@ nodes of the prefix tree on their first pass; a *decode* span is one new token o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.integer]
+SHARED = -1
+"""Stands for a group where the log of nodes is meant that several sequences share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +29,7 @@ class FreshSpan:
     """Its tokens."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecodeSpan:
     """One new token for each of some sequences whose own KV lies in one log."""
 
@@ -31,10 +39,12 @@ class DecodeSpan:
     """First of its tokens in the row."""
     log_length: int
     """Tokens in the log before this step."""
-    own_tokens: tuple[tuple[int, ...], ...]
+    own_tokens: Sequence[Integers]
     """Per sequence, where in the log its own context lies, in order, the new token last."""
-    first_own_positions: tuple[int, ...]
+    first_own_positions: Sequence[int]
     """Per sequence, the position of the first token of that context."""
+    version: int
+    """The same as in the group's last step if nothing but one token has been appended to each context since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +73,22 @@ class AncestorSpan:
     """Tokens of the ancestor."""
     first_key_position: int
     """Position of its first token."""
+    last_position: int
+    """The highest position of the row's tokens."""
     source: KeySource
     """Where its KV is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compaction:
+    """A log is rewritten, before the row reads it, to hold just the tokens that are still needed."""
+
+    group: int
+    """Whose log."""
+    log_length: int
+    """Tokens in it until now."""
+    places: Integers
+    """Where the tokens lie that stay, in ascending order; token i of them moves to place i."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +122,13 @@ class Score:
     """... and its place there."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowPlan:
     """Everything about one row that does not depend on the layer."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Integers
     """New tokens."""
-    positions: tuple[int, ...]
+    positions: Integers
     """Position of each in its own sequence."""
     fresh: tuple[FreshSpan, ...] = ()
     """Nodes on their first pass."""
@@ -112,6 +136,8 @@ class RowPlan:
     """Sequences that generate."""
     ancestors: tuple[AncestorSpan, ...] = ()
     """What they see before their own context."""
+    compactions: tuple[Compaction, ...] = ()
+    """Logs to rewrite first."""
     keeps: tuple[Keep, ...] = ()
     """KV to keep beyond this sweep."""
     scratch: tuple[FreshSpan, ...] = ()

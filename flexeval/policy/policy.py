@@ -224,7 +224,7 @@ class Workload:
     num_scoring_tokens: int
     """Of these, the ones whose KV nobody decodes from: of scoring sequences and of prefixes only they share."""
     num_shared_tokens: int
-    """Tokens of all shared prefixes that generating sequences attend to, each prefix once; 0 without sharing."""
+    """Room for the KV of shared prefixes that outlives a sweep, in tokens: of those in use at once."""
     max_prompt_tokens: int
     """The longest stretch of prompt tokens computed in one piece: a shared prefix or what follows it."""
     max_own_tokens: int

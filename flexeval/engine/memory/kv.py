@@ -2,25 +2,29 @@
 
 A log is appended to in the order in which tokens are computed, so that reading what a group needs is one run of bytes.
 Where it rests on memory that the compute device addresses it is used in place; elsewhere it is read ahead into a
-buffer with room for the step's new tokens, which are written behind.
+buffer with room for the step's new tokens, which are written behind. A log has room for all that it can come to hold
+from its first token on, and keeps it until the batch ends: nothing is allocated from sweep to sweep.
 
 Shapes: T new tokens of a row, C tokens of a log, K KV heads, X size of a key and a value side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexeval.engine.compute.attention import KeysValues
-from flexeval.engine.compute.row import DecodeBatch, Row
+from flexeval.engine.compute.row import CompactionBatch, DecodeBatch, Row
 from flexeval.engine.memory.lane import Lane, Transfer, drain
 from flexeval.engine.memory.tier import Extent, Tier
 from flexeval.engine.trace import Trace
-from flexeval.planning.rows import AncestorSpan, Keep
+from flexeval.planning.rows import AncestorSpan, Keep, KeySource
+
+COMPACTED_TOKENS = 4096
+"""Tokens of a log that move at a time."""
 
 
 @dataclass(slots=True)
@@ -52,64 +56,74 @@ class LoadedContext:
     def __init__(
         self,
         own: dict[int, Tensor],
-        ancestors: dict[AncestorSpan, KeysValues],
+        ancestors: dict[KeySource, KeysValues],
         logs: dict[int, _Log],
         scratch: dict[int, KeysValues],
     ):
         self.own = own
         """By group, the log `[C, K, X]` with room for the step's new tokens."""
+        self.logs = logs
+        """By group, how its log is read."""
         self._ancestors = ancestors
-        self._logs = logs
         self._scratch = scratch
 
     def own_log(self, batch: DecodeBatch) -> KeysValues:
         """The log of a decode batch."""
         group = batch.span.group
-        return self._logs[group].split(self.own[group])
+        return self.logs[group].split(self.own[group])
 
     def ancestor(self, span: AncestorSpan) -> KeysValues:
         """An ancestor: from an earlier row of this sweep, or from a log."""
         if span.source.scratch_node is not None:
             return self._scratch[span.source.scratch_node]
-        return self._ancestors[span]
+        return self._ancestors[span.source]
 
 
 class KVCache:
     """The logs of one batch of requests, and the scratch of the current layer."""
 
-    def __init__(self, tiers: Sequence[Tier], *, device: torch.device, lane_in: Lane, lane_out: Lane, trace: Trace):
-        """A cache whose layer l rests on `tiers[l]`."""
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        *,
+        capacities: Mapping[int, int],
+        device: torch.device,
+        lane_in: Lane,
+        lane_out: Lane,
+        trace: Trace,
+    ):
+        """A cache whose layer l rests on `tiers[l]`; `capacities` are the most tokens of each group's log."""
         self._tiers = tiers
+        self._capacities = capacities
         self._device = device
         self._lane_out = lane_out
         self.lane_in = lane_in
         self._trace = trace
         self._logs: dict[tuple[int, int], _Log] = {}
-        self._capacities: dict[int, int] = {}
         self._scratch: dict[int, KeysValues] = {}
-
-    def open(self, group: int, num_tokens: int) -> None:
-        """Announce a group whose logs will hold at most `num_tokens`."""
-        assert group not in self._capacities, group
-        self._capacities[group] = num_tokens
 
     def load(self, layer: int, row: Row) -> LoadedContext:
         """Bring what a row reads at a layer to the device; runs on the lane for KV coming in."""
         logs = {group: log for group in self._groups(row) if (log := self._logs.get((layer, group))) is not None}
-        own: dict[int, Tensor] = {}
+        rooms = {batch.span.group: batch.num_sequences for batch in row.decode}
+        held: dict[int, Tensor] = {}  # logs as a whole
+        for compaction in row.compactions:
+            held[compaction.group] = self._compact(logs[compaction.group], compaction, rooms.get(compaction.group, 0))
         for batch in row.decode:
-            log, span = logs[batch.span.group], batch.span
-            own[span.group] = self._read(log, 0, span.log_length, room=batch.index_BS.shape[0])
-        ancestors: dict[AncestorSpan, KeysValues] = {}
+            if batch.span.group not in held and batch.span.group in logs:
+                log, span = logs[batch.span.group], batch.span
+                held[span.group] = self._read(log, 0, span.log_length, room=batch.num_sequences)
+        ancestors: dict[KeySource, KeysValues] = {}
         for ancestor in row.ancestors:
             source = ancestor.source
-            if source.group is None:
+            if source.group is None or source in ancestors:
                 continue
-            if source.group in own:
-                tokens_CKX = own[source.group][source.log_start : source.log_start + ancestor.num_keys]
+            if source.group in held:
+                tokens_CKX = held[source.group][source.log_start : source.log_start + ancestor.num_keys]
             else:
                 tokens_CKX = self._read(logs[source.group], source.log_start, ancestor.num_keys, room=0)
-            ancestors[ancestor] = logs[source.group].split(tokens_CKX)
+            ancestors[source] = logs[source.group].split(tokens_CKX)
+        own = {group: held[group] for group in rooms if group in held}
         return LoadedContext(own, ancestors, logs, self._scratch)
 
     def store(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> None:
@@ -124,13 +138,11 @@ class KVCache:
         """Forget the scratch: the sweep moves on to the next layer."""
         self._scratch.clear()
 
-    def free(self, group: int) -> None:
-        """Give back the room of a group's logs."""
-        del self._capacities[group]
-        for key in [key for key in self._logs if key[1] == group]:
-            if (write := self._logs[key].last_write) is not None:
-                write.wait()
-            self._logs.pop(key).extent.free()
+    def flush(self) -> None:
+        """Wait for what is written behind; raises where any of it failed, read or not."""
+        for log in self._logs.values():
+            if log.last_write is not None:
+                log.last_write.wait()
 
     def close(self) -> None:
         """Give back everything, also in the middle of a sweep."""
@@ -138,12 +150,12 @@ class KVCache:
         drain(self._lane_out)
         for log in self._logs.values():
             log.extent.free()
-        self._logs, self._capacities = {}, {}
+        self._logs = {}
         self._scratch.clear()
 
     @staticmethod
     def _groups(row: Row) -> set[int]:
-        groups = {batch.span.group for batch in row.decode}
+        groups = {batch.span.group for batch in row.decode} | {compaction.group for compaction in row.compactions}
         return groups | {span.source.group for span in row.ancestors if span.source.group is not None}
 
     def _read(self, log: _Log, start: int, num_tokens: int, *, room: int) -> Tensor:
@@ -157,6 +169,20 @@ class KVCache:
         self._trace.moved("kv_in", num_tokens * log.token_bytes)
         return log.shaped(buffer)
 
+    def _compact(self, log: _Log, compaction: CompactionBatch, room: int) -> Tensor:
+        """Rewrite a log, where it rests and as it is read: a part at a time, so that no second copy is needed.
+
+        Tokens only move up, and in their order: what a part overwrites has been moved before.
+        """
+        num_tokens = compaction.places_C.numel()
+        tokens_CKX = self._read(log, 0, compaction.log_length, room=room)
+        for start in range(0, num_tokens, COMPACTED_TOKENS):
+            places_C = compaction.places_C[start : start + COMPACTED_TOKENS]
+            tokens_CKX[start : start + places_C.numel()] = tokens_CKX[places_C]
+        if log.extent.view() is None:
+            log.last_write = self._lane_out.submit(self._write, log, log.last_write, 0, tokens_CKX[:num_tokens].clone())
+        return tokens_CKX[: num_tokens + room]
+
     def _append(self, layer: int, keep: Keep, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> None:
         log = self._log(layer, keep.group, keys_TKH, values_TKW)
         spans = [slice(start, start + length) for start, length in keep.spans]
@@ -168,6 +194,8 @@ class KVCache:
             log.last_write = self._lane_out.submit(self._write, log, log.last_write, keep.log_start, tokens_CKX)
         elif keep.group not in context.own:  # otherwise the loaded log is the view itself
             log.shaped(view)[keep.log_start : end] = tokens_CKX
+        if keep.log_start == 0 and keep.group not in context.own:  # a log that there was not when the row was loaded
+            context.own[keep.group], context.logs[keep.group] = tokens_CKX, log
 
     def _write(self, log: _Log, before: Transfer[None] | None, start: int, tokens_CKX: Tensor) -> None:
         if before is not None:

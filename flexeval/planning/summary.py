@@ -1,0 +1,57 @@
+"""What a plan saves, in tokens, and why. Knows counts only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexeval.planning.prefix import PrefixTree
+from flexeval.request import TokenRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSummary:
+    """The prompts of one batch."""
+
+    num_requests: int
+    """All requests."""
+    num_distinct: int
+    """Different prompts."""
+    num_asked_tokens: int
+    """Prompt tokens of all requests."""
+    num_duplicate_tokens: int
+    """Of these, in prompts that equal an earlier one."""
+    num_shared_tokens: int
+    """Of the others, in beginnings that are computed with an earlier prompt."""
+    num_computed_tokens: int
+    """What is left, and computed."""
+    num_nodes: int
+    """Runs of tokens that are computed in one piece each."""
+
+    @classmethod
+    def of(cls, requests: Sequence[TokenRequest], tree: PrefixTree) -> PlanSummary:
+        """Count; `tree` holds the prompts of `requests`, equal ones at least once."""
+        lengths = {request.prompt_ids: len(request.prompt_ids) for request in requests}
+        num_asked = sum(len(request.prompt_ids) for request in requests)
+        num_distinct_tokens = sum(lengths.values())
+        return cls(
+            num_requests=len(requests),
+            num_distinct=len(lengths),
+            num_asked_tokens=num_asked,
+            num_duplicate_tokens=num_asked - num_distinct_tokens,
+            num_shared_tokens=num_distinct_tokens - tree.num_computed_tokens,
+            num_computed_tokens=tree.num_computed_tokens,
+            num_nodes=len(tree.nodes),
+        )
+
+    @property
+    def saved_share(self) -> float:
+        """Share of the asked tokens that is not computed."""
+        return 1 - self.num_computed_tokens / self.num_asked_tokens if self.num_requests else 0.0
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        return (
+            f"{self.num_asked_tokens:,} prompt tokens asked, {self.num_computed_tokens:,} computed: "
+            f"{self.num_duplicate_tokens:,} are of equal prompts, {self.num_shared_tokens:,} of shared beginnings"
+        )
