@@ -150,7 +150,7 @@ def _answer(
     engine: Engine, requests: Sequence[Request], journal: Journal, setting: Setting, progress: Progress
 ) -> None:
     """Answer requests into the journal: each sweep's answers are durable before the next begins."""
-    with progress.activity(f"{setting.name}: loading weights") as update:
+    with progress.activity(f"{setting.name}: preparing layers") as update:
         engine.place(requests, on_layer=update)
     with progress.activity(f"{setting.name}: answering") as update:
         num_done = 0

@@ -78,6 +78,10 @@ class Shelf:
                 num_blocks += path.stat().st_blocks
         return 512 * num_blocks
 
+    def has(self, name: str) -> bool:
+        """Whether a folder of that name is here now."""
+        return (self.directory / name).is_dir()
+
     def take(self, name: str) -> HeldFolder:
         """A folder, new or as an earlier run left it. Raises `OSError`."""
         return HeldFolder(self.directory / name)

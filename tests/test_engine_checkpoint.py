@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_config, tiny_model
 
-from flexeval.engine.checkpoint import RandomCheckpoint, SafetensorsCheckpoint
+from flexeval.engine.checkpoint import SafetensorsCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.random_checkpoint import RandomCheckpoint
 from flexeval.errors import ModelError
 
 

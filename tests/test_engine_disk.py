@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import namedtuple
@@ -14,6 +15,7 @@ from flexeval.directio import BLOCK_BYTES
 from flexeval.engine.memory import chunks, staging
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.tier import page_aligned
+from flexeval.errors import DiskError
 
 SMALL_CHUNK = 4 * BLOCK_BYTES
 NUM_BYTES = 19 * BLOCK_BYTES + 77
@@ -111,12 +113,12 @@ def test_a_chunk_that_fails_fails_the_transfer_and_gives_its_buffers_back(
 
     def fail_in_the_middle(file: int, buffer: memoryview, offset: int) -> None:
         if offset == 2 * SMALL_CHUNK:
-            raise OSError("broken sector")
+            raise OSError(errno.EIO, "broken sector")
         done(file, buffer, offset)
 
     with monkeypatch.context() as patches:
         patches.setattr(tier.io, operation, fail_in_the_middle)
-        with pytest.raises(OSError, match="broken sector"):
+        with pytest.raises(DiskError, match="broken sector"):
             getattr(extent, operation)(data)
     extent.read(data)
     tier.close()  # checks that every buffer is back

@@ -11,10 +11,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from flexeval.backends.text import TextHalf
 from flexeval.config import Setting
-from flexeval.engine.checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint
+from flexeval.engine.checkpoint import Checkpoint, SafetensorsCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.family import check_family
 from flexeval.engine.memory.codec import Codec, Int4Codec
+from flexeval.engine.random_checkpoint import RandomCheckpoint
 from flexeval.errors import ConfigError, ModelError
 from flexeval.models import ModelSource, resolve
 

@@ -192,7 +192,7 @@ class Engine:
             policy,
             codec=opened.codec,
             device=opened.device,
-            disk_tier=DiskTier(disk_dir) if disk_dir is not None else None,
+            disk_tier=DiskTier(disk_dir, limit_bytes=self._limits.disk_bytes) if disk_dir is not None else None,
             on_layer=lambda layer: on_layer(layer + 1, opened.anatomy.num_layers),
         )
         self._load_s = time.perf_counter() - start

@@ -6,6 +6,7 @@ conversion of checkpoints (fused experts and the like), and handed over as the l
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -31,13 +33,19 @@ from flexeval.errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_SAMPLE_BYTES = 2**20
 
 
 class Checkpoint(Protocol):
     """A source of weights for one anatomy."""
 
-    def layer(self, layer: int) -> Mapping[str, Tensor]:
-        """The tensors of a layer by their names within it, on the host. Raises `ModelError`."""
+    @property
+    def identity(self) -> str | None:
+        """Changes whenever a weight may have; None where the weights cannot be told from others."""
+        ...
+
+    def layer(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of a layer by their names within it, on the host, the caller's to use up. Raises `ModelError`."""
         ...
 
     def rest(self) -> Mapping[str, Tensor]:
@@ -47,6 +55,8 @@ class Checkpoint(Protocol):
 
 class StateDictCheckpoint:
     """The weights of a model that is already in memory."""
+
+    identity = None
 
     def __init__(self, anatomy: Anatomy, state_dict: Mapping[str, Tensor]):
         self._layers: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -58,56 +68,13 @@ class StateDictCheckpoint:
             else:
                 self._layers[layer][local] = tensor
 
-    def layer(self, layer: int) -> Mapping[str, Tensor]:
+    def layer(self, layer: int) -> dict[str, Tensor]:
         """The tensors of a layer."""
-        return self._layers[layer]
+        return dict(self._layers[layer])
 
     def rest(self) -> Mapping[str, Tensor]:
         """Everything else."""
         return self._rest
-
-
-class RandomCheckpoint:
-    """Random weights of the right shapes: normal with deviation 0.02 for matrices, 1 for scales, 0 for biases.
-
-    One block of random numbers is drawn once and laid out again from another offset for each tensor, so that the
-    weights of a 175B model take seconds rather than minutes.
-    """
-
-    _BLOCK = 2**24
-
-    def __init__(self, anatomy: Anatomy, *, seed: int = 0):
-        self._anatomy = anatomy
-        generator = torch.Generator().manual_seed(seed)
-        self._block = torch.randn(self._BLOCK, generator=generator).mul_(0.02)
-        self._num_drawn = 0
-
-    def layer(self, layer: int) -> Mapping[str, Tensor]:
-        """Random tensors for a layer."""
-        return {s.name: self._fill(s.name, s.shape, s.dtype) for s in self._anatomy.layer_specs(layer)}
-
-    def rest(self) -> Mapping[str, Tensor]:
-        """Random tensors for embedding, norms and head; tied ones share memory, as in the model."""
-        tied: dict[int, Tensor] = {}
-        tensors = {}
-        for name, tensor in self._anatomy.model.state_dict(keep_vars=True).items():
-            if id(tensor) not in tied:
-                tied[id(tensor)] = self._fill(name, tuple(tensor.shape), tensor.dtype)
-            tensors[name] = tied[id(tensor)]
-        return tensors
-
-    def _fill(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if len(shape) < 2:
-            return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=dtype)
-        out = torch.empty(shape, dtype=dtype)
-        flat = out.view(-1)
-        self._num_drawn += 1
-        start = (self._num_drawn * 7_368_787) % self._BLOCK  # a prime step: neighbours never repeat each other
-        rolled = torch.cat([self._block[start:], self._block[:start]]).to(dtype)
-        for position in range(0, flat.numel(), self._BLOCK):
-            part = flat[position : position + self._BLOCK]
-            part.copy_(rolled[: part.numel()])
-        return out
 
 
 class SafetensorsCheckpoint:
@@ -118,6 +85,7 @@ class SafetensorsCheckpoint:
         self._anatomy = anatomy
         self._directory = directory
         self._files = _find_files(directory)
+        self.identity = _identify(anatomy, set(self._files.values()))
         self._keys: dict[int | None, list[str]] = defaultdict(list)
         with _with_layers(anatomy) as whole:
             self._mapping = get_model_conversion_mapping(whole)
@@ -128,7 +96,7 @@ class SafetensorsCheckpoint:
                 name, _ = rename_source_key(key, renamings, converters, whole.base_model_prefix, names)
                 self._keys[_locate(name, anatomy.layers_name)[0]].append(key)
 
-    def layer(self, layer: int) -> Mapping[str, Tensor]:
+    def layer(self, layer: int) -> dict[str, Tensor]:
         """Read one layer. Raises `ModelError` for a tensor that is missing or cannot be read."""
         prefix = f"{self._anatomy.layers_name}.{layer}."
         wanted = {prefix + spec.name for spec in self._anatomy.layer_specs(layer)}
@@ -165,6 +133,22 @@ class SafetensorsCheckpoint:
             what = f"no weights for {missing[0]}" if missing else f"weights of another shape: {problems[0]}"
             raise ModelError(what, where=str(self._directory), mend="Fetch the model again, or check its config.json")
         return {name: tensor.detach() for name, tensor in loaded.items()}
+
+
+def _identify(anatomy: Anatomy, paths: set[Path]) -> str:
+    """A hash of what the weights depend on: files by name, length, time and beginning; configuration and converter.
+
+    Files of hundreds of gigabytes are not read whole; one that was written anew has another time.
+    """
+    config = {key: value for key, value in anatomy.config.to_dict().items() if key != "_name_or_path"}
+    facts = [transformers_version, type(anatomy.model).__name__, json.dumps(config, sort_keys=True, default=str)]
+    digest = hashlib.sha256("\n".join(facts).encode())
+    for path in sorted(paths):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _find_files(directory: Path) -> dict[str, Path]:

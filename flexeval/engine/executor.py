@@ -73,6 +73,7 @@ class Executor:
         self._anatomy = anatomy
         self._device = device
         self.tiers = _make_tiers(device, disk_tier)
+        self._disk_tier = disk_tier
         self._device_tier = self.tiers[TierName.GPU if device.type == "cuda" else TierName.CPU]
         num_layers = anatomy.num_layers
         if overlap is None:
@@ -88,6 +89,8 @@ class Executor:
                 [self._tier(name) for name in policy.weights.spread(num_layers)],
                 codec=codec,
                 device=device,
+                device_tier=self._device_tier,
+                disk_tier=disk_tier,
                 lane=self._lanes["weights"],
                 trace=self.trace,
                 on_layer=on_layer,
@@ -177,6 +180,8 @@ class Executor:
         """The most that was used of each tier: on a GPU everything, elsewhere what the engine's stores hold."""
         peak = {str(name): tier.peak_bytes for name, tier in self.tiers.items()}
         peak[self._device_tier.name] += self._anatomy.resident_bytes
+        if self._disk_tier is not None:
+            peak[TierName.CPU] += self._disk_tier.staging.num_bytes
         if self._device.type == "cuda":
             peak[TierName.GPU] = torch.cuda.max_memory_allocated(self._device)
         return peak

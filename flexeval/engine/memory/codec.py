@@ -34,6 +34,13 @@ class Codec(Protocol):
         """Code a 1-D run as uint8 `[num_bytes]`. Raises `ModelError` for what would not come back as finite numbers."""
         ...
 
+    def encode_part(self, values: Tensor, first: int, run: Tensor) -> None:
+        """Code the part `values` of a longer run, which begins at its number `first`, into the run's bytes `run`.
+
+        The bytes may rest on another device. Raises `ModelError` as `encode` does.
+        """
+        ...
+
     def decode(self, coded: Tensor, out: Tensor) -> None:
         """Fill the 1-D run `out` (any float type) from uint8 `[num_bytes(len(out))]` on the same device."""
         ...
@@ -49,6 +56,8 @@ class Codec(Protocol):
 
 _CHUNK_VALUES = 2**24
 """Numbers unpacked at a time at most: bounds the temporary memory to 100 MB."""
+_ENCODED_VALUES = {"cpu": 2**18, "cuda": 2**24}
+"""Numbers coded at a time: on a CPU what its cache holds, on a GPU what 300 MB of temporary memory hold."""
 
 
 class Int4Codec:
@@ -70,20 +79,37 @@ class Int4Codec:
 
     def encode(self, values: Tensor) -> Tensor:
         """Quantize; what is decoded lies within half a step, and float16's rounding of its minimum and scale."""
-        groups_GE = values.float().view(-1, self.group_size)
-        minimum_G1 = groups_GE.amin(1, keepdim=True).half()
-        scale_G1 = ((groups_GE.amax(1, keepdim=True) - minimum_G1.float()) / 15).half()
+        coded = torch.empty(self.num_bytes(values.numel()), dtype=torch.uint8, device=values.device)
+        self.encode_part(values, 0, coded)
+        return coded
+
+    def encode_part(self, values: Tensor, first: int, run: Tensor) -> None:
+        """Quantize a part of a run, a bounded number of groups at a time."""
+        num_code_bytes = run.numel() * self.group_size // (self.group_size + 8)
+        affine = run[num_code_bytes:].view(torch.float16).view(-1, 2)
+        step = _ENCODED_VALUES[values.device.type]
+        for start in range(0, values.numel(), step):
+            packed_GP, affine_G2 = self._encode_groups(values[start : start + step].view(-1, self.group_size))
+            code, group = (first + start) // 2, (first + start) // self.group_size
+            run[code : code + packed_GP.numel()].view(packed_GP.shape).copy_(packed_GP)
+            affine[group : group + affine_G2.shape[0]].copy_(affine_G2)
+
+    def _encode_groups(self, values_GE: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[G, E / 2]` and (scale, minimum) `[G, 2]`; the same on every device."""
+        groups_GE = values_GE.float()
+        minimum_G1, maximum_G1 = groups_GE.aminmax(dim=1, keepdim=True)
+        minimum_G1 = minimum_G1.half()
+        fifteen = torch.full((), 15.0, device=values_GE.device)  # by a plain number, a GPU would multiply with 1 / 15
+        scale_G1 = ((maximum_G1 - minimum_G1.float()) / fifteen).half()
         top_G1 = minimum_G1.float() + 15 * scale_G1.float()
-        if not torch.isfinite(top_G1.to(values.dtype)).all():  # covers every number: NaN and infinity spread to the top
+        if not torch.isfinite(top_G1.to(values_GE.dtype)).all():  # covers every number: NaN and infinity spread to it
             raise ModelError(
                 "a weight is infinite, NaN or too large, and cannot be quantized", mend="Use the setting none"
             )
         step_G1 = scale_G1.float().where(scale_G1 > 0, torch.ones_like(scale_G1, dtype=torch.float32))
         codes_GE = ((groups_GE - minimum_G1.float()) / step_G1).round_().clamp_(0, 15).to(torch.uint8)
         half = self.group_size // 2
-        packed_GP = codes_GE[:, :half] | (codes_GE[:, half:] << 4)
-        affine_G2 = torch.cat([scale_G1, minimum_G1], dim=1)
-        return torch.cat([packed_GP.flatten(), affine_G2.view(torch.uint8).flatten()])
+        return codes_GE[:, :half] | (codes_GE[:, half:] << 4), torch.cat([scale_G1, minimum_G1], dim=1)
 
     def decode(self, coded: Tensor, out: Tensor) -> None:
         """Write minimum + scale * code, computed in float32, a bounded number of groups at a time."""

@@ -110,7 +110,8 @@ class DiskExtent:
 
     def __init__(self, tier: DiskTier, path: Path, num_bytes: int, *, is_kept: bool):
         """The beginning of a file of whole blocks; one that `is_kept` stays when the extent is freed."""
-        self._tier = tier
+        self.tier = tier
+        """Where its room is counted."""
         self._path = path
         self._is_kept = is_kept
         self.num_bytes = num_bytes
@@ -127,8 +128,8 @@ class DiskExtent:
         """Read the file; to a GPU by way of host memory, asynchronously on the current stream."""
         assert offset + out.numel() <= self.num_bytes, (offset, out.numel(), self.num_bytes)
         with (
-            self._tier.opened(self._path, os.O_RDONLY) as file,
-            ChunkedTransfer(self._tier.io, self._tier.staging, is_pinned=out.is_cuda) as transfer,
+            self.tier.opened(self._path, os.O_RDONLY) as file,
+            ChunkedTransfer(self.tier.io, self.tier.staging, is_pinned=out.is_cuda) as transfer,
         ):
             for piece in pieces(offset, offset + out.numel()):
                 transfer.read(file, piece, out[piece.first - offset : piece.last - offset])
@@ -140,8 +141,8 @@ class DiskExtent:
         inner_start, inner_end = round_up(offset), round_down(end)
         if inner_start < inner_end:
             with (
-                self._tier.opened(self._path, os.O_WRONLY) as file,
-                ChunkedTransfer(self._tier.io, self._tier.staging, is_pinned=data.is_cuda) as transfer,
+                self.tier.opened(self._path, os.O_WRONLY) as file,
+                ChunkedTransfer(self.tier.io, self.tier.staging, is_pinned=data.is_cuda) as transfer,
             ):
                 for piece in pieces(inner_start, inner_end):
                     transfer.write(file, piece, data[piece.first - offset : piece.last - offset])
@@ -149,24 +150,24 @@ class DiskExtent:
         else:
             edges = [(offset, end)]
         if any(start < stop for start, stop in edges):  # parts of blocks: the page cache reads and completes them
-            with self._tier.opened(self._path, os.O_WRONLY, is_aligned=False) as file:
+            with self.tier.opened(self._path, os.O_WRONLY, is_aligned=False) as file:
                 for start, stop in edges:
                     edge = data[start - offset : stop - offset].cpu()
-                    self._tier.io.write(file, bytes_of(edge), start)
+                    self.tier.io.write(file, bytes_of(edge), start)
 
     def keep_as(self, path: Path) -> None:
         """Let the file outlive the run, under another name in the tier's folder: there whole or not at all."""
-        with self._tier.opened(self._path, os.O_RDONLY) as file:
+        with self.tier.opened(self._path, os.O_RDONLY) as file:
             os.fsync(file)
         self._path = self._path.rename(path)
         self._is_kept = True
-        self._tier.kept_bytes += self.num_bytes
+        self.tier.kept_bytes += self.num_bytes
 
     def free(self) -> None:
         """Delete the file, unless it is kept."""
         if self._is_kept:
-            self._tier.kept_bytes -= self.num_bytes
+            self.tier.kept_bytes -= self.num_bytes
         else:
             self._path.unlink(missing_ok=True)
-        self._tier.give_back(self.num_bytes)
+        self.tier.give_back(self.num_bytes)
         self.num_bytes = 0

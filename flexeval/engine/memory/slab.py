@@ -6,8 +6,9 @@ all matrices as one run, so that one unpack serves the whole layer.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +22,10 @@ from flexeval.errors import ModelError
 
 ALIGNMENT = 64
 """Bytes; every tensor starts at a multiple, wide enough for any vector load."""
+_FORMAT = 1
+"""Raised when this module or a codec lays the same numbers out in another way: slabs on disk are then made anew."""
+_PACKED_VALUES = 2**24
+"""Numbers moved to the device that codes them at a time, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,42 +71,58 @@ class SlabLayout:
         self._num_raw_bytes = offset
         self.num_coded_values = num_values
         """Numbers the codec unpacks; the caller provides room for them."""
-        coded_bytes = codec.num_bytes(num_values) if codec is not None and num_values else 0
-        self.num_bytes = math.ceil((offset + coded_bytes) / ALIGNMENT) * ALIGNMENT
+        self._num_coded_bytes = codec.num_bytes(num_values) if codec is not None and num_values else 0
+        self.num_bytes = math.ceil((offset + self._num_coded_bytes) / ALIGNMENT) * ALIGNMENT
         """Exact length of the slab."""
         types = {coded.spec.dtype for coded in self._coded}
         assert len(types) <= 1, (types, "coded matrices of one layer share a type")
         self.coded_dtype = types.pop() if types else torch.float32
         """The type coded matrices are unpacked to."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same tensors would be packed to other bytes."""
+        parts = [_FORMAT, self.codec.name if self.codec else None, self._raw, self._coded]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
     def pack(self, tensors: Mapping[str, Tensor], *, device: torch.device) -> Tensor:
         """The slab of one layer: uint8 `[num_bytes]` on `device`. Raises `ModelError` for what cannot be coded."""
         slab = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
-        for raw in self._raw:
-            tensor = tensors[raw.spec.name].to(device, raw.spec.dtype).contiguous()
-            assert tensor.shape == raw.spec.shape, (raw.spec, tensor.shape)
-            slab[raw.offset : raw.offset + raw.num_bytes] = tensor.view(-1).view(torch.uint8)
-        if self._coded:
-            assert self.codec is not None
-            values = torch.zeros(self.num_coded_values, dtype=self.coded_dtype, device=device)
-            for coded in self._coded:
-                self._place(coded, values).copy_(tensors[coded.spec.name])
-                self._fill_padding(coded, values)
-            encoded = self._encode(self.codec, values)
-            slab[self._num_raw_bytes : self._num_raw_bytes + encoded.numel()] = encoded
+        self.pack_into(dict(tensors), slab, device=device)
         return slab
 
-    def _encode(self, codec: Codec, values: Tensor) -> Tensor:
-        """Code the run. Raises `ModelError` with the name of the matrix that cannot be coded."""
-        try:
-            return codec.encode(values)
-        except ModelError:
-            for coded in self._coded:
-                try:
-                    codec.encode(self._rows(coded, values).flatten())
-                except ModelError as error:
-                    raise ModelError(error.what, where=coded.spec.name, mend=error.mend) from error
-            raise
+    def pack_into(self, tensors: dict[str, Tensor], slab: Tensor, *, device: torch.device) -> None:
+        """Fill a layer's slab, a bounded piece at a time.
+
+        Args:
+            tensors: By name. Each is taken out when its turn comes, so that its memory can go.
+            slab: uint8 `[num_bytes]`, on any device.
+            device: Where matrices are coded.
+
+        Raises:
+            ModelError: A matrix cannot be coded; the message names it.
+        """
+        for raw in self._raw:
+            tensor = tensors.pop(raw.spec.name)
+            assert tensor.shape == raw.spec.shape, (raw.spec, tensor.shape)
+            self._raw_place(raw, slab).copy_(tensor)
+        for coded in self._coded:
+            tensor = tensors.pop(coded.spec.name)
+            assert tensor.shape == coded.spec.shape and self.codec is not None, (coded.spec, tensor.shape)
+            try:
+                self._encode(coded, tensor, self._coded_run(slab), self.codec, device)
+            except ModelError as error:
+                raise ModelError(error.what, where=coded.spec.name, mend=error.mend) from error
+
+    def _encode(self, coded: _Coded, tensor: Tensor, run: Tensor, codec: Codec, device: torch.device) -> None:
+        first = coded.offset
+        for rows_RI in self._row_chunks(coded, tensor):
+            rows_RI = rows_RI.to(device, self.coded_dtype)
+            # The last number of a row is repeated, so that padding never widens a group's range.
+            padding_RX = rows_RI[:, -1:].expand(-1, coded.padded_row_size - coded.row_size)
+            values = torch.cat([rows_RI, padding_RX], dim=1).view(-1)
+            codec.encode_part(values, first, run)
+            first += values.numel()
 
     def unpack(self, slab: Tensor, workspace: Tensor | None) -> dict[str, Tensor]:
         """Every tensor as a view: into `slab` itself, or into `workspace` for what the codec had to unpack.
@@ -135,15 +156,15 @@ class SlabLayout:
         return tensors
 
     def _raw_tensors(self, slab: Tensor) -> dict[str, Tensor]:
-        return {
-            raw.spec.name: slab[raw.offset : raw.offset + raw.num_bytes].view(raw.spec.dtype).view(raw.spec.shape)
-            for raw in self._raw
-        }
+        return {raw.spec.name: self._raw_place(raw, slab) for raw in self._raw}
 
     def _coded_run(self, slab: Tensor) -> Tensor:
-        assert self.codec is not None
-        num_bytes = self.codec.num_bytes(self.num_coded_values)
-        return slab[self._num_raw_bytes : self._num_raw_bytes + num_bytes]
+        return slab[self._num_raw_bytes : self._num_raw_bytes + self._num_coded_bytes]
+
+    @staticmethod
+    def _raw_place(raw: _Raw, slab: Tensor) -> Tensor:
+        """The tensor as a view into the slab."""
+        return slab[raw.offset : raw.offset + raw.num_bytes].view(raw.spec.dtype).view(raw.spec.shape)
 
     @staticmethod
     def _rows(coded: _Coded, values: Tensor) -> Tensor:
@@ -159,8 +180,9 @@ class SlabLayout:
         *lead, _, output = coded.spec.shape
         return cast(Tensor, rows.unflatten(0, (*lead, output)).transpose(-1, -2))
 
-    @classmethod
-    def _fill_padding(cls, coded: _Coded, values: Tensor) -> None:
-        """Repeat each row's last number, so that padding never widens a group's range."""
-        rows = cls._rows(coded, values)
-        rows[:, coded.row_size :] = rows[:, coded.row_size - 1 : coded.row_size]
+    @staticmethod
+    def _row_chunks(coded: _Coded, tensor: Tensor) -> Iterator[Tensor]:
+        """The rows of a matrix, or of each of several, `[R, row_size]`, a bounded number at a time."""
+        for matrix in tensor.flatten(0, -3) if tensor.dim() > 2 else (tensor,):
+            rows = matrix.T if coded.spec.is_input_first else matrix
+            yield from rows.split(max(1, _PACKED_VALUES // coded.padded_row_size))

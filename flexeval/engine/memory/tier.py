@@ -151,7 +151,7 @@ class MemoryExtent:
 
     def view(self) -> Tensor | None:
         """The bytes themselves, on the compute device."""
-        return self.memory() if self._tier.is_addressable else None
+        return self._buffer[: self.num_bytes] if self._tier.is_addressable else None
 
     def memory(self) -> Tensor:
         """The bytes themselves, on the tier's device."""

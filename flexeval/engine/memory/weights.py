@@ -10,11 +10,13 @@ from torch import Tensor
 from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.codec import Codec
+from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.lane import Lane
+from flexeval.engine.memory.loading import load_layers
+from flexeval.engine.memory.prepared import PreparedLayers
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.memory.tier import Extent, Tier
 from flexeval.engine.trace import Trace
-from flexeval.errors import ModelError
 
 
 class WeightStore:
@@ -28,19 +30,24 @@ class WeightStore:
         *,
         codec: Codec | None,
         device: torch.device,
+        device_tier: Tier,
+        disk_tier: DiskTier | None,
         lane: Lane,
         trace: Trace,
         on_layer: Callable[[int], None] = lambda layer: None,
     ):
         """Read the checkpoint layer by layer and put layer l's slab on `tiers[l]`.
 
+        `device_tier` has the room for what is on its way; on `disk_tier` slabs outlive the run, for the next one.
         Raises `CapacityError` where a tier is full, and what the checkpoint raises.
         """
         self.lane = lane
         self._anatomy = anatomy
         self._trace = trace
         self._layouts = [SlabLayout(anatomy.layer_specs(layer), codec) for layer in range(anatomy.num_layers)]
+        self._device_tier = device_tier
         self._extents: list[Extent] = []
+        self._rooms: list[Extent] = []
         few_tokens = codec.few_tokens(device) if codec is not None else 0
         self._few_tokens = [
             few_tokens if layout.coded_names and layout.coded_names <= linear_weights else 0
@@ -48,30 +55,28 @@ class WeightStore:
         ]
         """Per layer, up to how many tokens of a row it computes with its matrices as they rest."""
         self._is_bound = [False] * anatomy.num_layers
+        self._prepared: PreparedLayers | None = None
+        if disk_tier is not None and checkpoint.identity is not None:
+            self._prepared = PreparedLayers(disk_tier, checkpoint.identity, self._layouts)
         try:
-            for layer, (layout, tier) in enumerate(zip(self._layouts, tiers, strict=True)):
-                extent = tier.allocate(layout.num_bytes)
-                self._extents.append(extent)
-                extent.write(self._pack(checkpoint, layer))
-                on_layer(layer)
+            self._extents = load_layers(
+                checkpoint,
+                self._layouts,
+                tiers,
+                layers_name=anatomy.layers_name,
+                prepared=self._prepared,
+                device=device,
+                on_layer=on_layer,
+            )
+            streamed = max((extent.num_bytes for extent in self._extents if extent.view() is None), default=0)
+            self._buffers = [self._room(streamed) for _ in range(2)]
+            types = {layout.coded_dtype for layout in self._layouts if layout.num_coded_values}
+            coded = max(layout.num_coded_values for layout in self._layouts)
+            self._workspace = self._room(coded * (dtype := types.pop()).itemsize).view(dtype) if types else None
         except BaseException:
             self.close()
             raise
-        streamed = max((extent.num_bytes for extent in self._extents if extent.view() is None), default=0)
-        self._buffers = [torch.empty(streamed, dtype=torch.uint8, device=device) for _ in range(2)]
         self._num_loads = 0
-        coded = max((layout.num_coded_values for layout in self._layouts), default=0)
-        types = {layout.coded_dtype for layout in self._layouts if layout.num_coded_values}
-        self._workspace = torch.empty(coded, dtype=types.pop(), device=device) if types else None
-
-    def _pack(self, checkpoint: Checkpoint, layer: int) -> Tensor:
-        """A layer's slab on the host. Raises `ModelError`, with the full name of a matrix that cannot be coded."""
-        tensors = checkpoint.layer(layer)
-        try:
-            return self._layouts[layer].pack(tensors, device=torch.device("cpu"))
-        except ModelError as error:
-            name = f"{self._anatomy.layers_name}.{layer}.{error.where}"
-            raise ModelError(error.what, where=name, mend=error.mend) from error
 
     @property
     def num_bytes(self) -> int:
@@ -112,6 +117,15 @@ class WeightStore:
 
     def close(self) -> None:
         """Give back everything."""
-        for extent in self._extents:
+        for extent in [*self._extents, *self._rooms]:
             extent.free()
-        self._extents = []
+        self._extents, self._rooms = [], []
+        if self._prepared is not None:
+            self._prepared.close()
+
+    def _room(self, num_bytes: int) -> Tensor:
+        """Memory of the compute device, counted with everything else there."""
+        self._rooms.append(self._device_tier.allocate(num_bytes))
+        view = self._rooms[-1].view()
+        assert view is not None
+        return view

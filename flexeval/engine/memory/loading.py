@@ -1,0 +1,95 @@
+"""Bringing every layer's slab to where it rests. Knows checkpoints, layouts and tiers; not how slabs are used.
+
+While one layer is packed and put in its place, the next one's tensors are read: beside what rests there, host memory
+never holds more than about two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flexeval.engine.checkpoint import Checkpoint
+from flexeval.engine.memory.disk import DiskExtent
+from flexeval.engine.memory.lane import ThreadLane, ahead
+from flexeval.engine.memory.prepared import PreparedLayers
+from flexeval.engine.memory.slab import SlabLayout
+from flexeval.engine.memory.tier import Extent, Tier, page_aligned
+from flexeval.errors import ModelError
+
+
+def load_layers(
+    checkpoint: Checkpoint,
+    layouts: Sequence[SlabLayout],
+    tiers: Sequence[Tier],
+    *,
+    layers_name: str,
+    prepared: PreparedLayers | None,
+    device: torch.device,
+    on_layer: Callable[[int], None],
+) -> list[Extent]:
+    """Put layer l's slab on `tiers[l]`, from an earlier run's files where there are any.
+
+    Args:
+        checkpoint: Where weights come from.
+        layouts: Of every layer.
+        tiers: Of every layer.
+        layers_name: What the layers are called in the model.
+        prepared: What earlier runs kept; takes what this one puts on disk. None keeps nothing.
+        device: Where matrices are coded.
+        on_layer: Told the number of each layer that is in its place.
+
+    Raises:
+        CapacityError: A tier is full. Nothing stays allocated.
+        ModelError: The checkpoint cannot be read, or a matrix not be coded.
+    """
+    found = [prepared.find(layer) if prepared else None for layer in range(len(layouts))]
+    missing = [layer for layer, extent in enumerate(found) if extent is None]
+    extents: list[Extent] = []
+    lane = ThreadLane("loading", device)
+    tensors_ahead = ahead(lane, checkpoint.layer, missing)
+
+    def pack(layer: int, slab: Tensor) -> None:
+        tensors = next(tensors_ahead)
+        try:
+            layouts[layer].pack_into(tensors, slab, device=device)
+        except ModelError as error:
+            raise ModelError(error.what, where=f"{layers_name}.{layer}.{error.where}", mend=error.mend) from error
+
+    try:
+        for layer, (layout, tier) in enumerate(zip(layouts, tiers, strict=True)):
+            ready = found[layer]
+            if ready is not None and tier is ready.tier:
+                extents.append(ready)
+            else:
+                extents.append(tier.allocate(layout.num_bytes))
+                _fill(extents[-1], ready, partial(pack, layer))
+                if prepared is not None and isinstance(extents[-1], DiskExtent):
+                    prepared.keep(layer, extents[-1])
+            found[layer] = None
+            on_layer(layer)
+    except BaseException:
+        for extent in [*extents, *(extent for extent in found if extent is not None and extent not in extents)]:
+            extent.free()
+        raise
+    finally:
+        lane.close()
+    return extents
+
+
+def _fill(extent: Extent, ready: DiskExtent | None, pack: Callable[[Tensor], None]) -> None:
+    """Put a slab into its place: as it is `ready` on disk, else packed."""
+    memory = extent.memory()
+    if ready is not None:
+        assert memory is not None
+        ready.read(memory)
+        ready.free()
+    elif memory is not None:
+        pack(memory)
+    else:
+        slab = page_aligned(extent.num_bytes).zero_()  # equal layers make equal files, gaps included
+        pack(slab)
+        extent.write(slab)
