@@ -14,7 +14,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.partial import Partial, merge_into, partial_attention
+from flexeval.engine.compute.kernels import has_triton
+from flexeval.engine.compute.partial import (
+    Partial,
+    merge_into,
+    partial_attention,
+    takes_varlen,
+    varlen_attention,
+)
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import DecodeBatch, FreshBatch, Row
 from flexeval.planning.rows import AncestorSpan
@@ -48,10 +55,16 @@ class PackedAttention:
         """Attention output `[T, N, W]` of the row's new tokens, whose KV `context` already holds."""
         num_tokens, num_heads, _ = q_TNH.shape
         assert num_tokens == row.plan.num_tokens, (num_tokens, row.plan.num_tokens)
-        out_TNW = q_TNH.new_empty(num_tokens, num_heads, v_TKW.shape[-1])
-        lse_TN = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q_TNH.device)
-        for fresh in row.fresh:
-            self._fresh(q_TNH, k_TKH, v_TKW, options, fresh, out_TNW, lse_TN)
+        if row.runs is not None and takes_varlen(q_TNH, v_TKW, options.softcap):
+            bounds, longest = row.runs
+            out_TNW, lse_TN = varlen_attention(
+                q_TNH, k_TKH, v_TKW, bounds, longest, scale=options.scale, window=options.window
+            )
+        else:
+            out_TNW = q_TNH.new_empty(num_tokens, num_heads, v_TKW.shape[-1])
+            lse_TN = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q_TNH.device)
+            for fresh in row.fresh:
+                self._fresh(q_TNH, k_TKH, v_TKW, options, fresh, out_TNW, lse_TN)
         for decode in row.decode:
             self._decode(q_TNH, options, row, decode, context.own_log(decode), out_TNW, lse_TN)
         for span in row.ancestors:
@@ -104,8 +117,24 @@ class PackedAttention:
         out_TNW: Tensor,
         lse_TN: Tensor,
     ) -> None:
-        """One query per sequence over its own context, gathered from the log."""
-        tokens = slice(batch.span.start, batch.span.start + batch.index_BS.shape[0])
+        """One query per sequence over its own context, read where it lies or gathered from the log."""
+        tokens = slice(batch.span.start, batch.span.start + batch.num_sequences)
+        if has_triton(q_TNH.device):
+            from flexeval.engine.compute.decode_kernel import decode_attention
+
+            partial = decode_attention(
+                q_TNH[tokens],
+                log.keys_CKH,
+                log.values_CKW,
+                batch.index_BS,
+                batch.lengths_B,
+                max_length=batch.max_length,
+                scale=options.scale,
+                window=options.window,
+                softcap=options.softcap,
+            )
+            out_TNW[tokens], lse_TN[tokens] = partial.out_BNQW[:, :, 0], partial.lse_BNQ[:, :, 0]
+            return
         mask_BS = batch.is_context_BS
         if options.window is not None:
             mask_BS = mask_BS & (row.positions_1T[0, tokens, None] - batch.key_position_BS < options.window)
@@ -133,12 +162,10 @@ class PackedAttention:
         """All descendants' tokens over one ancestor's KV, merged into what they have attended to so far."""
         tokens = slice(span.start, span.start + span.length)
         mask_1AP = None
-        last_position = int(row.plan.positions[span.start + span.length - 1])
-        if options.window is not None and max(row.plan.positions[tokens]) - span.first_key_position >= options.window:
+        if options.window is not None and span.last_position - span.first_key_position >= options.window:
             key_position_P = span.first_key_position + torch.arange(span.num_keys, device=q_TNH.device)
             distance_AP = row.positions_1T[0, tokens, None] - key_position_P
             mask_1AP = (distance_AP < options.window)[None]
-        assert last_position >= span.first_key_position + span.num_keys, (span, last_position)
         partial: Partial = partial_attention(
             q_TNH[tokens].transpose(0, 1)[None],
             keys_values.keys_CKH.transpose(0, 1)[None],
