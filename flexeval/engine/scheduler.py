@@ -16,7 +16,8 @@ import numpy as np
 
 from flexeval.engine.answers import Answers
 from flexeval.engine.compute.readout import Readout
-from flexeval.planning.logs import GroupLog, Seat, SharedLog, Step
+from flexeval.planning.block import Block
+from flexeval.planning.logs import SharedLog, Step
 from flexeval.planning.prefix import build_tree
 from flexeval.planning.rowplans import Place, RowBuilder
 from flexeval.planning.rows import SHARED, Compaction, RowPlan
@@ -45,13 +46,18 @@ class Scheduler:
         self.summary = PlanSummary.of(requests, self.tree)
         self._answers = Answers(requests, self._streams, self.tree)
         self._leaf = {stream: node for node, entry in enumerate(self.tree.nodes) for stream in entry.prompts}
-        self._groups = self._make_groups()
+        self._block = Block(
+            self._streams,
+            self.tree,
+            self._usage,
+            group_sequences=policy.group_sequences,
+            num_groups=policy.num_groups,
+        )
         self._shared_room = self._usage.generating_room()
         self._shared = SharedLog(self._shared_room + self._usage.scoring_room(sweep_tokens=policy.sweep_tokens))
         self._num_held = 0  # tokens of shared nodes that wait for the end of sequences
         self._num_open = list(self._usage.num_users)  # unfinished streams that run through each node
         self._num_unfinished = len(self._streams)
-        self._seats: dict[int, tuple[GroupLog, Seat]] = {}
         self._waiting: deque[int] = deque()  # streams that have drawn their first token and have no seat
         self._next_node = 0
         self._weights: dict[int, int] = {}
@@ -71,12 +77,12 @@ class Scheduler:
     @property
     def log_capacities(self) -> dict[int, int]:
         """Tokens that the log of each group, and of shared nodes, can come to hold at most."""
-        return {SHARED: self._shared.capacity, **{group.group: group.capacity for group in self._groups}}
+        return {SHARED: self._shared.capacity, **{group.group: group.capacity for group in self._block.groups}}
 
     def plan_sweep(self) -> list[RowPlan]:
         """The rows of the next sweep: one step of every sequence in flight, and the nodes that may enter."""
-        while self._waiting and self._num_free_seats() > 0:
-            self._take_seat(self._waiting.popleft())
+        while self._waiting and self._block.num_free > 0:
+            self._block.enter(self._waiting.popleft())
         entering = self._admit()
         compactions = self._make_room(entering)
         rows = [*self._decode_rows(compactions), *self._fresh_rows(entering, compactions)]
@@ -97,7 +103,7 @@ class Scheduler:
         for stream in self._weights:
             if not self._answers.is_open(stream):
                 self._finish(stream)
-            elif stream not in self._seats:
+            elif stream not in self._block:
                 self._waiting.append(stream)
         self._weights = {}
         return results
@@ -110,7 +116,7 @@ class Scheduler:
         A run of nodes that belong to one prompt enters as a whole where a sweep can take it at all.
         """
         first, usage, limit = self._next_node, self._usage, self._policy.sweep_tokens
-        num_new = sum(len(group.stepping) for group in self._groups)
+        num_new = self._block.num_stepping
         num_drawing = len(self._waiting)  # streams that will want a seat after this sweep
         while self._next_node < len(self.tree.nodes) and self._has_room(self._next_node, num_drawing):
             node = self._next_node
@@ -123,7 +129,7 @@ class Scheduler:
                 stop = node + max(1, int(np.searchsorted(sizes, limit - num_new, side="right")))
             self._enter(node)
             num_drawing += sum(
-                self._streams[stream].is_generating and stream not in self._seats
+                self._streams[stream].is_generating and stream not in self._block
                 for stream in self.tree.nodes[node].prompts
             )
             num_new += sum(usage.num_tokens[node:stop])
@@ -133,47 +139,23 @@ class Scheduler:
     def _has_room(self, node: int, num_drawing: int) -> bool:
         """Whether there is room for the KV that a node leaves, and for the sequences that begin with it."""
         if self._usage.is_owned(node):
-            return self._stream_of(node) in self._seats or self._num_free_seats() > num_drawing
+            return self._stream_of(node) in self._block or self._block.num_free > num_drawing
         if not self._usage.is_shared_by_generating(node):
             return True
         begins = any(self._streams[stream].is_generating for stream in self.tree.nodes[node].prompts)
-        has_seat = not begins or self._num_free_seats() > num_drawing
+        has_seat = not begins or self._block.num_free > num_drawing
         return has_seat and self._num_held + self._usage.num_tokens[node] <= self._shared_room
 
     def _enter(self, node: int) -> None:
-        if self._usage.is_owned(node) and (stream := self._stream_of(node)) not in self._seats:
-            self._take_seat(stream)
+        if self._usage.is_owned(node) and (stream := self._stream_of(node)) not in self._block:
+            self._block.enter(stream)
         if self._usage.is_shared_by_generating(node):
             self._num_held += self._usage.num_tokens[node]
-
-    def _take_seat(self, stream: int) -> None:
-        """Give a sequence the first free seat, so that the last groups are the first to be empty."""
-        leaf, asked = self._leaf[stream], self._streams[stream]
-        num_own = self._usage.num_own[leaf]
-        above: int | None = leaf
-        while above is not None and self._usage.num_users[above] == 1:
-            above = self.tree.nodes[above].parent
-        group = next(group for group in self._groups if len(group.seats) < group.num_seats)
-        seat = Seat(
-            stream=stream,
-            leaf=leaf,
-            above=above,
-            first_position=len(asked.prompt_ids) - num_own,
-            places=np.zeros(num_own + asked.max_tokens - 1, dtype=np.int32),
-            num_prompt_tokens=num_own,
-        )
-        group.enter(seat)
-        self._seats[stream] = group, seat
-
-    def _num_free_seats(self) -> int:
-        return sum(group.num_seats for group in self._groups) - len(self._seats)
 
     def _finish(self, stream: int) -> None:
         """A stream has answered all of its requests: nobody reads its KV again."""
         self._num_unfinished -= 1
-        if stream in self._seats:
-            group, _ = self._seats.pop(stream)
-            group.leave(stream)
+        self._block.leave(stream)
         for node in self.tree.path(self._leaf[stream]):
             self._num_open[node] -= 1
             if not self._num_open[node]:
@@ -189,7 +171,7 @@ class Scheduler:
         for node in entering:
             if (log := self._log_of(node)) is not None:
                 num_tokens[log] += self._usage.num_tokens[node]
-        compactions = [group.begin_sweep(num_tokens[group.group]) for group in self._groups]
+        compactions = [group.begin_sweep(num_tokens[group.group]) for group in self._block.groups]
         compactions.append(self._shared.begin_sweep(num_tokens[SHARED]))
         return {compaction.group: compaction for compaction in compactions if compaction is not None}
 
@@ -197,7 +179,7 @@ class Scheduler:
         """One step of every sequence in flight; groups share a row while their sequences fit in it."""
         batches: list[list[Step]] = []
         num_sequences = 0
-        for group in self._groups:
+        for group in self._block.groups:
             step = group.step()
             if not step.seats:
                 continue
@@ -234,43 +216,24 @@ class Scheduler:
         if log == SHARED:
             self._shared.append(node, self._usage.num_tokens[node])
         elif log is not None:
-            group, seat = self._seats[self._stream_of(node)]
+            group, seat = self._block.seat(self._stream_of(node))
             group.append(seat, self._usage.num_tokens[node])
 
     def _log_of(self, node: int) -> int | None:
         """The log that a node of this sweep goes to, if its KV outlives the sweep."""
         if self._usage.is_owned(node):
-            return self._seats[self._stream_of(node)][0].group
+            return self._block.seat(self._stream_of(node))[0].group
         has_later_descendants = self._usage.last_descendant[node] >= self._next_node
         return SHARED if has_later_descendants or self._usage.is_generating[node] else None
 
     def _place_of(self, node: int) -> Place | None:
         """Where the KV of a node is kept."""
         if self._usage.is_owned(node):
-            group, seat = self._seats[self._stream_of(node)]
+            group, seat = self._block.seat(self._stream_of(node))
             offset = self.tree.nodes[node].first_position - seat.first_position
             return Place(group=group.group, start=int(seat.places[offset]))
         start = self._shared.starts.get(node)
         return None if start is None else Place(group=SHARED, start=start)
-
-    # -- the batch --------------------------------------------------------------------------------------------------
-
-    def _make_groups(self) -> list[GroupLog]:
-        """The policy's groups, as many as are needed; each has room for the largest sequences there are."""
-        sizes = sorted(
-            (
-                self._usage.num_own[self._leaf[index]] + stream.max_tokens - 1
-                for index, stream in enumerate(self._streams)
-                if stream.is_generating
-            ),
-            reverse=True,
-        )
-        groups = []
-        for index in range(self._policy.num_groups):
-            num_seats = min(self._policy.group_sequences, len(sizes) - index * self._policy.group_sequences)
-            if num_seats > 0:
-                groups.append(GroupLog(group=index, num_seats=num_seats, capacity=sum(sizes[:num_seats])))
-        return groups
 
     def _wants_scores(self, stream: Stream) -> bool:
         return any(self._requests[request].score_prompt for request in stream.requests)

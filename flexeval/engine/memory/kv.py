@@ -180,7 +180,7 @@ class KVCache:
             places_C = compaction.places_C[start : start + COMPACTED_TOKENS]
             tokens_CKX[start : start + places_C.numel()] = tokens_CKX[places_C]
         if log.extent.view() is None:
-            log.last_write = self._lane_out.submit(self._write, log, log.last_write, 0, tokens_CKX[:num_tokens].clone())
+            log.last_write = self._lane_out.submit(self._write, log, log.last_write, 0, tokens_CKX[:num_tokens])
         return tokens_CKX[: num_tokens + room]
 
     def _append(self, layer: int, keep: Keep, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> None:
