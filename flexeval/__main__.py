@@ -2,4 +2,5 @@
 
 from flexeval.cli import main
 
-main()
+if __name__ == "__main__":  # not where a child of `bench` imports this again
+    main()

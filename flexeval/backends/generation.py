@@ -52,8 +52,8 @@ class Generator:
         self.batch_size = batch_size
         self.prefill_s = self.decode_s = 0.0
         """Seconds of prompts, and of all steps after them."""
-        self.num_steps = 0
-        """Forward passes after the prompts'."""
+        self.num_batches = self.num_steps = 0
+        """Forward passes of prompts, and after them."""
         self._model = model
         self._text = text
         self._device = device
@@ -105,6 +105,7 @@ class Generator:
     def _count(self, chosen: Sequence[tuple[int, TokenRequest]], answered: BatchAnswer) -> None:
         self.prefill_s += answered.prefill_s
         self.decode_s += answered.decode_s
+        self.num_batches += 1
         self.num_steps += answered.num_steps
         self._num_prompt_tokens += sum(len(request.prompt_ids) for _, request in chosen)
         self._num_generated_tokens += sum(len(result.token_ids) for result in answered.results)

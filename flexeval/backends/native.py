@@ -19,12 +19,14 @@ from flexeval.config import Limits, Setting, parse_disk, parse_size
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.sizes import measure_workload, model_shape
+from flexeval.engine.trace import Trace
 from flexeval.errors import CapacityError
 from flexeval.models import ModelSource
+from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, Workload
 from flexeval.policy.search import check, search
-from flexeval.request import Completion, Request
+from flexeval.request import Completion, Request, TokenRequest
 
 OnLayer = Callable[[int, int], None]
 """Told (layers loaded, layers in all) while weights are loaded."""
@@ -64,7 +66,7 @@ class Engine:
         Raises:
             FlexevalError: The model, a setting or an option is not usable; the message says how to mend it.
         """
-        fixed, limits = _read_policy(policy), _read_limits(gpu_memory, cpu_memory, disk)
+        fixed, limits = read_policy(policy), read_limits(gpu_memory, cpu_memory, disk)
         return cls(open_model(model, setting=setting, device=device, dtype=dtype), fixed, limits)
 
     @staticmethod
@@ -78,8 +80,8 @@ class Engine:
         disk: str | Path | None = None,
     ) -> None:
         """Raise `ConfigError` for options of `load` that suit no model, before one is fetched for them."""
-        _read_policy(policy)
-        _read_limits(gpu_memory, cpu_memory, disk)
+        read_policy(policy)
+        read_limits(gpu_memory, cpu_memory, disk)
         pick_device(device)
         check_dtype(dtype)
 
@@ -117,6 +119,20 @@ class Engine:
     def dtype(self) -> str:
         """Type of the arithmetic."""
         return str(self._opened.anatomy.dtype).removeprefix("torch.")
+
+    @property
+    def trace(self) -> Trace:
+        """Counters of the weights' present placement."""
+        return Trace() if self._executor is None else self._executor.trace
+
+    def token_requests(self, requests: Sequence[Request]) -> list[TokenRequest]:
+        """What the engine itself is asked, equal requests once. Raises `RequestError`."""
+        return Batch(self.text, requests).token_requests
+
+    def cost_model(self, requests: Sequence[Request]) -> CostModel:
+        """What any policy would cost for these requests on this machine. Raises `RequestError`."""
+        workload = measure_workload(self.token_requests(requests))
+        return CostModel(shape=self._shape, workload=workload, hardware=self._measure())
 
     def place(self, requests: Sequence[Request], *, on_layer: OnLayer = lambda num_done, num_layers: None) -> None:
         """Choose a policy for these requests and load the weights to where it wants them.
@@ -167,20 +183,24 @@ class Engine:
             phases=dict(trace.phases),
         )
 
+    def _measure(self) -> Hardware:
+        """The machine, measured once: before the engine itself fills the memory."""
+        if self._hardware is None:
+            place: Literal["cuda", "cpu"] = "cuda" if self._opened.device.type == "cuda" else "cpu"
+            self._hardware = detect(place, self._limits, self._opened.anatomy.dtype)
+        return self._hardware
+
     def _ready(self, workload: Workload, on_layer: OnLayer) -> Executor:
         """The executor, its weights placed for this workload, and placed anew where their old place is too small."""
-        opened = self._opened
-        if self._hardware is None:  # measured before the engine itself fills the memory
-            place: Literal["cuda", "cpu"] = "cuda" if opened.device.type == "cuda" else "cpu"
-            self._hardware = detect(place, self._limits, opened.anatomy.dtype)
+        opened, hardware = self._opened, self._measure()
         if self._executor is not None:
             try:
-                check(self._executor.policy, self._shape, workload, self._hardware)
+                check(self._executor.policy, self._shape, workload, hardware)
                 return self._executor
             except CapacityError:
                 self.close()
-        policy = self._fixed_policy or search(self._shape, workload, self._hardware)
-        check(policy, self._shape, workload, self._hardware)
+        policy = self._fixed_policy or search(self._shape, workload, hardware)
+        check(policy, self._shape, workload, hardware)
         if opened.device.type == "cuda" and self._limits.gpu_bytes is not None:  # a bound, not a wish
             total_bytes = torch.cuda.get_device_properties(opened.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self._limits.gpu_bytes / total_bytes), opened.device)
@@ -199,7 +219,7 @@ class Engine:
         return self._executor
 
 
-def _read_policy(policy: str | Policy) -> Policy | None:
+def read_policy(policy: str | Policy) -> Policy | None:
     """A policy from what the user wrote; None where it is to be searched for. Raises `ConfigError`."""
     if policy == "auto":
         return None
@@ -212,7 +232,8 @@ def _read_policy(policy: str | Policy) -> Policy | None:
     return Policy.load(Path(policy)) if is_file else Policy.parse(policy)
 
 
-def _read_limits(gpu_memory: str | int | None, cpu_memory: str | int | None, disk: str | Path | None) -> Limits:
+def read_limits(gpu_memory: str | int | None, cpu_memory: str | int | None, disk: str | Path | None) -> Limits:
+    """Limits from what the user wrote. Raises `ConfigError`."""
     disk_dir, disk_bytes = parse_disk(str(disk)) if disk is not None else (None, 0)
     return Limits(
         gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),

@@ -1,0 +1,40 @@
+"""How many sequences a peer can compute together. Knows sizes; not who computes them.
+
+Peers keep a batch's whole KV cache, and one layer's temporaries, on the device that computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexeval.errors import CapacityError
+from flexeval.policy.cost import HIDDEN_COPIES, INTERMEDIATE_COPIES
+from flexeval.policy.policy import ModelShape
+from flexeval.request import TokenRequest
+
+_CACHE_LAYERS = 1
+"""A layer's cache grows by copying: for a moment there are two of it."""
+_LOGITS_BYTES = 2 * 4
+"""A position's logits in 32 bits, and their log-softmax, per token of the vocabulary."""
+
+
+def batch_bytes(shape: ModelShape, requests: Sequence[TokenRequest], num_sequences: int) -> int:
+    """Bytes of the compute device that the largest batch of `num_sequences` takes beside weights."""
+    num_tokens = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+    num_prompt_tokens = max(len(request.prompt_ids) for request in requests)
+    num_logits = num_prompt_tokens if any(request.score_prompt for request in requests) else 1
+    cache_bytes = num_tokens * (shape.num_layers + _CACHE_LAYERS) * shape.kv_bytes_per_token
+    widths = HIDDEN_COPIES * shape.hidden_size + INTERMEDIATE_COPIES * shape.intermediate_size
+    layer_bytes = num_prompt_tokens * widths * shape.dtype_bytes
+    logits_bytes = num_logits * shape.vocab_size * (shape.dtype_bytes + _LOGITS_BYTES)
+    return num_sequences * (cache_bytes + max(layer_bytes, logits_bytes))
+
+
+def largest_batch(shape: ModelShape, requests: Sequence[TokenRequest], room_bytes: int) -> int:
+    """The largest power of two of sequences that fits `room_bytes`, as there are requests. Raises `CapacityError`."""
+    if batch_bytes(shape, requests, 1) > room_bytes:
+        raise CapacityError("not even one sequence fits beside the weights", mend="Raise --gpu-memory or --cpu-memory")
+    size = 1
+    while 2 * size <= len(requests) and batch_bytes(shape, requests, 2 * size) <= room_bytes:
+        size *= 2
+    return size

@@ -1,0 +1,47 @@
+"""From sweeps to figures: which belong to prefill and which to decode, and how cost grows. Plain arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log
+
+from flexeval.bench.figures import LaneFigures, PhaseFigures, ScalePoint
+from flexeval.engine.trace import SweepTrace
+
+
+def split_phases(sweeps: Sequence[SweepTrace]) -> dict[str, PhaseFigures]:
+    """Sweeps that compute prompt tokens are `prefill`, the others `decode`; a phase without any is absent.
+
+    Where prompts enter while others decode, a sweep does both and counts as prefill: its decoding is not credited.
+    """
+    phases = {
+        "prefill": [sweep for sweep in sweeps if sweep.num_fresh_tokens],
+        "decode": [sweep for sweep in sweeps if not sweep.num_fresh_tokens],
+    }
+    return {name: _add_up(chosen) for name, chosen in phases.items() if chosen}
+
+
+def _add_up(sweeps: Sequence[SweepTrace]) -> PhaseFigures:
+    elapsed_s = sum(sweep.elapsed_s for sweep in sweeps)
+    lanes = {}
+    for name in sweeps[0].lanes:
+        busy_s = sum(sweep.lanes[name].busy_s for sweep in sweeps)
+        num_bytes = sum(sweep.lanes[name].num_bytes for sweep in sweeps)
+        lanes[name] = LaneFigures(num_bytes=num_bytes, busy_s=busy_s, utilization=busy_s / elapsed_s)
+    return PhaseFigures(
+        elapsed_s=elapsed_s,
+        num_sweeps=len(sweeps),
+        num_fresh_tokens=sum(sweep.num_fresh_tokens for sweep in sweeps),
+        num_decode_tokens=sum(sweep.num_decode_tokens for sweep in sweeps),
+        lanes=lanes,
+    )
+
+
+def fit_exponent(points: Sequence[ScalePoint]) -> float:
+    """The p of seconds ~ requests^p: least squares of log seconds over log requests. Needs two different sizes."""
+    xs = [log(point.num_requests) for point in points]
+    ys = [log(point.elapsed_s) for point in points]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    assert spread > 0, [point.num_requests for point in points]
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread

@@ -1,0 +1,60 @@
+"""What a benchmark asks: exact lengths, real prefixes, no padding token."""
+
+from __future__ import annotations
+
+import pytest
+
+from flexeval.bench.work import SyntheticWork, choose_work, parse_scale
+from flexeval.errors import ConfigError
+
+
+def test_synthetic_requests_have_exact_lengths_and_share_what_they_should() -> None:
+    work = SyntheticWork(prompt_len=20, gen_len=3, shared_prefix=15)
+    requests = work.requests(50, vocab_size=7)
+    assert {len(request.prompt) for request in requests} == {20}
+    assert len({request.prompt[:15] for request in requests}) == 1
+    assert len({request.prompt[15:] for request in requests}) > 40
+    assert {token for request in requests for token in request.prompt} == {1, 2, 3, 4, 5, 6}, "never 0"
+    assert all(request.ignore_eos and request.max_tokens == 3 and not request.echo for request in requests)
+    assert work.requests(10, vocab_size=7) == requests[:10], "more work is the same work and more"
+    assert SyntheticWork(prompt_len=20, gen_len=3, seed=1).requests(1, vocab_size=7) != requests[:1]
+
+
+def test_what_is_scored_generates_nothing() -> None:
+    (request,) = SyntheticWork(prompt_len=4, gen_len=32, is_scoring=True).requests(1, vocab_size=9)
+    assert (request.max_tokens, request.echo) == (0, True)
+
+
+def options(**changes: object) -> dict[str, object]:
+    names = ("suite", "prompt_len", "gen_len", "shared_prefix", "seed")
+    return dict.fromkeys(names) | {"is_scoring": False} | changes
+
+
+def test_what_is_not_named_has_the_paper_s_lengths() -> None:
+    assert choose_work(**options()) == SyntheticWork(prompt_len=512, gen_len=32)  # FlexGen, section 6
+    assert choose_work(**options(suite="demo")) == "demo"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"suite": "demo", "gen_len": 4}, "--gen-len"),
+        ({"suite": "demo", "is_scoring": True}, "--score"),
+        ({"is_scoring": True, "gen_len": 4}, "--gen-len"),
+        ({"only_of_suites": (3, False)}, "--suite"),
+        ({"prompt_len": 8, "shared_prefix": 8}, "--prompt-len"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        choose_work(**options(**changes))
+
+
+def test_multiples_are_read() -> None:
+    assert parse_scale("1,4,16") == (1, 4, 16)
+
+
+@pytest.mark.parametrize("text", ["", "1", "0,4", "four", "4,"])
+def test_multiples_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--scale 1,4,16"):
+        parse_scale(text)
