@@ -162,3 +162,13 @@ def test_grouped_query_attention_is_widened_on_a_gpu_only():
     cpu_room = kv_room(replace(LAPTOP, **LAPTOP_DISK))
     assert cpu_room == 3 * (4 - 1) * gathered_bytes
     assert cpu_room - kv_room(T4) == 4 * gathered_bytes
+
+
+def test_a_shared_prefix_is_read_once_a_call():
+    own, header = 12, 500
+    shared = replace(generating(64, own), num_prompt_tokens=header + 64 * own, mean_context_tokens=header + own)
+    policy = Policy(group_sequences=16, num_groups=4, sweep_tokens=10**6)
+    read = plan_sweeps(policy, shared)["decode"].num_kv_read
+    least = 64 * (own + 16) + 4 * header
+    assert least <= read <= least + header, "it is stored once as well, which counts with the sequences"
+    assert plan_sweeps(policy, generating(64, own))["decode"].num_kv_read == 64 * (own + 16)

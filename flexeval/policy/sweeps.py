@@ -37,7 +37,8 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
     Finished sequences are replaced by waiting ones, so a block of B stays full: decoding takes the larger of
     `max_generated_tokens` - 1 sweeps (the longest sequence alone) and one sweep for every B tokens left to generate.
     With equal lengths that is the n - 1 sweeps a block of FlexGen (Sheng et al., ICML 2023, section 4.3): a
-    sequence's first token comes from its prefill.
+    sequence's first token comes from its prefill. A prefix that sequences share is read once for a call that they are
+    in together, their own tokens once for each of them.
     """
     num_generating = workload.num_generating_sequences
     num_kept = workload.num_prompt_tokens - workload.num_scoring_tokens if num_generating else 0
@@ -60,13 +61,16 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
     num_decodes = max(workload.max_generated_tokens - 1, ceil(num_left / min(policy.block_sequences, num_generating)))
     num_active = num_left / num_decodes
     half_generated = workload.num_generated_tokens / num_generating / 2
+    num_calls = ceil(num_active / min(policy.group_sequences, policy.row_tokens))
+    num_own = num_kept / num_generating
+    num_shared = max(0.0, workload.mean_context_tokens - num_own)
     decode = Sweep(
         num_sweeps=num_decodes,
         num_tokens=num_active,
-        num_calls=ceil(num_active / min(policy.group_sequences, policy.row_tokens)),
+        num_calls=num_calls,
         num_pairs=num_active * (workload.mean_context_tokens + half_generated),
         num_logits_rows=num_active,
-        num_kv_read=num_active * (num_kept / num_generating + half_generated),
+        num_kv_read=num_active * (num_own + half_generated) + num_calls * num_shared,
         num_kv_written=num_active,
     )
     return {"prefill": prefill, "decode": decode}
