@@ -97,19 +97,19 @@ class Int4Codec:
     def _encode_groups(self, values_GE: Tensor) -> tuple[Tensor, Tensor]:
         """Codes `[G, E / 2]` and (scale, minimum) `[G, 2]`; the same on every device."""
         groups_GE = values_GE.float()
-        minimum_G1, maximum_G1 = groups_GE.aminmax(dim=1, keepdim=True)
-        minimum_G1 = minimum_G1.half()
+        minimum_G1 = groups_GE.amin(1, keepdim=True).half()
         fifteen = torch.full((), 15.0, device=values_GE.device)  # by a plain number, a GPU would multiply with 1 / 15
-        scale_G1 = ((maximum_G1 - minimum_G1.float()) / fifteen).half()
+        scale_G1 = ((groups_GE.amax(1, keepdim=True) - minimum_G1.float()) / fifteen).half()
         top_G1 = minimum_G1.float() + 15 * scale_G1.float()
         if not torch.isfinite(top_G1.to(values_GE.dtype)).all():  # covers every number: NaN and infinity spread to it
             raise ModelError(
                 "a weight is infinite, NaN or too large, and cannot be quantized", mend="Use the setting none"
             )
         step_G1 = scale_G1.float().where(scale_G1 > 0, torch.ones_like(scale_G1, dtype=torch.float32))
-        codes_GE = ((groups_GE - minimum_G1.float()) / step_G1).round_().clamp_(0, 15).to(torch.uint8)
+        codes_GE = (groups_GE - minimum_G1.float()).div_(step_G1).round_().clamp_(0, 15).to(torch.int8)
         half = self.group_size // 2
-        return codes_GE[:, :half] | (codes_GE[:, half:] << 4), torch.cat([scale_G1, minimum_G1], dim=1)
+        packed_GP = torch.add(codes_GE[:, :half], codes_GE[:, half:], alpha=16)  # wraps around as if unsigned
+        return packed_GP.view(torch.uint8), torch.cat([scale_G1, minimum_G1], dim=1)
 
     def decode(self, coded: Tensor, out: Tensor) -> None:
         """Write minimum + scale * code, computed in float32, a bounded number of groups at a time."""
