@@ -69,6 +69,24 @@ def test_a_product_with_a_matrix_as_it_rests(
     assert torch.equal(matrix.multiply(x_TI.to(CUDA), bias_O.to(CUDA)), y_TO), "the same sum in the same order"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [8, 32, 64, 128])
+def test_a_large_product_is_the_same_every_time(num_tokens: int) -> None:
+    """Large enough that every multiprocessor is at work: races show here."""
+    codec, (num_outputs, num_inputs) = Int4Codec(64), (28672, 7168)
+    generator = torch.Generator(CUDA).manual_seed(num_tokens)
+    weight_OI = torch.randn(num_outputs, num_inputs, generator=generator, device=CUDA, dtype=torch.float16) * 0.02
+    coded = codec.encode(weight_OI.view(-1))
+    codec.decode(coded, weight_OI.view(-1))
+    x_TI = torch.randn(num_tokens, num_inputs, generator=generator, device=CUDA, dtype=torch.float16)
+    matrix = codec.matrix(coded, 0, (num_outputs, num_inputs))
+    y_TO = matrix.multiply(x_TI, None)
+    expected_TO = x_TI.double() @ weight_OI.double().T
+    assert (y_TO.double() - expected_TO).norm() / expected_TO.norm() < 1e-3
+    for _ in range(30):
+        assert torch.equal(matrix.multiply(x_TI, None), y_TO)
+
+
 class UnpackedMatrix:
     """A coded matrix without a kernel: unpacked for every product, which counts them."""
 

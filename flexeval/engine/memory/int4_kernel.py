@@ -84,11 +84,11 @@ def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tenso
         num_inputs,
         num_groups,
         HALF=num_bytes,
-        GROUPS=2 if x_TI.element_size() == 2 and block_tokens <= 32 else 1,
+        GROUPS=2 if x_TI.element_size() == 2 else 1,
         TOKENS=block_tokens,
         OUTPUTS=_OUTPUTS,
         num_warps=4,
-        num_stages=3 if x_TI.element_size() == 2 else 2,
+        num_stages=3 if x_TI.element_size() == 2 and block_tokens <= 32 else 2,
     )
     y_TO = torch.empty(num_tokens, num_outputs, dtype=x_TI.dtype, device=x_TI.device)
     num_values = num_tokens * num_outputs
@@ -123,7 +123,8 @@ def _multiply_kernel(
     row = tl.minimum(output, num_outputs - 1).to(tl.int64) * num_groups
     per_part = tl.cdiv(tl.cdiv(num_groups, GROUPS), tl.num_programs(1)) * GROUPS
     first = tl.program_id(1) * per_part
-    sums = tl.zeros((OUTPUTS, TOKENS), tl.float32)
+    # Weights are the right operand: as the left one, in registers, Triton 3.6 overwrote them too early on Hopper.
+    sums = tl.zeros((TOKENS, OUTPUTS), tl.float32)
     for step in range(first, tl.minimum(first + per_part, num_groups), GROUPS):
         group = step + tl.arange(0, GROUPS)
         is_group = group < num_groups
@@ -132,13 +133,15 @@ def _multiply_kernel(
         pair = tl.load(affine + row[:, None] + group[None, :], mask=is_group[None, :], other=0)
         low, high = _dequantize(packed, pair, x.dtype.element_ty)
         inputs = step * (2 * HALF) + byte // HALF * (2 * HALF) + byte % HALF
-        x_source = x + token[None, :] * num_inputs + inputs[:, None]
-        x_low = tl.load(x_source, mask=is_token[None, :] & (inputs < num_inputs)[:, None], other=0.0)
-        x_high = tl.load(x_source + HALF, mask=is_token[None, :] & (inputs + HALF < num_inputs)[:, None], other=0.0)
-        sums = tl.dot(tl.reshape(low, (OUTPUTS, GROUPS * HALF)), x_low, sums, input_precision="ieee")
-        sums = tl.dot(tl.reshape(high, (OUTPUTS, GROUPS * HALF)), x_high, sums, input_precision="ieee")
-    target = parts + (tl.program_id(1) * num_tokens + token)[None, :].to(tl.int64) * num_outputs + output[:, None]
-    tl.store(target, sums, mask=is_token[None, :] & is_output[:, None])
+        x_source = x + token[:, None] * num_inputs + inputs[None, :]
+        x_low = tl.load(x_source, mask=is_token[:, None] & (inputs < num_inputs)[None, :], other=0.0)
+        x_high = tl.load(x_source + HALF, mask=is_token[:, None] & (inputs + HALF < num_inputs)[None, :], other=0.0)
+        low = tl.trans(tl.reshape(low, (OUTPUTS, GROUPS * HALF)))
+        high = tl.trans(tl.reshape(high, (OUTPUTS, GROUPS * HALF)))
+        sums = tl.dot(x_low, low, sums, input_precision="ieee")
+        sums = tl.dot(x_high, high, sums, input_precision="ieee")
+    target = parts + (tl.program_id(1) * num_tokens + token)[:, None].to(tl.int64) * num_outputs + output[None, :]
+    tl.store(target, sums, mask=is_token[:, None] & is_output[None, :])
 
 
 @triton.jit
