@@ -151,7 +151,8 @@ def _answer(
 ) -> None:
     """Answer requests into the journal: each sweep's answers are durable before the next begins."""
     with progress.activity(f"{setting.name}: preparing layers") as update:
-        engine.place(requests, on_layer=update)
+        plan = engine.place(requests, on_layer=update)
+    progress.say(f"{setting.name}: {plan}")
     with progress.activity(f"{setting.name}: answering") as update:
         num_done = 0
 

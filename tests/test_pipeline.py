@@ -25,8 +25,11 @@ ENTRIES = ("simple_classification:model=text", "simple_mcqa:model=text")
 
 
 class Silence:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
     def say(self, text: str) -> None:
-        pass
+        self.said.append(text)
 
     @contextmanager
     def activity(self, label: str) -> Iterator[Update]:
@@ -74,6 +77,14 @@ def test_a_run_is_whole(options: RunOptions) -> None:
         assert 0 < setting.num_computed_prompt_tokens < setting.num_prompt_tokens
         assert setting.peak_bytes["cpu"] > 0
     assert len(list((options.out / "helm" / "runs" / "small").glob("*/stats.json"))) == 4
+
+
+def test_a_run_says_what_its_plan_saves(options: RunOptions) -> None:
+    progress = Silence()
+    (setting,) = run_suite(options, progress).results.settings
+    (line,) = [text for text in progress.said if "prompt tokens asked" in text]
+    assert line.startswith(f"none: {setting.num_prompt_tokens:,} prompt tokens asked")
+    assert f"{setting.num_computed_prompt_tokens:,} computed" in line
 
 
 def test_answers_are_not_asked_for_twice(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,12 @@ class Batch:
             self._owner += [owner] * len(parts)
         self._completions: dict[int, Completion] = {}
 
+    @property
+    def asked(self) -> list[TokenRequest]:
+        """`token_requests`, each as often as it was asked for."""
+        owners = zip(self.token_requests, self._owner, strict=True)
+        return [one for one, owner in owners for _ in self._places[self._distinct[owner]]]
+
     def collect(self, results: Sequence[tuple[int, TokenResult]]) -> list[tuple[int, Completion]]:
         """Take results; return the completions that are whole now, for every request that asked for them."""
         finished = []

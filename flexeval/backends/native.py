@@ -22,6 +22,7 @@ from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.engine.trace import Trace
 from flexeval.errors import CapacityError
 from flexeval.models import ModelSource
+from flexeval.planning.summary import PlanSummary, summarize
 from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, Workload
@@ -134,17 +135,22 @@ class Engine:
         workload = measure_workload(self.token_requests(requests))
         return CostModel(shape=self._shape, workload=workload, hardware=self._measure())
 
-    def place(self, requests: Sequence[Request], *, on_layer: OnLayer = lambda num_done, num_layers: None) -> None:
+    def place(self, requests: Sequence[Request], *, on_layer: OnLayer = lambda done, layers: None) -> PlanSummary:
         """Choose a policy for these requests and load the weights to where it wants them.
 
         `generate` does so by itself; apart, it can show its progress and be timed.
+
+        Returns:
+            What will be computed of the prompts, and why no more.
 
         Raises:
             RequestError: A request cannot be answered as asked.
             CapacityError: The work does not fit the memory given.
         """
+        batch = Batch(self.text, requests)
         if requests:
-            self._ready(measure_workload(Batch(self.text, requests).token_requests), on_layer)
+            self._ready(measure_workload(batch.token_requests), on_layer)
+        return summarize(batch.asked)
 
     def generate(
         self, requests: Sequence[Request], *, on_completions: OnCompletions = lambda completions: None

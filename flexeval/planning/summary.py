@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexeval.planning.prefix import PrefixTree
+from flexeval.planning.prefix import PrefixTree, build_tree
 from flexeval.request import TokenRequest
 
 
@@ -55,3 +55,9 @@ class PlanSummary:
             f"{self.num_asked_tokens:,} prompt tokens asked, {self.num_computed_tokens:,} computed: "
             f"{self.num_duplicate_tokens:,} are of equal prompts, {self.num_shared_tokens:,} of shared beginnings"
         )
+
+
+def summarize(requests: Sequence[TokenRequest]) -> PlanSummary:
+    """What a plan for these requests saves."""
+    prompts = list({request.prompt_ids: None for request in requests})
+    return PlanSummary.of(requests, build_tree(prompts, max_node_tokens=max(map(len, prompts), default=1)))
