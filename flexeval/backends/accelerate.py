@@ -127,6 +127,7 @@ class AccelerateBackend:
             max_memory=max_memory,
             no_split_module_classes=list(self._model._no_split_modules or []),
             dtype=self._model.dtype,
+            clean_result=False,  # {"": "disk"}, the whole model at once, could not be dispatched
         )
         if "disk" in device_map.values():
             if self._limits.disk_dir is None:

@@ -48,6 +48,7 @@ def run_in_child(function: Callable[[J, Progress], R], job: J, progress: Progres
     process = context.Process(target=_serve, args=(sender, function, job), name=what)
     process.start()
     sender.close()
+    is_done = False
     try:
         with ExitStack() as shown:
             update: Update = _ignore
@@ -64,11 +65,11 @@ def run_in_child(function: Callable[[J, Progress], R], job: J, progress: Progres
                     progress.say(*values)
                 elif kind == "result":
                     result: R = values[0]
+                    is_done = True
                     return result
-                elif kind == "mistake":
-                    raise values[0]
                 else:
-                    raise ChildFailure(values[0])
+                    is_done = True
+                    raise values[0] if kind == "mistake" else ChildFailure(values[0])
     except EOFError:
         process.join()
         raise CapacityError(
@@ -76,16 +77,14 @@ def run_in_child(function: Callable[[J, Progress], R], job: J, progress: Progres
             mend="If its memory ran out, give it less with --cpu-memory, or less to do",
         ) from None
     finally:
+        if not is_done and process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGINT)
         _end(process)
         receiver.close()
 
 
 def _end(process: BaseProcess) -> None:
     """Let the child take its files with it; then it must go."""
-    if process.is_alive() and process.pid is not None:
-        process.join(1.0)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGINT)
     process.join(_SECONDS_TO_CLEAN_UP)
     if process.is_alive():
         process.kill()

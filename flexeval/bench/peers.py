@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from flexeval.backends.backend import Backend
 from flexeval.backends.generation import Generator
 from flexeval.bench.figures import PhaseFigures, SystemFigures, TokenFigures
 from flexeval.bench.timing import Measured, answer, median, num_generated, resident_peak_bytes, tokens
 from flexeval.config import Limits
-from flexeval.errors import ConfigError
+from flexeval.errors import CapacityError, ConfigError
 from flexeval.models import ModelSource
 from flexeval.progress import Progress
 from flexeval.request import Request
@@ -66,7 +68,10 @@ def measure_peer(job: PeerJob, progress: Progress) -> Measured:
         logging.getLogger(logger).setLevel(logging.ERROR)
     _cap_gpu(job.limits)
     with progress.activity(f"{job.peer}: loading weights"):
-        backend, generator = _load_peer(job)
+        try:
+            backend, generator = _load_peer(job)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(f"{job.peer} does not fit on the GPU", mend="Raise --gpu-memory") from error
     try:
         if job.is_warmed_up:
             few = [
@@ -135,8 +140,6 @@ def _load_peer(job: PeerJob) -> tuple[Backend, Generator]:
 
 def _cap_gpu(limits: Limits) -> None:
     """Bound what this process takes of the GPU, as the engine bounds itself."""
-    import torch
-
     if limits.gpu_bytes is not None and torch.cuda.is_available():
         total_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limits.gpu_bytes / total_bytes))

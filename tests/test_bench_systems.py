@@ -1,0 +1,164 @@
+"""Measuring the engine and its peers: the same answers, and figures that the policy implies to the byte."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_directory import write_tiny_model
+
+from flexeval.backends.accelerate import AccelerateBackend
+from flexeval.backends.loading import open_model
+from flexeval.bench.engine import EngineJob, measure_engine
+from flexeval.bench.peers import PEERS, PeerJob, check_peers, measure_peer
+from flexeval.bench.timing import Measured
+from flexeval.bench.work import SyntheticWork
+from flexeval.config import Limits
+from flexeval.engine.sizes import model_shape
+from flexeval.errors import CapacityError, ConfigError
+from flexeval.models import ModelSource, resolve
+from flexeval.progress import LineProgress
+from flexeval.request import Request
+
+PROGRESS = LineProgress(lambda text: None)
+VOCAB_SIZE = 640
+WORK = SyntheticWork(prompt_len=70, gen_len=6, shared_prefix=50)
+NUM_REQUESTS = 12
+POLICY = "disk-weights=0.5,disk-kv=1,row-tokens=64,sweep-tokens=300,group-sequences=4"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return resolve(str(write_tiny_model(tmp_path_factory.mktemp("model"))))
+
+
+def requests(work: SyntheticWork = WORK, num_requests: int = NUM_REQUESTS) -> list[Request]:
+    return work.requests(num_requests, vocab_size=VOCAB_SIZE)
+
+
+def engine(source: ModelSource, disk: Path, asked: list[Request], **changes: Any) -> Measured:
+    options = {"policy": POLICY, "device": "cpu", "dtype": "float32", "disk": str(disk)}
+    job: dict[str, Any] = {"num_repeats": 1, "num_warm_up": 0, "setting": "none"} | changes
+    return measure_engine(EngineJob(source=source, options=options, requests=asked, **job), PROGRESS)
+
+
+def peer(source: ModelSource, name: str, asked: list[Request], **changes: Any) -> Measured:
+    job: dict[str, Any] = {"limits": Limits(), "batch_size": None, "num_repeats": 1, "is_warmed_up": True} | changes
+    job = {"device": "cpu", "dtype": "float32"} | job
+    return measure_peer(PeerJob(source=source, peer=name, requests=asked, **job), PROGRESS)
+
+
+def test_every_byte_is_the_policy_s(source: ModelSource, tmp_path: Path) -> None:
+    shape = model_shape(open_model(source, setting="none", device="cpu", dtype="float32").anatomy, None)
+    asked = [*requests(), requests()[0]]
+    measured = engine(source, tmp_path, asked, num_repeats=3, num_warm_up=2)
+    figures = measured.figures
+    tokens = figures.tokens
+    assert tokens.num_asked == 13 * 70
+    assert tokens.num_duplicate == 70
+    assert tokens.num_shared == 11 * 50
+    assert tokens.num_computed == 50 + 12 * 20, "of one run, not of three and a warm-up"
+    assert tokens.num_generated == 13 * 6
+    prefill, decode = figures.phases["prefill"], figures.phases["decode"]
+    assert prefill.num_fresh_tokens == tokens.num_computed
+    assert prefill.num_decode_tokens + decode.num_decode_tokens == 12 * 5, "equal requests decode together"
+    for phase in (prefill, decode):
+        assert phase.lanes["weights"].num_bytes == phase.num_sweeps * 2 * shape.layer_bytes, "two of four layers"
+        assert phase.lanes["hidden"].num_bytes == 0
+        assert 0 < phase.lanes["compute"].utilization <= 1
+        read = phase.bounds["disk_read"]
+        assert read.amount == phase.lanes["weights"].num_bytes + phase.lanes["kv_in"].num_bytes
+        assert read.bound_s == pytest.approx(read.amount / read.per_s)
+        assert phase.bounds["disk_write"].amount == phase.lanes["kv_out"].num_bytes
+        assert phase.bound in phase.bounds and phase.reached is not None and phase.reached > 0
+    written = prefill.lanes["kv_out"].num_bytes + decode.lanes["kv_out"].num_bytes
+    assert written >= (tokens.num_computed + 12 * 5) * shape.num_layers * shape.kv_bytes_per_token
+    assert figures.elapsed_s == sorted(figures.all_elapsed_s)[1], "the median of three"
+    assert sum(phase.elapsed_s for phase in figures.phases.values()) <= figures.elapsed_s
+    assert figures.peak_bytes["disk"] >= 2 * shape.layer_bytes
+    assert figures.peak_bytes["process"] > figures.peak_bytes["cpu"]
+    assert measured.hardware["disk_read_bytes_per_s"] > 0
+    assert figures.predicted_s is not None and figures.predicted_s > 0
+
+
+def test_scored_prompts_need_one_pass(source: ModelSource, tmp_path: Path) -> None:
+    work = SyntheticWork(prompt_len=30, gen_len=1, is_scoring=True)
+    figures = engine(source, tmp_path, requests(work)).figures
+    assert list(figures.phases) == ["prefill"]
+    assert (figures.tokens.num_generated, figures.generated_tokens_per_s) == (0, None)
+    assert figures.prefill_tokens_per_s > 0
+
+
+def test_growth_is_measured_on_one_placement(source: ModelSource, tmp_path: Path) -> None:
+    more = [requests(num_requests=24), requests(num_requests=48)]
+    figures = engine(source, tmp_path, requests(), more_requests=more).figures
+    assert [point.num_requests for point in figures.scale] == [12, 24, 48]
+    assert figures.scale[0].elapsed_s == figures.elapsed_s
+    assert figures.exponent is not None
+    assert figures.tokens.num_asked == 12 * 70, "the figures are of the first"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("transformers", {}),
+        ("transformers", {"batch_size": 8}),
+        ("accelerate", {}),
+        ("accelerate", {"batch_size": 3, "num_repeats": 2, "is_warmed_up": False}),
+    ],
+)
+def test_peers_answer_what_the_engine_answers(
+    source: ModelSource, name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = requests()
+    ours, theirs = engine(source, tmp_path, asked), peer(source, name, asked, **changes)
+    assert theirs.answers == ours.answers
+    figures = theirs.figures
+    assert (figures.tokens.num_asked, figures.tokens.num_computed) == (12 * 70, 12 * 70), "nothing is shared"
+    assert figures.tokens.num_generated == ours.figures.tokens.num_generated
+    expected = {"transformers": 1, "accelerate": 8} | ({name: changes["batch_size"]} if "batch_size" in changes else {})
+    assert figures.batch_size == expected[name]
+    num_batches = -(-12 // figures.batch_size)
+    assert (figures.phases["prefill"].num_sweeps, figures.phases["decode"].num_sweeps) == (num_batches, num_batches * 5)
+    assert sum(phase.elapsed_s for phase in figures.phases.values()) <= figures.elapsed_s
+
+
+def test_accelerate_keeps_on_disk_what_exceeds_the_limit(source: ModelSource, tmp_path: Path) -> None:
+    asked = requests(num_requests=3)
+    limits = Limits(cpu_bytes=500_000, disk_dir=tmp_path)
+    offloaded = peer(source, "accelerate", asked, limits=limits, batch_size=1)
+    assert offloaded.answers == peer(source, "transformers", asked).answers
+    assert offloaded.figures.peak_bytes["disk"] > 0
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    with pytest.raises(CapacityError, match="--disk"):
+        peer(source, "accelerate", asked, limits=Limits(cpu_bytes=500_000), batch_size=1)
+
+
+@pytest.mark.gpu
+def test_accelerate_keeps_to_the_gpu_memory_given(source: ModelSource) -> None:
+    asked = requests(num_requests=3)
+    backend = AccelerateBackend(source, device="cuda", dtype="float32", limits=Limits(gpu_bytes=64 * 2**20))
+    answers = [completion.token_ids for completion in backend.generate(asked)]
+    assert answers == peer(source, "transformers", asked).answers
+    assert backend.usage().peak_bytes["gpu"] <= 64 * 2**20
+    backend.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="an optional extra")
+def test_deepspeed_answers_what_transformers_answers(source: ModelSource) -> None:
+    asked = requests(num_requests=5)
+    limits = Limits(gpu_bytes=2**30)
+    theirs = peer(source, "deepspeed", asked, device="cuda", limits=limits)
+    assert theirs.answers == peer(source, "transformers", asked).answers
+
+
+def test_peers_are_checked_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_peers(PEERS[:2])
+    with pytest.raises(ConfigError, match=r"pip install 'flexeval\[deepspeed\]'"):
+        check_peers(["deepspeed"])
+    with pytest.raises(ConfigError, match="transformers, accelerate, deepspeed"):
+        check_peers(["vllm"])
