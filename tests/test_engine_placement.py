@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -12,14 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from policy_cases import LAPTOP
 from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
 
+from flexeval.backends.transformers import answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import LANES, Executor
 from flexeval.engine.memory.disk import DiskExtent, DiskTier
-from flexeval.engine.sizes import model_shape
+from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.errors import CapacityError
+from flexeval.policy.cost import CostModel
 from flexeval.policy.policy import Policy, Split
 from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenRequest
@@ -237,3 +242,71 @@ def test_a_transfer_that_fails_is_never_passed_over(
                 executor.execute(case.requests)
         assert executor.tiers[TierName.DISK].used_bytes == 0
     assert_nothing_is_left(tmp_path)
+
+
+def coming_and_going(*, num_steps: int) -> list[TokenRequest]:
+    """Sequences under seven headers that end after different times, some by themselves and some at their limit."""
+    rng = random.Random(3)
+    requests = []
+    for _ in range(7):
+        header = rng.choices(range(5, 200), k=40)
+        for length in rng.choices(range(1, num_steps + 1), k=6):
+            requests.append(
+                TokenRequest(
+                    prompt_ids=(*header, *rng.choices(range(5, 200), k=rng.randint(1, 20))),
+                    max_tokens=rng.choice([1, num_steps]),
+                    is_stopped=lambda ids, length=length: len(ids) == length,
+                )
+            )
+    return requests
+
+
+SMALL_BLOCKS = {
+    "one row at a time": SMALL,
+    "three groups": Policy(row_tokens=64, sweep_tokens=128, group_sequences=4, num_groups=3),
+    "one group": Policy(row_tokens=256, sweep_tokens=10_000, group_sequences=16),
+}
+
+
+@pytest.mark.parametrize("num_steps", [1, 12])
+@pytest.mark.parametrize("sizes", SMALL_BLOCKS)
+def test_no_tier_holds_more_than_the_cost_model_promised(sizes: str, num_steps: int, tmp_path: Path) -> None:
+    requests = coming_and_going(num_steps=num_steps)
+    shape, work = model_shape(Anatomy(tiny_config("llama"), torch.float32), None), measure_workload(requests)
+    for places in ({}, {"kv": Split(disk=1.0), "hidden": Split(disk=1.0)}, {"kv": Split(cpu=0.5, disk=0.5)}):
+        policy = dataclasses.replace(SMALL_BLOCKS[sizes], **places)
+        promised = CostModel(shape=shape, workload=work, hardware=LAPTOP).cost(policy).peak_bytes
+        with loaded(policy, tmp_path) as executor:
+            executor.execute(requests)
+            used = executor.peak_bytes()
+        assert all(used.get(str(tier), 0) <= promised[tier] for tier in TierName), (policy, used, promised)
+
+
+@pytest.mark.parametrize(
+    ("device", "place"),
+    [
+        ("cpu", "cpu"),
+        ("cpu", "disk"),
+        *(pytest.param("cuda", place, marks=pytest.mark.gpu) for place in ("gpu", "cpu", "disk")),
+    ],
+)
+@pytest.mark.parametrize("sizes", SMALL_BLOCKS)
+def test_logs_that_are_compacted_keep_their_sequences(
+    sizes: str, place: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = coming_and_going(num_steps=12)
+    expected = [answer(tiny_model("llama"), request) for request in requests]
+    num_compacted = 0
+    compact = KVCache._compact
+
+    def count(self: KVCache, *rest: Any) -> torch.Tensor:
+        nonlocal num_compacted
+        num_compacted += 1
+        return compact(self, *rest)
+
+    monkeypatch.setattr(KVCache, "_compact", count)
+    monkeypatch.setattr("flexeval.engine.memory.kv.COMPACTED_TOKENS", 7)
+    policy = dataclasses.replace(SMALL_BLOCKS[sizes], kv=Split(**{place: 1.0}))
+    with loaded(policy, tmp_path, device=torch.device(device)) as executor:
+        assert_equal_results(executor.execute(requests), expected)
+    assert num_compacted > 4 * 3, "in every layer, and more than once"
