@@ -19,11 +19,12 @@ import flexeval
 from flexeval.errors import FlexevalError
 
 _INTERRUPTED = 130
-_OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+_OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG}
 """Errors of files that are no bug of ours."""
 
 app = typer.Typer(
-    help="HELM-style evaluation of language models that do not fit your GPU.",
+    help="How good a language model is on HELM, how fast this machine evaluates it, and what compression costs.",
+    epilog="To begin with: flexeval run --suite demo --setting none --setting w4",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,7 +35,9 @@ _Directories = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Dire
 
 @app.command()
 def run(
-    suite: Annotated[str, typer.Option(metavar="NAME|FILE.conf", help="What to ask: a suite, or a file of entries.")],
+    suite: Annotated[
+        str, typer.Option(metavar="NAME|FILE.conf", help="What to ask: demo, helm-lite, or a file of HELM run entries.")
+    ],
     model: Annotated[
         str,
         typer.Option(metavar="REF", help="HF directory, hub name, GGUF file, smollm2, or dummy:NAME (random weights)."),
@@ -42,7 +45,9 @@ def run(
     setting: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Compression to compare: none, w4. Repeatable.")
     ] = None,
-    max_eval_instances: Annotated[int | None, typer.Option(metavar="N", min=1, help="Questions per task.")] = None,
+    max_eval_instances: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the report goes.", show_default="reports/SUITE")
     ] = None,
@@ -50,8 +55,8 @@ def run(
     dtype: Annotated[
         str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the arithmetic.")
     ] = "auto",
-    gpu_memory: Annotated[str | None, typer.Option(metavar="16GiB", help="GPU memory at most.")] = None,
-    cpu_memory: Annotated[str | None, typer.Option(metavar="64GiB", help="Host memory at most.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory at most: 16GiB.")] = None,
+    cpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory at most: 64GiB.")] = None,
     disk: Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="Folder for what fits nowhere else.")] = None,
     policy: Annotated[
         str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")

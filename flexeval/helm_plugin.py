@@ -1,7 +1,7 @@
 """flexeval's engine inside stock `helm-run`: a Runner that answers each run in one batch, and a Client.
 
-    helm-run --plugins flexeval.helm_plugin --runner-class-name flexeval.helm_plugin.FlexevalRunner
-        --local-path OUTPUT/prod_env --models-to-run flexeval/MODEL-w4 --conf-paths demo.conf ...
+    helm-run --runner-class-name flexeval.helm_plugin.FlexevalRunner --local-path OUT/helm/prod_env
+        --models-to-run flexeval/MODEL-w4 --conf-paths FILE.conf --suite NAME --max-eval-instances 10
 
 Model and setting stand in the deployment's `client_spec` in `model_deployments.yaml`, which every flexeval run writes.
 HELM downloads all data itself here; a suite's `packaged_data` is not known to it.
@@ -38,7 +38,7 @@ from flexeval.errors import ConfigError, FlexevalError
 
 _GATHER_S = 0.02  # HELM's threads send their requests at about the same time
 
-import_tasks()  # `helm-run --plugins` imports this module before it looks for run specs
+import_tasks()  # `helm-run` imports this module, an entry point of its plug-ins, before it looks for run specs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

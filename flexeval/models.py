@@ -156,7 +156,7 @@ def _dummy_config(ref: str) -> tuple[str, Config]:
     if what.lower() in PRESETS:
         return what.lower(), PRESETS[what.lower()]
     path = Path(what).expanduser()
-    if path.name != "config.json" and not path.is_dir():
+    if not what or (path.name != "config.json" and not path.is_dir()):
         raise ModelError(f"no preset {what!r}", where=ref, mend=_near_matches(ref, _known_names()))
     directory = path.parent if path.name == "config.json" else path
     config = read_config(directory)

@@ -77,7 +77,7 @@ class LineProgress:
         def update(num_done: int, num_steps: int) -> None:
             nonlocal last, done
             done, now = num_done, time.monotonic()
-            if now - last >= _SECONDS_BETWEEN_LINES and num_done:
+            if now - last >= _SECONDS_BETWEEN_LINES and 0 < num_done < num_steps:
                 last = now
                 left = (now - start) / num_done * (num_steps - num_done)
                 self._write(f"{label}: {num_done} of {num_steps}, about {left:.0f} s left")

@@ -1,5 +1,6 @@
 """The page in a real browser: no error, nothing of the model runs, filters and drill-down work."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -104,6 +105,15 @@ def test_an_opened_question_shows_every_answer_as_text(browse, text, comparison)
     for answer, instance in zip(answers, question.answers, strict=True):
         assert answer.startswith("</script><script>alert(1)</script><img src=x onerror=alert(2)>")
         assert answer.endswith(instance.output[-20:])
+
+
+def test_a_question_is_announced_by_its_own_beginning(browse):
+    results = synthetic(num_questions=1)
+    prompt = "Here are\nexamples.\n\nQ: How many\n  legs has a spider?\nA. six\n\nAnswer:"
+    instances = [dataclasses.replace(instance, prompt=prompt) for instance in results.instances]
+    dom, console = browse(page(compare(dataclasses.replace(results, instances=instances))))
+    assert console == []
+    assert '<span class="excerpt">Q: How many legs has a spider? A. six</span>' in dom
 
 
 def test_nothing_but_the_pages_own_script_may_run(browse, text):

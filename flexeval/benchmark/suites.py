@@ -6,6 +6,7 @@ A suite file is a HELM run-entries file (HOCON, `entries: [{description, priorit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def _read(tree: Any, path: Path) -> Suite:
     groups: dict[str, tuple[str, ...]] = {}
     for entry in tree["entries"]:
         if not isinstance(entry, ConfigTree) or not isinstance(entry.get("description", None), str):
-            raise refuse(f"entry {entry!r} has no description", "Write {description: ...}")
+            raise refuse(f"entry {json.dumps(entry, default=str)} has no description", "Write {description: ...}")
         if stray := sorted(set(entry) - _ENTRY_KEYS):
             raise refuse(f"unknown key {stray[0]!r} in an entry", f"Keys are: {', '.join(sorted(_ENTRY_KEYS))}")
         if entry["description"] in groups:

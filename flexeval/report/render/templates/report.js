@@ -67,13 +67,18 @@
     return grid;
   }
 
+  // How the question itself begins: the last block of lines that is more than a cue such as "Answer:".
+  function excerpt(prompt) {
+    const blocks = prompt.split(/\n\s*\n/).map((block) => block.trim().replace(/\s+/g, " "));
+    return (blocks.filter((block) => block.length > 20).pop() ?? blocks.join(" ")).slice(0, 160);
+  }
+
   function row(index) {
     const question = data.questions[index];
-    const lines = question[PROMPT].trim().split("\n");
     const summary = element(
       "summary", "",
       element("strong", "", `${data.tasks[question[TASK]].name} ${question[ID]}`),
-      element("span", "excerpt", lines.slice(-2).join(" ").slice(-160)),
+      element("span", "excerpt", excerpt(question[PROMPT])),
       ...data.settings.map((_, setting) => chip(question, setting)),
     );
     const node = element("details", "question", summary);
