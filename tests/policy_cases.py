@@ -53,6 +53,8 @@ def opt(num_layers: int, hidden_size: int, num_heads: int, *, weight_bits: float
         hidden_bytes_per_token=2 * hidden_size,
         vocab_size=50272,
         dtype_bytes=2,
+        few_tokens=0,
+        decode_copies=1,
     )
 
 

@@ -33,7 +33,7 @@ def test_layer_bytes_are_those_of_the_real_slabs(family: str, codec: Codec | Non
         layouts = [SlabLayout(anatomy.layer_specs(layer), codec) for layer in layers]
         return max(layouts[layer].pack(checkpoint.layer(layer), device=CPU).numel() for layer in layers)
 
-    shape = model_shape(anatomy, codec)
+    shape = model_shape(anatomy, codec, CPU)
     assert shape.layer_bytes == largest(codec)
     assert shape.layer_compute_bytes == largest(None)
     assert shape.is_packed == (codec is not None)
@@ -47,13 +47,13 @@ def test_resident_bytes_are_those_of_everything_but_the_layers_tied_tensors_once
         for name, tensor in model.state_dict().items()
         if not name.startswith(anatomy.layers_name)
     }
-    assert model_shape(anatomy, None).resident_bytes == sum(rest.values())
+    assert model_shape(anatomy, None, CPU).resident_bytes == sum(rest.values())
 
 
 @every_family
 def test_kv_and_hidden_bytes_are_those_that_the_stores_take(family: str, tmp_path: Path) -> None:
     anatomy = Anatomy(tiny_config(family), torch.float32)
-    shape = model_shape(anatomy, None)
+    shape = model_shape(anatomy, None, CPU)
     checkpoint = StateDictCheckpoint(anatomy, tiny_model(family).state_dict())
 
     def disk_bytes(policy: Policy, requests: list[TokenRequest]) -> int:
@@ -72,15 +72,17 @@ def test_kv_and_hidden_bytes_are_those_that_the_stores_take(family: str, tmp_pat
 
 
 def test_only_active_experts_count_as_parameters_that_a_token_meets() -> None:
-    dense = model_shape(Anatomy(tiny_config("llama"), torch.float32), None)
+    dense = model_shape(Anatomy(tiny_config("llama"), torch.float32), None, CPU)
     attention = 64 * 64 * 2 + 64 * 32 * 2
     assert dense.layer_params == attention + 3 * 64 * 128
-    mixtral = model_shape(Anatomy(tiny_config("mixtral"), torch.float32), None)
+    mixtral = model_shape(Anatomy(tiny_config("mixtral"), torch.float32), None, CPU)
     assert mixtral.layer_params == attention + 4 * 64 + 2 * 3 * 64 * 128, "two experts of four, and the router"
 
 
 def test_types_scale_everything() -> None:
-    full, half = (model_shape(Anatomy(tiny_config("llama"), dtype), None) for dtype in (torch.float32, torch.bfloat16))
+    full, half = (
+        model_shape(Anatomy(tiny_config("llama"), dtype), None, CPU) for dtype in (torch.float32, torch.bfloat16)
+    )
     for name in ("layer_bytes", "resident_bytes", "kv_bytes_per_token", "hidden_bytes_per_token", "dtype_bytes"):
         assert getattr(full, name) == 2 * getattr(half, name), name
 

@@ -46,7 +46,7 @@ def test_a_write_that_is_late_belongs_to_the_sweep_that_submitted_it() -> None:
 @pytest.mark.parametrize("overlap", [False, True])
 def test_sweeps_add_up_to_the_batch(family: str, device: str, overlap: bool, tmp_path: Path) -> None:
     anatomy = Anatomy(tiny_config(family), torch.float32)
-    layer_bytes = model_shape(anatomy, None).layer_bytes
+    layer_bytes = model_shape(anatomy, None, torch.device(device)).layer_bytes
     with Executor(
         anatomy,
         StateDictCheckpoint(anatomy, tiny_model(family).state_dict()),

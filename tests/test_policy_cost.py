@@ -104,6 +104,18 @@ def test_cpu_device_has_no_link():
     assert set(cost_of(Policy(), OPT_125M, generating(4), LAPTOP).lanes["decode"]) == {Lane.COMPUTE}
 
 
+def test_few_tokens_read_packed_weights_as_they_rest():
+    """16 sequences decode; the kernel reads 4.5 bits a weight instead of writing and reading 16 more."""
+    unpacked = opt(48, 7168, 56, weight_bits=4.5)
+    as_it_rests = replace(unpacked, few_tokens=16)
+    policy = replace(FLEXGEN_30B, group_sequences=16, num_groups=1)
+    before, after = (cost_of(policy, shape, generating(16), T4) for shape in (unpacked, as_it_rests))
+    saved_s = 31 * 48 * 2 * unpacked.layer_compute_bytes / T4.memory_bytes_per_s
+    saved = before.lanes["decode"][Lane.COMPUTE] - after.lanes["decode"][Lane.COMPUTE]
+    assert saved == pytest.approx(saved_s, rel=1e-6)
+    assert before.lanes["prefill"] == after.lanes["prefill"]
+
+
 def test_packed_weights_move_less_and_unpack_once_a_layer():
     packed = opt(48, 7168, 56, weight_bits=4.5)
     plain, w4 = (cost_of(FLEXGEN_30B, shape, generating(144), T4) for shape in (OPT_30B, packed))
@@ -149,19 +161,14 @@ def test_descendants_keep_one_layer_of_their_ancestors_on_the_device():
     assert deep - flat == 4096 * OPT_125M.kv_bytes_per_token
 
 
-def test_grouped_query_attention_is_widened_on_a_gpu_only():
-    grouped = replace(OPT_125M, num_kv_heads=3, kv_bytes_per_token=OPT_125M.kv_bytes_per_token // 4)
+@pytest.mark.parametrize("num_copies", [0, 1, 5])
+def test_decode_attention_has_room_for_its_copies(num_copies: int):
     policy = Policy(weights=Split(cpu=1.0), kv=Split(disk=1.0), hidden=Split(cpu=1.0), group_sequences=8)
-    gathered_bytes = 8 * 544 * grouped.kv_bytes_per_token
-
-    def kv_room(hardware):
-        peaks = [cost_of(policy, shape, generating(8), hardware).peak_bytes for shape in (OPT_125M, grouped)]
-        return peaks[0][hardware.home] - peaks[1][hardware.home]
-
-    # Two staging buffers and one gathered copy shrink to a quarter; a GPU then adds a copy for every query head.
-    cpu_room = kv_room(replace(LAPTOP, **LAPTOP_DISK))
-    assert cpu_room == 3 * (4 - 1) * gathered_bytes
-    assert cpu_room - kv_room(T4) == 4 * gathered_bytes
+    gathered_bytes = 8 * 544 * OPT_125M.kv_bytes_per_token
+    hardware = replace(LAPTOP, **LAPTOP_DISK)
+    shapes = replace(OPT_125M, decode_copies=num_copies), replace(OPT_125M, decode_copies=0)
+    with_copies, without = (cost_of(policy, shape, generating(8), hardware).peak_bytes for shape in shapes)
+    assert with_copies[Tier.CPU] - without[Tier.CPU] == num_copies * gathered_bytes
 
 
 def test_a_shared_prefix_is_read_once_a_call():

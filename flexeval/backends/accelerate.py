@@ -58,7 +58,7 @@ class AccelerateBackend:
         self._device = opened.device
         self._limits = limits or Limits()
         self._batch_size = batch_size
-        self._shape = model_shape(opened.anatomy, None)
+        self._shape = model_shape(opened.anatomy, None, opened.device)
         self._model = load_whole(opened, attention=None)
         self._num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._model.parameters())
         self._folder: TemporaryDirectory[str] | None = None

@@ -65,7 +65,7 @@ class DeepSpeedBackend:
         self._device = opened.device
         self._limits = limits or Limits()
         self._batch_size = batch_size
-        self._shape = model_shape(opened.anatomy, None)
+        self._shape = model_shape(opened.anatomy, None, opened.device)
         self._module = self._partition(load_whole(opened, attention=None))
         self._generator: Generator | None = None
         self._load_s = time.perf_counter() - start

@@ -91,7 +91,7 @@ class Engine:
         self._opened = opened
         self._fixed_policy = policy
         self._limits = limits
-        self._shape = model_shape(opened.anatomy, opened.codec)
+        self._shape = model_shape(opened.anatomy, opened.codec, opened.device)
         self.text = opened.text
         self._executor: Executor | None = None
         self._hardware: Hardware | None = None

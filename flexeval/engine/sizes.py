@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.attention import decode_copies
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.planning.prefix import build_tree
@@ -15,8 +18,8 @@ from flexeval.policy.policy import ModelShape, Workload
 from flexeval.request import TokenRequest
 
 
-def model_shape(anatomy: Anatomy, codec: Codec | None) -> ModelShape:
-    """Sizes of a model; where layers differ, the largest."""
+def model_shape(anatomy: Anatomy, codec: Codec | None, device: torch.device) -> ModelShape:
+    """Sizes of a model as the engine computes it on `device`; where layers differ, the largest."""
     text = anatomy.config.get_text_config()
     specs = [anatomy.layer_specs(layer) for layer in range(anatomy.num_layers)]
     matrices = [sum(math.prod(spec.shape) for spec in layer if len(spec.shape) >= 2) for layer in specs]
@@ -24,6 +27,11 @@ def model_shape(anatomy: Anatomy, codec: Codec | None) -> ModelShape:
     active = getattr(text, "num_experts_per_tok", None) or 1
     in_experts = [sum(math.prod(spec.shape) for spec in layer if len(spec.shape) == 3) for layer in specs]
     kinds = {tuple(layer): index for index, layer in enumerate(specs)}
+    takes_coded = all(
+        SlabLayout(list(layer), codec).coded_names <= anatomy.linear_weights[index] for layer, index in kinds.items()
+    )
+    num_query_heads = text.num_attention_heads
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_query_heads
     return ModelShape(
         num_layers=anatomy.num_layers,
         hidden_size=text.hidden_size,
@@ -34,13 +42,15 @@ def model_shape(anatomy: Anatomy, codec: Codec | None) -> ModelShape:
         layer_params=max(
             total - expert + expert * active // experts for total, expert in zip(matrices, in_experts, strict=True)
         ),
-        num_query_heads=text.num_attention_heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        num_query_heads=num_query_heads,
+        num_kv_heads=num_kv_heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         kv_bytes_per_token=max(anatomy.kv_values_per_token(layer) for layer in kinds.values()) * anatomy.dtype.itemsize,
         hidden_bytes_per_token=text.hidden_size * anatomy.dtype.itemsize,
         vocab_size=text.vocab_size,
         dtype_bytes=anatomy.dtype.itemsize,
+        few_tokens=codec.few_tokens(device) if codec is not None and takes_coded else 0,
+        decode_copies=decode_copies(device, heads_per_kv=num_query_heads // num_kv_heads),
     )
 
 

@@ -153,14 +153,17 @@ class CostModel:
         A layer call of t tokens takes 2 P t / peak + bytes / bandwidth + launches: a roofline (Williams et al., 2009)
         summed rather than maximized, which is a rate of peak * t / (t + t_half) with t_half = (bytes / bandwidth +
         launches) * peak / (2 P). Attention takes 4 H D operations a pair (FlexGen, appendix A.3) and reads the KV
-        once. A packed slab is unpacked once a layer.
+        once. A packed slab is unpacked once a layer, or read as it rests by every call of few tokens.
         """
         shape, hardware = self.shape, self.hardware
         flops = 2 * shape.layer_params * sweep.num_tokens
         flops += 4 * shape.num_query_heads * shape.head_size * sweep.num_pairs
-        device_bytes = sweep.num_calls * shape.layer_compute_bytes + sweep.num_kv_read * shape.kv_bytes_per_token
-        if shape.is_packed:
-            device_bytes += shape.layer_bytes + shape.layer_compute_bytes
+        device_bytes = sweep.num_kv_read * shape.kv_bytes_per_token
+        if shape.is_packed and sweep.num_tokens <= sweep.num_calls * shape.few_tokens:
+            device_bytes += sweep.num_calls * shape.layer_bytes
+        else:
+            device_bytes += sweep.num_calls * shape.layer_compute_bytes
+            device_bytes += shape.layer_bytes + shape.layer_compute_bytes if shape.is_packed else 0
         layer_s = (
             flops / hardware.flops_per_s
             + device_bytes / hardware.memory_bytes_per_s
@@ -202,14 +205,10 @@ class CostModel:
         token_bytes = (HIDDEN_COPIES * width + INTERMEDIATE_COPIES * shape.intermediate_size) * shape.dtype_bytes
         group = min(policy.group_sequences, work.num_generating_sequences)
         call_tokens = max(min(policy.row_tokens, work.num_prompt_tokens), group)
-        # Decode attention gathers a group's KV; a GPU's masked kernel wants it repeated for every query head besides.
-        copies = 1
-        if self.hardware.home is Tier.GPU and shape.num_query_heads > shape.num_kv_heads:
-            copies += shape.num_query_heads // shape.num_kv_heads
         # The KV of nodes that later rows of a sweep descend from stays until the layer ends.
         is_tree = work.num_prompt_tokens < work.num_sequences * work.mean_context_tokens
         is_tree |= work.max_prompt_tokens > policy.row_tokens
-        kv_tokens = copies * group * work.max_own_tokens + (self.sweep_tokens(policy) if is_tree else 0)
+        kv_tokens = shape.decode_copies * group * work.max_own_tokens + (self.sweep_tokens(policy) if is_tree else 0)
         logits_bytes = min(LOGITS_CHUNK_BYTES, work.max_logits_rows * shape.vocab_size * 4)
         return (
             shape.resident_bytes

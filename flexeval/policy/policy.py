@@ -185,7 +185,7 @@ class ModelShape:
     layer_bytes: int
     """One layer's slab as it rests (packed, if the setting compresses weights)."""
     layer_compute_bytes: int
-    """One layer's slab as it is multiplied; more than `layer_bytes` means that it is unpacked first."""
+    """One layer's slab as many tokens are multiplied by it; more than `layer_bytes` means that it is unpacked first."""
     resident_bytes: int
     """Embedding, final norm and head: always on the compute device."""
     layer_params: int
@@ -204,6 +204,10 @@ class ModelShape:
     """Rows of the head."""
     dtype_bytes: int
     """Bytes of one number in the layer's arithmetic."""
+    few_tokens: int
+    """Up to so many tokens of a layer call a packed slab is multiplied as it rests; 0 where it is always unpacked."""
+    decode_copies: int
+    """Copies that decode attention makes of a group's keys and values; 0 where it reads them where they are."""
 
     @property
     def is_packed(self) -> bool:

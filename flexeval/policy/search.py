@@ -27,8 +27,10 @@ GROUP_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Numbers of groups in flight that are tried."""
 MAX_GROUP_SEQUENCES = 4096
 """Sequences of a group: powers of two up to this are tried."""
-ROW_TOKENS = (256, 16384)
-"""Fewest and most tokens of a layer call that are tried."""
+ROW_TOKENS = (1024, 16384)
+"""Fewest and most tokens of a layer call that are tried where memory allows: with fewer, Python shows."""
+TIGHT_ROW_TOKENS = 256
+"""Fewest that are tried where it does not."""
 SWEEP_DIVISORS = (1, 4, 16, 64)
 """A sweep takes the prompt tokens of one block, or such a part of them."""
 W4_BITS = 4 + 2 * 16 / 64
@@ -104,7 +106,7 @@ def _row_sizes(model: CostModel) -> list[int]:
     half = call_s * hardware.flops_per_s / (2 * shape.layer_params)
     low, high = ROW_TOKENS
     large = min(high, max(low, 2 ** ceil(log2(8 * half))))
-    return sorted({large, max(low, large // 16)}, reverse=True)
+    return sorted({large, max(TIGHT_ROW_TOKENS, large // 16)}, reverse=True)
 
 
 def _powers_of_two(most: int) -> list[int]:
