@@ -244,3 +244,17 @@ def test_a_gpu_packs_the_same_bytes_as_a_cpu(codec: Codec | None, tmp_path: Path
         assert one.read_bytes() == other.read_bytes()
     assert_equal_results(started_fast.results, on_cpu.results)
     assert_equal_results(on_gpu.results, on_cpu.results)
+
+
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_tied_tensors_are_in_memory_once_and_count_once(is_bound: bool) -> None:
+    anatomy = Anatomy(tiny_config("opt"), torch.float32)
+    state = anatomy.model.state_dict(keep_vars=True)
+    head, embedding = state["lm_head.weight"], state["model.decoder.embed_tokens.weight"]
+    expected = sum(tensor.numel() for tensor in state.values()) * 4 - head.numel() * 4
+    assert head is embedding
+    if is_bound:
+        anatomy.bind_rest(RandomCheckpoint(anatomy).rest(), CPU)
+        state = anatomy.model.state_dict(keep_vars=True)
+        assert state["lm_head.weight"].data_ptr() == state["model.decoder.embed_tokens.weight"].data_ptr()
+    assert anatomy.resident_bytes == expected

@@ -63,7 +63,7 @@ class Executor:
             codec: How layers' matrices rest; None as they are.
             device: Where layers are computed.
             disk_tier: Room on disk; needed where the policy uses it. The executor closes it.
-            on_layer: Told the number of each layer that is loaded.
+            on_layer: Told, for each layer that is loaded, how many were before it.
             overlap: Whether transfers run beside the computation; by default where there are any.
         """
         self.policy = policy

@@ -118,7 +118,7 @@ class Anatomy:
     @property
     def resident_bytes(self) -> int:
         """Bytes of embedding, norms and head; tied tensors count once."""
-        distinct = {id(tensor): tensor for tensor in self.model.state_dict(keep_vars=True).values()}
+        distinct = {_place(tensor): tensor for tensor in self.model.state_dict(keep_vars=True).values()}
         return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
     def layer_specs(self, layer: int) -> list[TensorSpec]:
@@ -143,7 +143,8 @@ class Anatomy:
         """Give embedding, norms and head their weights, and every remaining buffer its initial value."""
         for module in [*self.model.modules(), *(child for layer in self.layers for child in layer.modules())]:
             self._fill_buffers(module, device)
-        _bind(self.model, {name: tensor.to(device) for name, tensor in tensors.items()})
+        moved = {_place(tensor): tensor.to(device) for tensor in tensors.values()}  # tied tensors once
+        _bind(self.model, {name: moved[_place(tensor)] for name, tensor in tensors.items()})
         unbound = [name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta]
         assert not unbound, (unbound, "tensors without a value")
 
@@ -238,6 +239,11 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and module in in_decoder:
             return name, module
     raise UnsupportedModelError(f"{type(model).__name__} has no list of {num_layers} decoder layers", mend=OTHER_FAMILY)
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+    """The same for tensors that share their numbers."""
+    return (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
 
 
 def _is_input_first(module: nn.Module) -> bool:

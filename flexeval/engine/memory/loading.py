@@ -1,7 +1,7 @@
 """Bringing every layer's slab to where it rests. Knows checkpoints, layouts and tiers; not how slabs are used.
 
 While one layer is packed and put in its place, the next one's tensors are read: beside what rests there, host memory
-never holds more than about two layers.
+never holds more than about two layers. What goes to disk comes first, while the memory for the others is still free.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flexeval.engine.memory.prepared import PreparedLayers
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.memory.tier import Extent, Tier, page_aligned
 from flexeval.errors import ModelError
+from flexeval.policy.policy import Tier as TierName
 
 
 def load_layers(
@@ -40,15 +41,16 @@ def load_layers(
         layers_name: What the layers are called in the model.
         prepared: What earlier runs kept; takes what this one puts on disk. None keeps nothing.
         device: Where matrices are coded.
-        on_layer: Told the number of each layer that is in its place.
+        on_layer: Told, for each layer that is in its place, how many were before it.
 
     Raises:
         CapacityError: A tier is full. Nothing stays allocated.
         ModelError: The checkpoint cannot be read, or a matrix not be coded.
     """
-    found = [prepared.find(layer) if prepared else None for layer in range(len(layouts))]
-    missing = [layer for layer, extent in enumerate(found) if extent is None]
-    extents: list[Extent] = []
+    order = sorted(range(len(layouts)), key=lambda layer: tiers[layer].name is not TierName.DISK)
+    found = {layer: prepared.find(layer) if prepared else None for layer in order}
+    missing = [layer for layer in order if found[layer] is None]
+    extents: dict[int, Extent] = {}
     lane = ThreadLane("loading", device)
     tensors_ahead = ahead(lane, checkpoint.layer, missing)
 
@@ -60,24 +62,25 @@ def load_layers(
             raise ModelError(error.what, where=f"{layers_name}.{layer}.{error.where}", mend=error.mend) from error
 
     try:
-        for layer, (layout, tier) in enumerate(zip(layouts, tiers, strict=True)):
-            ready = found[layer]
+        for num_before, layer in enumerate(order):
+            tier, ready = tiers[layer], found[layer]
             if ready is not None and tier is ready.tier:
-                extents.append(ready)
+                extents[layer] = ready
             else:
-                extents.append(tier.allocate(layout.num_bytes))
-                _fill(extents[-1], ready, partial(pack, layer))
-                if prepared is not None and isinstance(extents[-1], DiskExtent):
-                    prepared.keep(layer, extents[-1])
+                extents[layer] = tier.allocate(layouts[layer].num_bytes)
+                _fill(extents[layer], ready, partial(pack, layer))
+                if prepared is not None and isinstance(extent := extents[layer], DiskExtent):
+                    prepared.keep(layer, extent)
             found[layer] = None
-            on_layer(layer)
+            on_layer(num_before)
     except BaseException:
-        for extent in [*extents, *(extent for extent in found if extent is not None and extent not in extents)]:
-            extent.free()
+        for taken in {*extents.values(), *found.values()}:
+            if taken is not None:
+                taken.free()
         raise
     finally:
         lane.close()
-    return extents
+    return [extents[layer] for layer in range(len(layouts))]
 
 
 def _fill(extent: Extent, ready: DiskExtent | None, pack: Callable[[Tensor], None]) -> None:
