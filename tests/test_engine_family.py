@@ -98,6 +98,11 @@ def test_a_family_whose_wishes_were_ignored_would_be_refused_with_the_figure(
     check_family(tiny_config(name))
 
 
+def test_a_configuration_that_makes_no_sense_is_told_from_a_family_that_cannot_run() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"transformers makes no model of this.*sulu"):
+        check_family(tiny_config("llama", hidden_act="sulu"))
+
+
 def test_checking_leaves_the_random_stream_and_the_default_type_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)

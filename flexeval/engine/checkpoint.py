@@ -127,10 +127,13 @@ class SafetensorsCheckpoint:
                 ) from error
             finally:
                 _restore(model, meta)
-        problems = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
+        problems = [
+            f"{name} is {list(found)}, the configuration asks for {list(asked)}"
+            for name, found, asked in sorted(info.mismatched_keys)
+        ] + list(info.conversion_errors)
         missing = sorted(name for name in wanted if name not in loaded or loaded[name].is_meta)
         if missing or problems:
-            what = f"no weights for {missing[0]}" if missing else f"weights of another shape: {problems[0]}"
+            what = f"the weights do not fit: {problems[0]}" if problems else f"no weights for {missing[0]}"
             raise ModelError(what, where=str(self._directory), mend="Fetch the model again, or check its config.json")
         return {name: tensor.detach() for name, tensor in loaded.items()}
 

@@ -133,9 +133,7 @@ def _compare(config: PretrainedConfig) -> None:
     rng_state = torch.get_rng_state()
     try:
         torch.manual_seed(0)
-        oracle = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        oracle = _oracle(config)
         requests = _requests(config.get_text_config().vocab_size)
         anatomy = Anatomy(config, torch.float32)
         worst = 0.0
@@ -161,6 +159,17 @@ def _compare(config: PretrainedConfig) -> None:
             f"log-probabilities differ from transformers' by {worst:.2g} (at most {TOLERANCE:g} is right)",
             mend=OTHER_FAMILY,
         )
+
+
+def _oracle(config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+        )
+    except Exception as error:
+        why = f"transformers makes no model of this configuration: {type(error).__name__}: {error}"
+        raise _refusal(config, why) from error
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def _refusal(config: PretrainedConfig, why: str) -> UnsupportedModelError:
