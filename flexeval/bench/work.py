@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flexeval.benchmark.helm import HelmSuite, ModelCard
-from flexeval.benchmark.suites import load_suite
 from flexeval.errors import ConfigError
 from flexeval.models import ModelSource
 from flexeval.progress import Update
@@ -128,6 +126,9 @@ def suite_requests(
     Raises:
         FlexevalError: The suite cannot be read, or its data cannot be had.
     """
+    from flexeval.benchmark.helm import HelmSuite, ModelCard  # made-up tokens need no crfm-helm
+    from flexeval.benchmark.suites import load_suite
+
     suite = load_suite(name)
     card = ModelCard(
         name=f"flexeval/{source.name}",

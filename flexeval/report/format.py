@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from flexeval.report.statistics import Estimate
+if TYPE_CHECKING:  # formatting needs no scipy
+    from flexeval.report.statistics import Estimate
 
 NOTHING = "\N{EN DASH}"
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
