@@ -51,7 +51,8 @@ def peer(source: ModelSource, name: str, asked: list[Request], **changes: Any) -
 
 
 def test_every_byte_is_the_policy_s(source: ModelSource, tmp_path: Path) -> None:
-    shape = model_shape(open_model(source, setting="none", device="cpu", dtype="float32").anatomy, None)
+    opened = open_model(source, setting="none", device="cpu", dtype="float32")
+    shape = model_shape(opened.anatomy, None, opened.device)
     asked = [*requests(), requests()[0]]
     measured = engine(source, tmp_path, asked, num_repeats=3, num_warm_up=2)
     figures = measured.figures
@@ -81,6 +82,16 @@ def test_every_byte_is_the_policy_s(source: ModelSource, tmp_path: Path) -> None
     assert figures.peak_bytes["process"] > figures.peak_bytes["cpu"]
     assert measured.hardware["disk_read_bytes_per_s"] > 0
     assert figures.predicted_s is not None and figures.predicted_s > 0
+
+
+def test_compressed_weights_cross_as_they_rest(source: ModelSource, tmp_path: Path) -> None:
+    plain, packed = (engine(source, tmp_path, requests(), setting=name).figures for name in ("none", "w4"))
+    sizes = [
+        figures.phases["decode"].lanes["weights"].num_bytes / figures.phases["decode"].num_sweeps
+        for figures in (plain, packed)
+    ]
+    assert sizes[1] < sizes[0] / 4, "4 bits and a share of two 16-bit numbers, not 32 bits"
+    assert packed.setting == "w4"
 
 
 def test_scored_prompts_need_one_pass(source: ModelSource, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How many requests make a fair benchmark: as many as it takes for more of them not to be cheaper. Runs nothing."""
+"""How many requests make a fair benchmark: as many as it takes for more of them not to be cheaper each. Runs none."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _FEWEST, _MOST = 8, 4096
 """Requests that are tried, doubling."""
 _WORTHWHILE = 0.05
 """Twice as many requests must save this share of the seconds each."""
+_LONG_ENOUGH_S = 20.0
+"""Less is doubled all the same: what begins and ends a run, and its noise, must not count."""
 _PATIENCE_S = 300.0
 """No work that is predicted to take longer is chosen."""
 
@@ -74,10 +76,11 @@ def largest_worthwhile(predict: Callable[[int], float]) -> Chosen:
         try:
             doubled_s = predict(2 * size)
         except CapacityError:
-            return Chosen(size, f"twice as many do not fit; predicted: {seconds:.0f} s")
+            return Chosen(size, f"twice as many do not fit; {seconds:.0f} s are predicted")
         saved = 1 - doubled_s / (2 * seconds)
-        if saved < _WORTHWHILE:
-            return Chosen(size, f"twice as many would save {max(0.0, saved):.0%} of the time each; {seconds:.0f} s")
+        if saved < _WORTHWHILE and seconds >= _LONG_ENOUGH_S:
+            saving = f"twice as many would save {max(0.0, saved):.0%} of the time each"
+            return Chosen(size, f"{saving}; {seconds:.0f} s are predicted")
         if doubled_s > _PATIENCE_S:
             return Chosen(size, f"twice as many would take {doubled_s:.0f} s; {seconds:.0f} s are predicted")
         size, seconds = 2 * size, doubled_s

@@ -13,7 +13,7 @@ from flexeval.report import format as show
 
 _NOTES = (
     "Prefill counts computed prompt tokens over the sweeps that compute any; decode is the mean sweep that computes "
-    "none; generated tok/s are generated tokens over prefill and decode together.",
+    "none; gen. tok/s are generated tokens over prefill and decode together.",
     "A lane's utilization is its busy share of the phase. A bound is what crossed a resource at its measured rate "
     "(compute: matrix products, or the weights read once a sweep from the device's memory); reached is the highest "
     "bound over the seconds taken.",
@@ -46,7 +46,7 @@ def print_bench(results: BenchResults, console: Console) -> None:
 def _systems(results: BenchResults) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("system", no_wrap=True)
-    for name in ("batch", "prefill\ntok/s", "decode\ns/sweep", "generated\ntok/s", "requests\n/s", "peak\nmemory"):
+    for name in ("batch", "prefill\ntok/s", "decode\ns/sweep", "gen.\ntok/s", "requests\n/s", "peak\nmemory"):
         table.add_column(name, justify="right", no_wrap=True)
     for system in results.systems:
         table.add_row(
@@ -64,7 +64,8 @@ def _systems(results: BenchResults) -> Table:
 def _memory(system: SystemFigures) -> str:
     """Tiers, where the system knows them; else the whole process, libraries included."""
     hidden = "process" if "cpu" in system.peak_bytes else ""
-    return "\n".join(f"{name} {format_size(n)}" for name, n in system.peak_bytes.items() if n and name != hidden)
+    sizes = {name: format_size(size) for name, size in system.peak_bytes.items() if size and name != hidden}
+    return "\n".join(f"{'host' if name == 'process' else name} {size}" for name, size in sizes.items())
 
 
 def _lanes(system: SystemFigures) -> Table:
@@ -89,10 +90,10 @@ def _lanes(system: SystemFigures) -> Table:
 
 def _bounds(system: SystemFigures) -> Table:
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("phase")
-    table.add_column("resource")
+    table.add_column("phase", no_wrap=True)
+    table.add_column("resource", no_wrap=True)
     for name in ("crossed", "at most", "bound", "predicted", "reached"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for name, phase in system.phases.items():
         for index, (resource, figures) in enumerate(phase.bounds.items()):
             is_bytes = resource != "compute"
