@@ -67,7 +67,8 @@ def test_sweeps_add_up_to_the_batch(family: str, device: str, overlap: bool, tmp
     assert sum(sweep.num_decode_tokens for sweep in trace.sweeps) == 2 * num_decoded
     for sweep in trace.sweeps:
         assert set(sweep.lanes) == {*LANES, "compute"}
-        assert sweep.lanes["weights"].num_bytes == 2 * layer_bytes, "two of four layers rest on disk"
+        num_streamed = 2 if device == "cpu" else 4  # two of four layers rest on disk, two in host memory
+        assert sweep.lanes["weights"].num_bytes == num_streamed * layer_bytes
         assert sweep.lanes["compute"].busy_s > 0
         assert sweep.lanes["kv_in"].num_bytes > 0 or sweep.num_decode_tokens == 0
     for lane, total in trace.lanes.items():
