@@ -69,7 +69,7 @@ def used_bytes(executor: Executor) -> int:
 def test_each_tier_holds_what_the_policy_puts_there(
     policy: Policy, num_slabs_on_disk: int, num_logs_on_disk: int, tmp_path: Path
 ) -> None:
-    shape = model_shape(Anatomy(tiny_config("llama"), torch.float32), None)
+    shape = model_shape(Anatomy(tiny_config("llama"), torch.float32), None, CPU)
     slab, log = shape.layer_bytes, NUM_KEPT * shape.kv_bytes_per_token
     buffers = 2 * slab if num_slabs_on_disk else 0
     with loaded(policy, tmp_path) as executor:
@@ -87,7 +87,7 @@ def test_each_tier_holds_what_the_policy_puts_there(
 
 
 def test_the_cache_of_a_long_batch_is_bounded_by_the_sequences_in_flight(tmp_path: Path) -> None:
-    shape = model_shape(Anatomy(tiny_config("llama"), torch.float32), None)
+    shape = model_shape(Anatomy(tiny_config("llama"), torch.float32), None, CPU)
     policy = Policy(kv=Split(disk=1.0), group_sequences=2, num_groups=2)
     requests = [dataclasses.replace(REQUEST, prompt_ids=(100 + n, *REQUEST.prompt_ids[1:])) for n in range(11)]
     with loaded(policy, tmp_path) as executor:
@@ -272,7 +272,7 @@ SMALL_BLOCKS = {
 @pytest.mark.parametrize("sizes", SMALL_BLOCKS)
 def test_no_tier_holds_more_than_the_cost_model_promised(sizes: str, num_steps: int, tmp_path: Path) -> None:
     requests = coming_and_going(num_steps=num_steps)
-    shape, work = model_shape(Anatomy(tiny_config("llama"), torch.float32), None), measure_workload(requests)
+    shape, work = model_shape(Anatomy(tiny_config("llama"), torch.float32), None, CPU), measure_workload(requests)
     for places in ({}, {"kv": Split(disk=1.0), "hidden": Split(disk=1.0)}, {"kv": Split(cpu=0.5, disk=0.5)}):
         policy = dataclasses.replace(SMALL_BLOCKS[sizes], **places)
         promised = CostModel(shape=shape, workload=work, hardware=LAPTOP).cost(policy).peak_bytes
