@@ -72,6 +72,7 @@ class Executor:
         """What the plan of the last batch saves."""
         self._anatomy = anatomy
         self._device = device
+        self._watch = Stopwatch(device)
         self.tiers = _make_tiers(device, disk_tier)
         self._disk_tier = disk_tier
         self._device_tier = self.tiers[TierName.GPU if device.type == "cuda" else TierName.CPU]
@@ -93,13 +94,13 @@ class Executor:
                 disk_tier=disk_tier,
                 lane=self._lanes["weights"],
                 trace=self.trace,
+                watch=self._watch,
                 on_layer=on_layer,
             )
         except BaseException:
             self._close_lanes()
             self._close_tiers()
             raise
-        self._watch = Stopwatch(device)
         self._sweeper = Sweeper(
             anatomy=anatomy,
             weights=self._weights,

@@ -29,25 +29,26 @@ class Stopwatch:
         self._is_cuda = device.type == "cuda"
         self._laps = [0.0]
         self._open: deque[_Span] = deque()
+        self._lap = 0
+        self._start: torch.cuda.Event | float | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count a block in the current lap."""
-        lap = len(self._laps) - 1
-        if self._is_cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            try:
-                yield
-            finally:
-                end.record()
-                self._open.append(_Span(lap, start, end))
-        else:
-            start_s = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._laps[lap] += time.perf_counter() - start_s
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave a block out of the span that is running."""
+        self._end()
+        try:
+            yield
+        finally:
+            self._begin()
 
     def next_lap(self) -> None:
         """End the current lap; a span that runs still belongs to it."""
@@ -61,6 +62,25 @@ class Stopwatch:
             self._open[0].end.synchronize()
             self._close_first()
         return list(self._laps)
+
+    def _begin(self) -> None:
+        assert self._start is None, "spans of one stopwatch follow each other"
+        self._lap = len(self._laps) - 1
+        if self._is_cuda:
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._start.record()
+        else:
+            self._start = time.perf_counter()
+
+    def _end(self) -> None:
+        assert self._start is not None, "no span is running"
+        if isinstance(self._start, float):
+            self._laps[self._lap] += time.perf_counter() - self._start
+        else:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._open.append(_Span(self._lap, self._start, end))
+        self._start = None
 
     def _close_first(self) -> None:
         span = self._open.popleft()

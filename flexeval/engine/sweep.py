@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -45,7 +46,8 @@ class Sweeper:
         """
         layers = range(self.anatomy.num_layers)
         cells = [(layer, row) for layer in layers for row in rows]
-        weights_ahead = ahead(self.weights.lane, self.weights.load, layers)
+        num_tokens = sum(row.plan.num_tokens for row in rows)
+        weights_ahead = ahead(self.weights.lane, partial(self.weights.load, sweep_tokens=num_tokens), layers)
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
         hidden_ahead = ahead(hidden.lane, hidden.load, [row.index for _, row in cells], depth=1 if len(rows) > 1 else 0)
@@ -61,7 +63,7 @@ class Sweeper:
             for layer in layers:
                 slab = next(weights_ahead)
                 with self.watch.running():
-                    self.weights.bind(layer, slab, row_tokens)
+                    self.weights.bind(layer, slab, row_tokens=row_tokens, sweep_tokens=num_tokens)
                 for row in rows:
                     hidden_1TD, context = next(hidden_ahead), next(context_ahead)
                     attend = self._attend(layer, row, cache, context)

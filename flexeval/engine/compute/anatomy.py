@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from flexeval.engine.compute.experts import EXPERTS_NAME, Fetch, experts_per_token, find_experts, register_experts
 from flexeval.engine.compute.linear import CodedLinear, CodedMatrix, make_coded
 from flexeval.engine.compute.port import (
     ATTENTION_NAME,
@@ -73,6 +74,7 @@ class Anatomy:
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
         """Build the model on `meta`. Raises `UnsupportedModelError` where layers cannot be lifted out."""
         register_attention()
+        register_experts()
         self.config = copy.deepcopy(config)  # transformers shares configs between models
         self.dtype = dtype
         self.model = build_on_meta(self.config, dtype, attention=ATTENTION_NAME)
@@ -84,6 +86,9 @@ class Anatomy:
                 object.__setattr__(module, "attention_port", self._port)
         self.linear_weights = [make_coded(layer) for layer in self.layers]
         """Per layer, the names of the weights that may be bound as coded matrices."""
+        per_token = experts_per_token(self.config.get_text_config())
+        self.experts = [find_experts(layer, per_token) for layer in self.layers]
+        """Per layer, its experts; None where they are not apart."""
         self._stubs = [_Stub(layer) for layer in self.layers]
         parent, _, leaf = self.layers_name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._stubs))
@@ -125,19 +130,28 @@ class Anatomy:
         """The tensors of a layer's slab: its parameters and the buffers a checkpoint holds."""
         module = self.layers[layer]
         transposed = {name for name, child in module.named_modules() if _is_input_first(child)}
+        experts = self.experts[layer]
         return [
             TensorSpec(
                 name=name,
                 shape=tuple(tensor.shape),
                 dtype=tensor.dtype,
                 is_input_first=name.rpartition(".")[0] in transposed,
+                num_experts=experts.num_experts if experts is not None and name in experts.parameters else 0,
             )
             for name, tensor in module.state_dict(keep_vars=True).items()
         ]
 
-    def bind_layer(self, layer: int, tensors: Mapping[str, Tensor | CodedMatrix]) -> None:
-        """Let a layer compute with these tensors (views into a slab), linear layers also with coded matrices."""
+    def bind_layer(
+        self, layer: int, tensors: Mapping[str, Tensor | CodedMatrix], fetch_experts: Fetch | None = None
+    ) -> None:
+        """Let a layer compute with these tensors (views into a slab), linear layers also with coded matrices.
+
+        Where `fetch_experts` is given, the experts' tensors need not hold anything before it was asked for them.
+        """
         _bind(self.layers[layer], tensors)
+        if (experts := self.experts[layer]) is not None:
+            experts.port.fetch = fetch_experts
 
     def bind_rest(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Give embedding, norms and head their weights, and every remaining buffer its initial value."""
@@ -174,10 +188,18 @@ class Anatomy:
     def run_layer(self, layer: int, hidden_1TD: Tensor, call: LayerCall, attend: Attend) -> Tensor:
         """One layer on one packed row. Raises `UnsupportedModelError` for a layer that does not let us attend."""
         self._port.put(attend)
+        experts = self.experts[layer]
+        if experts is not None:
+            experts.port.is_waiting = True
         output: Tensor | tuple[Tensor, ...] = self.layers[layer](hidden_1TD, *call.args, **call.kwargs)
         if self._port.is_waiting:
             raise UnsupportedModelError(
                 f"layer {layer} of {type(self.model).__name__} does not attend through transformers' interface",
+                mend=OTHER_FAMILY,
+            )
+        if experts is not None and experts.port.is_waiting:
+            raise UnsupportedModelError(
+                f"layer {layer} of {type(self.model).__name__} runs its experts past transformers' interface",
                 mend=OTHER_FAMILY,
             )
         return output[0] if isinstance(output, tuple) else output
@@ -212,7 +234,9 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, *, attention: st
     """The model's modules without memory. Raises `UnsupportedModelError`."""
     try:
         with torch.device("meta"), _quiet_default_dtype():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, experts_implementation=EXPERTS_NAME
+            )
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         is_ours = isinstance(error, KeyError) and error.args == (attention,)
         why = "transformers does not let its attention be replaced" if is_ours else f"{type(error).__name__}: {error}"

@@ -3,7 +3,7 @@
 A codec works on a flat run of numbers whose length is a multiple of its group size, and says to the byte what it needs.
 Where it has a kernel for it, it also multiplies a few tokens by a matrix as it rests.
 
-Shapes: G groups, E numbers of a group, P bytes of its codes, T tokens, I inputs, O outputs.
+Shapes: R runs, V numbers of a run, G groups, E numbers of a group, P bytes of its codes, T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ class Codec(Protocol):
         ...
 
     def decode(self, coded: Tensor, out: Tensor) -> None:
-        """Fill the 1-D run `out` (any float type) from uint8 `[num_bytes(len(out))]` on the same device."""
+        """Fill runs.
+
+        Args:
+            coded: uint8 `[..., num_bytes(V)]`, a run or several that lie apart.
+            out: `[..., V]` of any float type, on the same device.
+        """
         ...
 
     def few_tokens(self, device: torch.device) -> int:
@@ -113,19 +118,22 @@ class Int4Codec:
 
     def decode(self, coded: Tensor, out: Tensor) -> None:
         """Write minimum + scale * code, computed in float32, a bounded number of groups at a time."""
-        num_code_bytes = out.numel() // 2
-        assert coded.numel() == self.num_bytes(out.numel()), (coded.numel(), out.numel())
-        packed_GP = coded[:num_code_bytes].view(-1, self.group_size // 2)
-        affine_G2 = coded[num_code_bytes:].view(torch.float16).view(-1, 2)
-        out_GE = out.view(-1, self.group_size)
+        num_values = out.shape[-1]
+        assert coded.shape == (*out.shape[:-1], self.num_bytes(num_values)), (coded.shape, out.shape)
+        coded_RB, out_RV = (coded[None], out[None]) if out.dim() == 1 else (coded, out)
+        num_runs, num_groups = out_RV.shape[0], num_values // self.group_size
+        packed_RGP = coded_RB[:, : num_values // 2].view(num_runs, num_groups, self.group_size // 2)
+        affine_RG2 = coded_RB[:, num_values // 2 :].view(torch.float16).view(num_runs, num_groups, 2)
+        out_RGE = out_RV.view(num_runs, num_groups, self.group_size)
         if has_triton(coded.device):
             from flexeval.engine.memory import int4_kernel
 
-            return int4_kernel.unpack(packed_GP, affine_G2, out_GE)
+            return int4_kernel.unpack(packed_RGP, affine_RG2, out_RGE)
         step = _CHUNK_VALUES // self.group_size
-        for first in range(0, out_GE.shape[0], step):
-            part = slice(first, first + step)
-            self._decode_groups(packed_GP[part], affine_G2[part].float(), out_GE[part])
+        for packed_GP, affine_G2, out_GE in zip(packed_RGP, affine_RG2, out_RGE, strict=True):
+            for first in range(0, num_groups, step):
+                part = slice(first, first + step)
+                self._decode_groups(packed_GP[part], affine_G2[part].float(), out_GE[part])
 
     def few_tokens(self, device: torch.device) -> int:
         """What the kernel is good for; without one, matrices are always unpacked."""

@@ -2,7 +2,7 @@
 
 Knows the bytes of `Int4Codec`, which its docstring describes. Needs Triton: import it only where a GPU computes.
 
-Shapes: G groups, E numbers of a group, P = E / 2 bytes of its codes, T tokens, I inputs, O outputs.
+Shapes: R runs, G groups, E numbers of a group, P = E / 2 bytes of its codes, T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -22,23 +22,46 @@ _PROGRAMS_PER_PROCESSOR, _MAX_PARTS = 6, 8
 """A product is split along its inputs until so many programs run on each multiprocessor."""
 
 
-def unpack(packed_GP: Tensor, affine_G2: Tensor, out_GE: Tensor) -> None:
-    """Write minimum + scale * code.
+def unpack(packed_RGP: Tensor, affine_RG2: Tensor, out_RGE: Tensor) -> None:
+    """Write minimum + scale * code, for R runs that may lie apart (each of them is contiguous).
 
     Args:
-        packed_GP: uint8 codes, the first half of a group in the low nibbles.
-        affine_G2: float16 scale and minimum of each group.
-        out_GE: Where the numbers go; any float type.
+        packed_RGP: uint8 codes, the first half of a group in the low nibbles.
+        affine_RG2: float16 scale and minimum of each group.
+        out_RGE: Where the numbers go; any float type.
     """
-    num_groups, num_bytes = packed_GP.shape
-    if num_groups:
-        _unpack_kernel[(triton.cdiv(num_groups, _UNPACK_GROUPS),)](
-            packed_GP, affine_G2.view(torch.int32), out_GE, num_groups, HALF=num_bytes, GROUPS=_UNPACK_GROUPS
+    num_runs, num_groups, num_bytes = packed_RGP.shape
+    affine_RG1 = affine_RG2.view(torch.int32)
+    if num_runs and num_groups:
+        _unpack_kernel[(triton.cdiv(num_groups, _UNPACK_GROUPS), num_runs)](
+            packed_RGP,
+            affine_RG1,
+            out_RGE,
+            packed_RGP.stride(0),
+            affine_RG1.stride(0),
+            out_RGE.stride(0),
+            num_groups,
+            HALF=num_bytes,
+            GROUPS=_UNPACK_GROUPS,
         )
 
 
 @triton.jit
-def _unpack_kernel(codes, affine, out, num_groups, HALF: tl.constexpr, GROUPS: tl.constexpr):
+def _unpack_kernel(
+    codes,
+    affine,
+    out,
+    codes_stride,
+    affine_stride,
+    out_stride,
+    num_groups,
+    HALF: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    run = tl.program_id(1).to(tl.int64)
+    codes += run * codes_stride
+    affine += run * affine_stride
+    out += run * out_stride
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     place = tl.arange(0, HALF)
     is_group = group < num_groups

@@ -1,8 +1,13 @@
-"""The weights at rest and on their way: one slab a layer. Knows slabs, tiers and codecs; not what layers compute."""
+"""The weights at rest and on their way: one slab a layer. Knows slabs, tiers and codecs; not what layers compute.
+
+In a sweep of few tokens, of a layer with experts only what all tokens need is loaded ahead. The experts follow as they
+are chosen, into the places where they would lie anyway.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +21,9 @@ from flexeval.engine.memory.loading import load_layers
 from flexeval.engine.memory.prepared import PreparedLayers
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.memory.tier import Extent, Tier
+from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.trace import Trace
+from flexeval.policy.experts import is_by_need
 
 
 class WeightStore:
@@ -34,16 +41,19 @@ class WeightStore:
         disk_tier: DiskTier | None,
         lane: Lane,
         trace: Trace,
+        watch: Stopwatch,
         on_layer: Callable[[int], None] = lambda layer: None,
     ):
         """Read the checkpoint layer by layer and put layer l's slab on `tiers[l]`.
 
         `device_tier` has the room for what is on its way; on `disk_tier` slabs outlive the run, for the next one.
+        `watch` runs while layers are computed, and not while they wait for their experts.
         Raises `CapacityError` where a tier is full, and what the checkpoint raises.
         """
         self.lane = lane
         self._anatomy = anatomy
         self._trace = trace
+        self._watch = watch
         self._layouts = [SlabLayout(anatomy.layer_specs(layer), codec) for layer in range(anatomy.num_layers)]
         self._device_tier = device_tier
         self._extents: list[Extent] = []
@@ -83,8 +93,10 @@ class WeightStore:
         """Bytes of all slabs at rest."""
         return sum(layout.num_bytes for layout in self._layouts)
 
-    def load(self, layer: int) -> Tensor:
-        """A layer's slab on the compute device; runs on the weights' lane.
+    def load(self, layer: int, *, sweep_tokens: int) -> Tensor:
+        """A layer's slab on the compute device for a sweep of so many tokens; runs on the weights' lane.
+
+        Where experts are fetched by need, their part of it holds nothing yet.
 
         Two loads may be outstanding: the one in use and the next. `Lane.submit` orders a third behind the use of the
         first, whose buffer it takes.
@@ -94,26 +106,52 @@ class WeightStore:
             return view
         buffer = self._buffers[self._num_loads % 2][: extent.num_bytes]
         self._num_loads += 1
-        extent.read(buffer)
-        self._trace.moved("weights", extent.num_bytes)
+        is_by_need = self._is_by_need(layer, sweep_tokens)
+        self._read(extent, buffer, slice(0, self._layouts[layer].num_dense_bytes if is_by_need else extent.num_bytes))
         return buffer
 
-    def bind(self, layer: int, slab: Tensor, row_tokens: int) -> None:
+    def bind(self, layer: int, slab: Tensor, *, row_tokens: int, sweep_tokens: int) -> None:
         """Let the layer compute with a loaded slab: coded matrices as they rest for few tokens, else unpacked.
 
         Args:
             layer: Which.
             slab: What `load` gave.
             row_tokens: Tokens of the longest row that is about to be computed.
+            sweep_tokens: Tokens of all rows.
         """
         layout = self._layouts[layer]
         takes_coded = row_tokens <= self._few_tokens[layer]
         stays = self._extents[layer].view() is not None and (takes_coded or not layout.num_coded_values)
         if stays and self._is_bound[layer]:
             return
-        tensors = layout.as_it_rests(slab) if takes_coded else layout.unpack(slab, self._workspace)
-        self._anatomy.bind_layer(layer, tensors)
+        if takes_coded:
+            self._anatomy.bind_layer(layer, layout.as_it_rests(slab))
+        elif not stays and self._is_by_need(layer, sweep_tokens):
+            layout.decode_dense(slab, self._workspace)
+            fetch = partial(self._fetch_experts, layer, slab, set())
+            self._anatomy.bind_layer(layer, layout.tensors(slab, self._workspace), fetch)
+        else:
+            self._anatomy.bind_layer(layer, layout.unpack(slab, self._workspace))
         self._is_bound[layer] = stays
+
+    def _is_by_need(self, layer: int, sweep_tokens: int) -> bool:
+        experts = self._anatomy.experts[layer]
+        return experts is not None and is_by_need(experts.num_experts, experts.per_token, sweep_tokens)
+
+    def _fetch_experts(self, layer: int, slab: Tensor, there: set[int], chosen: Tensor) -> None:
+        """Bring the chosen experts that are not `there` into a layer's slab, and unpack them."""
+        layout, extent = self._layouts[layer], self._extents[layer]
+        missing = sorted(set(chosen.unique().tolist()).intersection(range(layout.num_experts)) - there)
+        there.update(missing)
+        for experts in neighbours(missing):
+            if extent.view() is None:
+                with self._watch.paused():
+                    self.lane.submit(self._read, extent, slab, layout.expert_bytes(experts)).wait()
+            layout.decode_experts(slab, self._workspace, experts)
+
+    def _read(self, extent: Extent, slab: Tensor, part: slice) -> None:
+        extent.read(slab[part], part.start)
+        self._trace.moved("weights", part.stop - part.start)
 
     def close(self) -> None:
         """Give back everything."""
@@ -129,3 +167,12 @@ class WeightStore:
         view = self._rooms[-1].view()
         assert view is not None
         return view
+
+
+def neighbours(numbers: Sequence[int]) -> Iterator[range]:
+    """Rising numbers as runs without gaps."""
+    start = 0
+    for index in range(1, len(numbers) + 1):
+        if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
+            yield range(numbers[start], numbers[index - 1] + 1)
+            start = index
