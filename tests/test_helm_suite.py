@@ -172,6 +172,7 @@ def test_data_are_shared_by_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         HelmSuite(build_suite(MISSING_GSM), build_card(), output=tmp_path / "run").collect()
 
 
+@pytest.mark.usefixtures("packaged_questions")
 def test_packaged_data_serve_only_the_suite_that_asks_for_them(tmp_path: Path) -> None:
     asks = build_suite("mmlu:model=text,subject=anatomy")
     suite = suite_in(tmp_path, replace(asks, packaged_data=("mmlu",)))
