@@ -116,6 +116,26 @@ def test_few_tokens_read_packed_weights_as_they_rest():
     assert before.lanes["prefill"] == after.lanes["prefill"]
 
 
+def test_a_short_sweep_moves_and_reads_only_the_experts_its_tokens_choose():
+    """Nine tenths of a layer are 64 experts, of which a token meets 8: 4 tokens meet 41 % of them, 16 too many."""
+    dense, unpacked = OPT_30B, opt(48, 7168, 56, weight_bits=4.5)
+    policy = replace(FLEXGEN_30B, weights=Split(cpu=1.0), group_sequences=16, num_groups=1)
+    for shape in (dense, unpacked):
+        experts = replace(shape, num_experts=64, experts_per_token=8, expert_share=0.9)
+        for num_sequences, is_short in ((4, True), (16, False)):
+            whole, by_need = (cost_of(policy, one, generating(num_sequences), T4) for one in (shape, experts))
+            unmet = 0.9 * (1 - 8 / 64) ** num_sequences
+            moved = [cost.lanes["decode"][Lane.TO_GPU] * T4.to_gpu_bytes_per_s for cost in (whole, by_need)]
+            saved_bytes = 31 * 48 * shape.layer_bytes * unmet if is_short else 0
+            assert moved[0] - moved[1] == pytest.approx(saved_bytes)
+            read_bytes = 31 * 48 * shape.layer_compute_bytes * unmet
+            if shape.is_packed and is_short:
+                read_bytes += 31 * 48 * (shape.layer_bytes + shape.layer_compute_bytes) * unmet
+            saved_s = whole.lanes["decode"][Lane.COMPUTE] - by_need.lanes["decode"][Lane.COMPUTE]
+            assert saved_s == pytest.approx(read_bytes / T4.memory_bytes_per_s)
+            assert whole.peak_bytes == by_need.peak_bytes
+
+
 def test_packed_weights_move_less_and_unpack_once_a_layer():
     packed = opt(48, 7168, 56, weight_bits=4.5)
     plain, w4 = (cost_of(FLEXGEN_30B, shape, generating(144), T4) for shape in (OPT_30B, packed))

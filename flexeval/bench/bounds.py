@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from flexeval.bench.figures import BoundFigures, PhaseFigures
 from flexeval.policy.cost import Cost, CostModel, Lane
+from flexeval.policy.experts import met_part
 from flexeval.policy.policy import Policy, Tier
 
 _READS = {"weights": "weights", "kv_in": "kv", "hidden": "hidden"}
@@ -59,10 +60,11 @@ def _bounds(name: str, phase: PhaseFigures, model: CostModel, policy: Policy, co
 
 
 def _compute_bound(phase: PhaseFigures, model: CostModel, predicted_s: float) -> BoundFigures:
-    """The layers' matrix products, or reading the weights as they rest once a sweep, whichever takes longer."""
+    """The layers' matrix products, or reading once a sweep the weights that tokens meet, whichever takes longer."""
     shape, hardware = model.shape, model.hardware
     num_tokens = phase.num_fresh_tokens + phase.num_decode_tokens
     flops = 2 * shape.layer_params * shape.num_layers * num_tokens
-    weight_bytes = shape.num_layers * min(shape.layer_bytes, shape.layer_compute_bytes) * phase.num_sweeps
+    layer_bytes = min(shape.layer_bytes, shape.layer_compute_bytes) * met_part(shape, num_tokens / phase.num_sweeps)
+    weight_bytes = shape.num_layers * layer_bytes * phase.num_sweeps
     bound_s = max(flops / hardware.flops_per_s, weight_bytes / hardware.memory_bytes_per_s)
     return BoundFigures(amount=flops, per_s=hardware.flops_per_s, bound_s=bound_s, predicted_s=predicted_s)

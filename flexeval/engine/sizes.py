@@ -9,6 +9,7 @@ import torch
 
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import decode_copies
+from flexeval.engine.compute.experts import experts_per_token
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.planning.prefix import build_tree
@@ -23,20 +24,21 @@ def model_shape(anatomy: Anatomy, codec: Codec | None, device: torch.device) -> 
     text = anatomy.config.get_text_config()
     specs = [anatomy.layer_specs(layer) for layer in range(anatomy.num_layers)]
     matrices = [sum(math.prod(spec.shape) for spec in layer if len(spec.shape) >= 2) for layer in specs]
-    experts = next((n for key in _NUM_EXPERTS if isinstance(n := getattr(text, key, None), int) and n > 0), 1)
-    active = getattr(text, "num_experts_per_tok", None) or 1
     in_experts = [sum(math.prod(spec.shape) for spec in layer if len(spec.shape) == 3) for layer in specs]
     kinds = {tuple(layer): index for index, layer in enumerate(specs)}
     takes_coded = all(
         SlabLayout(list(layer), codec).coded_names <= anatomy.linear_weights[index] for layer, index in kinds.items()
     )
+    largest = max((SlabLayout(list(layer), codec) for layer in kinds), key=lambda layout: layout.num_bytes)
+    named = (n for key in _NUM_EXPERTS if isinstance(n := getattr(text, key, None), int) and n > 0)
+    experts, active = largest.num_experts or next(named, 1), experts_per_token(text)
     num_query_heads = text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_query_heads
     return ModelShape(
         num_layers=anatomy.num_layers,
         hidden_size=text.hidden_size,
         intermediate_size=max(_intermediate_size(text), getattr(text, "moe_intermediate_size", None) or 0),
-        layer_bytes=max(SlabLayout(list(layer), codec).num_bytes for layer in kinds),
+        layer_bytes=largest.num_bytes,
         layer_compute_bytes=max(SlabLayout(list(layer), None).num_bytes for layer in kinds),
         resident_bytes=anatomy.resident_bytes,
         layer_params=max(
@@ -51,6 +53,9 @@ def model_shape(anatomy: Anatomy, codec: Codec | None, device: torch.device) -> 
         dtype_bytes=anatomy.dtype.itemsize,
         few_tokens=codec.few_tokens(device) if codec is not None and takes_coded else 0,
         decode_copies=decode_copies(device, heads_per_kv=num_query_heads // num_kv_heads),
+        num_experts=max(1, largest.num_experts),
+        experts_per_token=active,
+        expert_share=1 - largest.num_dense_bytes / largest.num_bytes,
     )
 
 

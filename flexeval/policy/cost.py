@@ -14,6 +14,7 @@ from enum import StrEnum
 from math import ceil
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from flexeval.policy.experts import fetched_part, met_part
 from flexeval.policy.policy import KINDS, ModelShape, Policy, Tier, Workload
 from flexeval.policy.sweeps import Sweep, plan_sweeps
 
@@ -129,7 +130,7 @@ class CostModel:
         num_rows = self.num_items(policy)["hidden"]
         hidden_bytes = shape.num_layers * sweep.num_tokens * shape.hidden_bytes_per_token / num_rows
         read_bytes = {
-            "weights": shape.layer_bytes,
+            "weights": shape.layer_bytes * fetched_part(shape, sweep.num_tokens),
             "kv": sweep.num_kv_read * shape.kv_bytes_per_token,
             "hidden": hidden_bytes,
         }
@@ -153,7 +154,8 @@ class CostModel:
         A layer call of t tokens takes 2 P t / peak + bytes / bandwidth + launches: a roofline (Williams et al., 2009)
         summed rather than maximized, which is a rate of peak * t / (t + t_half) with t_half = (bytes / bandwidth +
         launches) * peak / (2 P). Attention takes 4 H D operations a pair (FlexGen, appendix A.3) and reads the KV
-        once. A packed slab is unpacked once a layer, or read as it rests by every call of few tokens.
+        once. A packed slab is unpacked once a layer, or read as it rests by every call of few tokens. Of experts, only
+        those that tokens chose are read, and unpacked where the sweep is short.
         """
         shape, hardware = self.shape, self.hardware
         flops = 2 * shape.layer_params * sweep.num_tokens
@@ -162,8 +164,10 @@ class CostModel:
         if shape.is_packed and sweep.num_tokens <= sweep.num_calls * shape.few_tokens:
             device_bytes += sweep.num_calls * shape.layer_bytes
         else:
-            device_bytes += sweep.num_calls * shape.layer_compute_bytes
-            device_bytes += shape.layer_bytes + shape.layer_compute_bytes if shape.is_packed else 0
+            met = met_part(shape, sweep.num_tokens / sweep.num_calls)
+            device_bytes += sweep.num_calls * shape.layer_compute_bytes * met
+            unpacked_bytes = shape.layer_bytes + shape.layer_compute_bytes if shape.is_packed else 0
+            device_bytes += unpacked_bytes * fetched_part(shape, sweep.num_tokens)
         layer_s = (
             flops / hardware.flops_per_s
             + device_bytes / hardware.memory_bytes_per_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flexeval.policy.policy import ModelShape
+
 BY_NEED_SHARE = 0.75
 """Up to this expected share of chosen experts it pays to wait for the choice: experts come late then, when the layer
 wants them, where a whole layer comes while the one before it is computed."""
@@ -20,8 +22,13 @@ def is_by_need(num_experts: int, per_token: int, num_tokens: float) -> bool:
     return chosen_share(num_experts, per_token, num_tokens) <= BY_NEED_SHARE
 
 
-def fetched_share(num_experts: int, per_token: int, num_tokens: float) -> float:
-    """Expected share of a layer's experts that a sweep of `num_tokens` tokens fetches and unpacks."""
-    if not is_by_need(num_experts, per_token, num_tokens):
-        return 1.0
-    return chosen_share(num_experts, per_token, num_tokens)
+def met_part(shape: ModelShape, num_tokens: float) -> float:
+    """Expected part of a layer's bytes that at least one of `num_tokens` tokens is multiplied by, in (0, 1]."""
+    share = chosen_share(shape.num_experts, shape.experts_per_token, num_tokens)
+    return 1 - shape.expert_share * (1 - share)
+
+
+def fetched_part(shape: ModelShape, num_tokens: float) -> float:
+    """Expected part of a layer's bytes that a sweep of `num_tokens` tokens moves and unpacks, in (0, 1]."""
+    by_need = is_by_need(shape.num_experts, shape.experts_per_token, num_tokens)
+    return met_part(shape, num_tokens) if by_need else 1.0

@@ -208,6 +208,12 @@ class ModelShape:
     """Up to so many tokens of a layer call a packed slab is multiplied as it rests; 0 where it is always unpacked."""
     decode_copies: int
     """Copies that decode attention makes of a group's keys and values; 0 where it reads them where they are."""
+    num_experts: int = 1
+    """Experts of a layer, where they lie apart."""
+    experts_per_token: int = 1
+    """How many of them a token meets."""
+    expert_share: float = 0.0
+    """Share of a layer's bytes that are theirs; 0 without experts."""
 
     @property
     def is_packed(self) -> bool:
