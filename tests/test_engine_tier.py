@@ -61,6 +61,21 @@ def test_bytes_come_back_from_where_they_were_put(tier: Tier) -> None:
 
 
 @every_tier
+def test_parts_come_to_the_same_places_and_nothing_else_does(tier: Tier) -> None:
+    extent = tier.allocate(50_000)
+    extent.write(numbers(50_000))
+    parts = [slice(0, 64), slice(4000, 9000), slice(9000, 9064), slice(49_999, 50_000)]
+    out = torch.full((60_000,), 255, dtype=torch.uint8)
+    expected = out.clone()
+    for part in parts:
+        expected[part] = numbers(50_000)[part]
+    extent.read_parts(out, parts)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+@every_tier
 def test_a_view_is_the_bytes_themselves_and_only_where_the_device_can_address_them(tier: Tier) -> None:
     extent = tier.allocate(1000)
     view = extent.view()

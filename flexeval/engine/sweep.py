@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -47,7 +46,7 @@ class Sweeper:
         layers = range(self.anatomy.num_layers)
         cells = [(layer, row) for layer in layers for row in rows]
         num_tokens = sum(row.plan.num_tokens for row in rows)
-        weights_ahead = ahead(self.weights.lane, partial(self.weights.load, sweep_tokens=num_tokens), layers)
+        weights_ahead = ahead(self.weights.lane, lambda layer: self.weights.load(layer, num_tokens), layers)
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
         hidden_ahead = ahead(hidden.lane, hidden.load, [row.index for _, row in cells], depth=1 if len(rows) > 1 else 0)

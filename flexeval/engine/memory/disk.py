@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -126,13 +126,21 @@ class DiskExtent:
 
     def read(self, out: Tensor, offset: int = 0) -> None:
         """Read the file; to a GPU by way of host memory, asynchronously on the current stream."""
-        assert offset + out.numel() <= self.num_bytes, (offset, out.numel(), self.num_bytes)
+        self._read([(offset, out)], is_pinned=out.is_cuda)
+
+    def read_parts(self, out: Tensor, parts: Sequence[slice]) -> None:
+        """Read parts of the file, several at once."""
+        self._read([(part.start, out[part]) for part in parts], is_pinned=out.is_cuda)
+
+    def _read(self, runs: Sequence[tuple[int, Tensor]], *, is_pinned: bool) -> None:
         with (
             self.tier.opened(self._path, os.O_RDONLY) as file,
-            ChunkedTransfer(self.tier.io, self.tier.staging, is_pinned=out.is_cuda) as transfer,
+            ChunkedTransfer(self.tier.io, self.tier.staging, is_pinned=is_pinned) as transfer,
         ):
-            for piece in pieces(offset, offset + out.numel()):
-                transfer.read(file, piece, out[piece.first - offset : piece.last - offset])
+            for offset, out in runs:
+                assert offset + out.numel() <= self.num_bytes, (offset, out.numel(), self.num_bytes)
+                for piece in pieces(offset, offset + out.numel()):
+                    transfer.read(file, piece, out[piece.first - offset : piece.last - offset])
 
     def write(self, data: Tensor, offset: int = 0) -> None:
         """Write the file; from a GPU by way of host memory. It is on its way to the disk when this returns."""

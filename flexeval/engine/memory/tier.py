@@ -6,6 +6,7 @@ is copied in and out (`read`, `write`), on the calling lane's thread and stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -33,6 +34,10 @@ class Extent(Protocol):
 
     def read(self, out: Tensor, offset: int = 0) -> None:
         """Fill `out` (uint8, contiguous, any device) with the bytes from `offset` on."""
+        ...
+
+    def read_parts(self, out: Tensor, parts: Sequence[slice]) -> None:
+        """Fill `parts` of `out` (uint8, contiguous, any device) with the same parts of the bytes."""
         ...
 
     def write(self, data: Tensor, offset: int = 0) -> None:
@@ -160,6 +165,11 @@ class MemoryExtent:
     def read(self, out: Tensor, offset: int = 0) -> None:
         """Copy out; asynchronous on the current stream between host and GPU."""
         out.copy_(self._buffer[offset : offset + out.numel()], non_blocking=self._tier.is_pinned)
+
+    def read_parts(self, out: Tensor, parts: Sequence[slice]) -> None:
+        """Copy parts out, as `read` does."""
+        for part in parts:
+            self.read(out[part], part.start)
 
     def write(self, data: Tensor, offset: int = 0) -> None:
         """Copy in; asynchronous on the current stream between host and GPU."""

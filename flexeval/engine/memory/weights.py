@@ -93,7 +93,7 @@ class WeightStore:
         """Bytes of all slabs at rest."""
         return sum(layout.num_bytes for layout in self._layouts)
 
-    def load(self, layer: int, *, sweep_tokens: int) -> Tensor:
+    def load(self, layer: int, sweep_tokens: int) -> Tensor:
         """A layer's slab on the compute device for a sweep of so many tokens; runs on the weights' lane.
 
         Where experts are fetched by need, their part of it holds nothing yet.
@@ -107,7 +107,7 @@ class WeightStore:
         buffer = self._buffers[self._num_loads % 2][: extent.num_bytes]
         self._num_loads += 1
         is_by_need = self._is_by_need(layer, sweep_tokens)
-        self._read(extent, buffer, slice(0, self._layouts[layer].num_dense_bytes if is_by_need else extent.num_bytes))
+        self._read(extent, buffer, [slice(0, self._layouts[layer].num_dense_bytes if is_by_need else extent.num_bytes)])
         return buffer
 
     def bind(self, layer: int, slab: Tensor, *, row_tokens: int, sweep_tokens: int) -> None:
@@ -143,15 +143,17 @@ class WeightStore:
         layout, extent = self._layouts[layer], self._extents[layer]
         missing = sorted(set(chosen.unique().tolist()).intersection(range(layout.num_experts)) - there)
         there.update(missing)
-        for experts in neighbours(missing):
-            if extent.view() is None:
-                with self._watch.paused():
-                    self.lane.submit(self._read, extent, slab, layout.expert_bytes(experts)).wait()
+        runs = list(neighbours(missing))
+        if runs and extent.view() is None:
+            parts = [layout.expert_bytes(experts) for experts in runs]
+            with self._watch.paused():
+                self.lane.submit(self._read, extent, slab, parts).wait()
+        for experts in runs:
             layout.decode_experts(slab, self._workspace, experts)
 
-    def _read(self, extent: Extent, slab: Tensor, part: slice) -> None:
-        extent.read(slab[part], part.start)
-        self._trace.moved("weights", part.stop - part.start)
+    def _read(self, extent: Extent, slab: Tensor, parts: Sequence[slice]) -> None:
+        extent.read_parts(slab, parts)
+        self._trace.moved("weights", sum(part.stop - part.start for part in parts))
 
     def close(self) -> None:
         """Give back everything."""
