@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import assert_equal_results, ragged_requests, tiny_config
+from tiny_models import assert_equal_results, dequantized, ragged_requests, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -149,16 +149,7 @@ def test_w4_answers_are_transformers_on_dequantized_weights(family: str, placeme
 
 def check_w4(family: str, policy: Policy, folder: Path, device: torch.device) -> None:
     codec = Int4Codec(32)
-    anatomy = Anatomy(config_of(family), torch.float32)
-    state = dict(model_of(family).state_dict())
-    for layer in range(anatomy.num_layers):
-        layout = SlabLayout(anatomy.layer_specs(layer), codec)
-        prefix = f"{anatomy.layers_name}.{layer}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        unpacked = layout.unpack(layout.pack(own, device=CPU), torch.empty(layout.num_coded_values))
-        state |= {prefix + name: tensor.clone() for name, tensor in unpacked.items()}
-    model = type(model_of(family))(copy.deepcopy(model_of(family).config)).eval()
-    model.load_state_dict(state)
+    model = dequantized(model_of(family), codec)
     want = [answer(model, request) for request in ragged_requests()]
     results, _ = execute(family, policy, ragged_requests(), folder, codec=codec, device=device)
     assert_equal_results(results, want)

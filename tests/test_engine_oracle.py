@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, assert_equal_results, ragged_requests, tiny_case, tiny_config, tiny_model
+from tiny_models import (
+    FAMILIES,
+    assert_equal_results,
+    dequantized,
+    ragged_requests,
+    tiny_case,
+    tiny_config,
+    tiny_model,
+)
 
 from flexeval.backends.native import Engine
 from flexeval.backends.transformers import TransformersBackend, answer
@@ -16,7 +24,6 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.engine.memory.disk import DiskTier
-from flexeval.engine.memory.slab import SlabLayout
 from flexeval.models import ModelSource
 from flexeval.policy.policy import Policy, Split
 from flexeval.request import Request, TokenRequest, TokenResult
@@ -104,16 +111,7 @@ def test_w4_equals_transformers_on_dequantized_weights_on_gpu(family: str, place
 
 def check_w4(family: str, policy: Policy, folder: Path, device: torch.device) -> None:
     codec = Int4Codec(32)
-    anatomy = Anatomy(tiny_config(family), torch.float32)
-    state = dict(tiny_model(family).state_dict())
-    for layer in range(anatomy.num_layers):
-        layout = SlabLayout(anatomy.layer_specs(layer), codec)
-        prefix = f"{anatomy.layers_name}.{layer}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        unpacked = layout.unpack(layout.pack(own, device=CPU), torch.empty(layout.num_coded_values))
-        state |= {prefix + name: tensor.clone() for name, tensor in unpacked.items()}
-    model = type(tiny_model(family))(tiny_model(family).config).eval()
-    model.load_state_dict(state)
+    model = dequantized(tiny_model(family), codec)
     requests = ragged_requests()
     expected = [answer(model, request) for request in requests]
     measured = run(family, policy, requests, folder, codec=codec, device=device)

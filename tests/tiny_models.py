@@ -11,6 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flexeval.backends.transformers import answer
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.memory.codec import Codec
+from flexeval.engine.memory.slab import SlabLayout
 from flexeval.request import TokenRequest, TokenResult
 
 VOCAB_SIZE = 200
@@ -130,3 +133,19 @@ def assert_equal_results(measured: list[TokenResult], expected: list[TokenResult
                 logprob if abs(logprob - other) > tolerance else other
                 for (_, logprob), (_, other) in zip(want_top, got_top, strict=True)
             ], index
+
+
+def dequantized(model: PreTrainedModel, codec: Codec) -> PreTrainedModel:
+    """The model with the weights that come back from a codec."""
+    anatomy = Anatomy(model.config, torch.float32)
+    state = dict(model.state_dict())
+    for layer in range(anatomy.num_layers):
+        layout = SlabLayout(anatomy.layer_specs(layer), codec)
+        prefix = f"{anatomy.layers_name}.{layer}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        slab = layout.pack(own, device=torch.device("cpu"))
+        unpacked = layout.unpack(slab, torch.empty(layout.num_coded_values))
+        state |= {prefix + name: tensor.clone() for name, tensor in unpacked.items()}
+    lossy = type(model)(copy.deepcopy(model.config)).eval()
+    lossy.load_state_dict(state)
+    return lossy
