@@ -14,7 +14,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 
 from flexeval.backends.backend import OnCompletions, Usage
-from flexeval.backends.batching import batch_bytes, largest_batch
+from flexeval.backends.batching import batch_bytes, gpu_room, largest_batch, streamed_bytes
 from flexeval.backends.generation import Generator
 from flexeval.backends.loading import open_model
 from flexeval.backends.transformers import load_whole
@@ -79,11 +79,10 @@ class AccelerateBackend:
         start = time.perf_counter()
         asked = [part for request in requests for part in self.text.to_token_requests(request)]
         is_on_gpu = self._device.type == "cuda"
-        streamed = self._shape.resident_bytes + 2 * self._shape.layer_compute_bytes
+        streamed = streamed_bytes(self._shape)
         cpu_bytes = self._limits.cpu_bytes
         if is_on_gpu:
-            free, _ = torch.cuda.mem_get_info(self._device)
-            room = min(free, self._limits.gpu_bytes or free)
+            room = gpu_room(self._limits, self._device)
         else:
             room = free_host_bytes() if cpu_bytes is None else cpu_bytes - min(self._num_bytes, cpu_bytes - streamed)
         size = self._batch_size or largest_batch(self._shape, asked, room - (streamed if is_on_gpu else 0))

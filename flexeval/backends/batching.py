@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from flexeval.config import Limits
 from flexeval.errors import CapacityError
 from flexeval.policy.cost import HIDDEN_COPIES, INTERMEDIATE_COPIES
 from flexeval.policy.policy import ModelShape
@@ -28,6 +31,17 @@ def batch_bytes(shape: ModelShape, requests: Sequence[TokenRequest], num_sequenc
     layer_bytes = num_prompt_tokens * widths * shape.dtype_bytes
     logits_bytes = num_logits * shape.vocab_size * (shape.dtype_bytes + _LOGITS_BYTES)
     return num_sequences * (cache_bytes + max(layer_bytes, logits_bytes))
+
+
+def gpu_room(limits: Limits, device: torch.device) -> int:
+    """Bytes of a GPU that a peer may take."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(free, limits.gpu_bytes or free)
+
+
+def streamed_bytes(shape: ModelShape) -> int:
+    """Bytes of the compute device for weights that come and go: what is outside the layers, and two of them."""
+    return shape.resident_bytes + 2 * shape.layer_compute_bytes
 
 
 def largest_batch(shape: ModelShape, requests: Sequence[TokenRequest], room_bytes: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flexeval.backends.backend import OnCompletions, Usage
-from flexeval.backends.batching import largest_batch
+from flexeval.backends.batching import gpu_room, largest_batch, streamed_bytes
 from flexeval.backends.generation import Generator
 from flexeval.backends.loading import open_model
 from flexeval.backends.transformers import load_whole
@@ -79,10 +79,8 @@ class DeepSpeedBackend:
         """
         if self._generator is None:
             asked = [part for request in requests for part in self.text.to_token_requests(request)]
-            free, _ = torch.cuda.mem_get_info(self._device)
-            room = min(free, self._limits.gpu_bytes or free)
-            streamed = self._shape.resident_bytes + 2 * self._shape.layer_compute_bytes
-            size = self._batch_size or largest_batch(self._shape, asked, room - streamed)
+            room = gpu_room(self._limits, self._device) - streamed_bytes(self._shape)
+            size = self._batch_size or largest_batch(self._shape, asked, room)
             self._generator = Generator(self._module, self.text, device=self._device, batch_size=size)
         return self._generator
 

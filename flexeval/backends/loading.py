@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from flexeval.backends.text import TextHalf
-from flexeval.config import Setting
+from flexeval.config import Limits, Setting
 from flexeval.engine.checkpoint import Checkpoint, SafetensorsCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.family import check_family
@@ -82,6 +82,13 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     # Asking for the current device would take hundreds of megabytes of it; before it is used, it is the first.
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+
+
+def cap_gpu_memory(limits: Limits, device: torch.device) -> None:
+    """Let this process take no more of a GPU than was given: a bound, not a wish."""
+    if device.type == "cuda" and limits.gpu_bytes is not None:
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limits.gpu_bytes / total_bytes), device)
 
 
 def check_dtype(name: str) -> None:

@@ -10,11 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from flexeval.backends.backend import OnCompletions, Usage, add_up
 from flexeval.backends.batch import Batch
-from flexeval.backends.loading import OpenModel, check_dtype, open_model, pick_device
+from flexeval.backends.loading import OpenModel, cap_gpu_memory, check_dtype, open_model, pick_device
 from flexeval.config import Limits, Setting, parse_disk, parse_size
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
@@ -207,9 +205,7 @@ class Engine:
                 self.close()
         policy = self._fixed_policy or search(self._shape, workload, hardware)
         check(policy, self._shape, workload, hardware)
-        if opened.device.type == "cuda" and self._limits.gpu_bytes is not None:  # a bound, not a wish
-            total_bytes = torch.cuda.get_device_properties(opened.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self._limits.gpu_bytes / total_bytes), opened.device)
+        cap_gpu_memory(self._limits, opened.device)
         start = time.perf_counter()
         disk_dir = self._limits.disk_dir
         self._executor = Executor(

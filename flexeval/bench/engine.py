@@ -12,8 +12,7 @@ from flexeval.bench.figures import ScalePoint, SystemFigures, TokenFigures
 from flexeval.bench.phases import fit_exponent, split_phases
 from flexeval.bench.timing import Measured, answer, median, num_generated, resident_peak_bytes, tokens
 from flexeval.models import ModelSource
-from flexeval.planning.prefix import build_tree
-from flexeval.planning.summary import PlanSummary
+from flexeval.planning.summary import summarize
 from flexeval.policy.policy import Policy
 from flexeval.progress import Progress
 from flexeval.request import Request
@@ -65,9 +64,7 @@ def measure_engine(job: EngineJob, progress: Progress) -> Measured:
         usage = engine.usage()
         model, policy = engine.cost_model(job.requests), Policy.from_json(usage.policy)
         token_requests = [part for request in job.requests for part in engine.text.to_token_requests(request)]
-        longest = max(len(request.prompt_ids) for request in token_requests)
-        tree = build_tree([request.prompt_ids for request in token_requests], max_node_tokens=longest)
-        plan = PlanSummary.of(token_requests, tree)
+        plan = summarize(token_requests)
         points = [ScalePoint(num_requests=len(job.requests), elapsed_s=answered.elapsed_s), *scale]
         figures = SystemFigures(
             system=engine.name,

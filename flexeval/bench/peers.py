@@ -14,6 +14,7 @@ import torch
 
 from flexeval.backends.backend import Backend
 from flexeval.backends.generation import Generator
+from flexeval.backends.loading import cap_gpu_memory, pick_device
 from flexeval.bench.figures import PhaseFigures, SystemFigures, TokenFigures
 from flexeval.bench.timing import Measured, answer, median, num_generated, resident_peak_bytes, tokens
 from flexeval.config import Limits
@@ -66,7 +67,7 @@ def measure_peer(job: PeerJob, progress: Progress) -> Measured:
     """Run a peer. Raises `FlexevalError`."""
     for logger in ("accelerate", "DeepSpeed"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    _cap_gpu(job.limits)
+    cap_gpu_memory(job.limits, pick_device(job.device))
     with progress.activity(f"{job.peer}: loading weights"):
         try:
             backend, generator = _load_peer(job)
@@ -136,10 +137,3 @@ def _load_peer(job: PeerJob) -> tuple[Backend, Generator]:
 
     partitioned = DeepSpeedBackend(job.source, **options, limits=job.limits, batch_size=job.batch_size)
     return partitioned, partitioned.place(job.requests)
-
-
-def _cap_gpu(limits: Limits) -> None:
-    """Bound what this process takes of the GPU, as the engine bounds itself."""
-    if limits.gpu_bytes is not None and torch.cuda.is_available():
-        total_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limits.gpu_bytes / total_bytes))

@@ -147,8 +147,3 @@ def suite_requests(
         )
         requests = helm.collect(on_task=on_task)
     return [replace(request, stop=(), ignore_eos=True) for request in requests] if source.is_dummy else requests
-
-
-def fixed_lengths(requests: Sequence[Request]) -> bool:
-    """Whether every system generates equally many tokens, whatever they are."""
-    return all(request.ignore_eos and not request.stop for request in requests)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexeval.engine.compute.kernels import num_processors
 from flexeval.engine.compute.partial import Partial
 
 _BLOCK_TOKENS = 64
@@ -55,8 +56,7 @@ def decode_attention(
     num_kv_heads, value_size = values_CKW.shape[1:]
     assert keys_CKH.stride(2) == values_CKW.stride(2) == 1 and index_BS.stride(1) == 1
     heads_per_kv = num_heads // num_kv_heads
-    num_processors = torch.cuda.get_device_properties(q_BNH.device).multi_processor_count
-    wanted = _PROGRAMS_PER_PROCESSOR * num_processors // (num_sequences * num_kv_heads)
+    wanted = _PROGRAMS_PER_PROCESSOR * num_processors(q_BNH.device) // (num_sequences * num_kv_heads)
     num_splits = max(1, min(wanted, triton.cdiv(max_length, 4 * _BLOCK_TOKENS)))
     q_BNH = q_BNH.contiguous()
     out_BNZW = q_BNH.new_empty(num_sequences, num_heads, num_splits, value_size, dtype=torch.float32)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexeval.engine.compute.kernels import num_processors
+
 _UNPACK_GROUPS = 64
 """Groups of one program of the unpacking kernel."""
 MAX_TOKENS = 128
@@ -91,9 +93,10 @@ def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tenso
     x_TI = x_TI.contiguous()
     block_tokens = max(16, triton.next_power_of_2(num_tokens))
     num_blocks = triton.cdiv(num_outputs, _OUTPUTS)
-    num_processors = torch.cuda.get_device_properties(x_TI.device).multi_processor_count
     num_parts = 1
-    while num_blocks * num_parts < _PROGRAMS_PER_PROCESSOR * num_processors and num_groups >= 16 * num_parts:
+    while (
+        num_blocks * num_parts < _PROGRAMS_PER_PROCESSOR * num_processors(x_TI.device) and num_groups >= 16 * num_parts
+    ):
         num_parts *= 2
     num_parts = min(num_parts, _MAX_PARTS)
     parts_STO = torch.empty(num_parts, num_tokens, num_outputs, dtype=torch.float32, device=x_TI.device)
