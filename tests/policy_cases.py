@@ -15,9 +15,11 @@ T4 = Hardware(
     flops_per_s=21.24e12,
     memory_bytes_per_s=300e9,
     launch_s=5e-6,
+    host_attention_bytes_per_s=0,
 )
 """FlexGen's machine (Sheng et al., ICML 2023, table 1): T4 16 GB, 208 GB DRAM, 1.5 TB SSD at 2 and 1 GB/s; its matrix
-rate as in FlexGen's own cost model, PCIe 3 x16 and memory bandwidth as in NVIDIA's data sheet."""
+rate as in FlexGen's own cost model, PCIe 3 x16 and memory bandwidth as in NVIDIA's data sheet. Its CPU does not attend,
+unless a test gives it a rate."""
 
 LAPTOP = Hardware(
     device="cpu",
@@ -31,6 +33,7 @@ LAPTOP = Hardware(
     flops_per_s=0.1e12,
     memory_bytes_per_s=30e9,
     launch_s=3e-6,
+    host_attention_bytes_per_s=0,
 )
 LAPTOP_DISK = {"disk_bytes": 200 * 10**9, "disk_read_bytes_per_s": 2e9, "disk_write_bytes_per_s": 1e9}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from policy_cases import OPT_30B, T4, generating
 
@@ -73,7 +75,7 @@ def test_rates_are_what_their_names_say() -> None:
 
 
 def phase(elapsed_s: float, **num_bytes: int) -> PhaseFigures:
-    lanes = dict.fromkeys(("weights", "kv_in", "kv_out", "hidden"), 0) | num_bytes
+    lanes = dict.fromkeys(("weights", "kv_in", "kv_out", "hidden", "host_attention"), 0) | num_bytes
     return PhaseFigures(
         elapsed_s=elapsed_s,
         num_sweeps=2,
@@ -100,6 +102,21 @@ def test_bounds_are_bytes_at_the_measured_rates() -> None:
     assert bounds["compute"].bound_s == pytest.approx(max(flops / T4.flops_per_s, weights_s))
     predicted = model.cost(policy).lanes["decode"]
     assert {name: bound.predicted_s for name, bound in bounds.items()} == {str(k): v for k, v in predicted.items()}
+
+
+def test_what_the_cpu_attends_to_is_bounded_by_its_rate() -> None:
+    """It does not cross the link: of what does, the more is from disk."""
+    machine = dataclasses.replace(T4, host_attention_bytes_per_s=10e9)
+    model = CostModel(shape=OPT_30B, workload=generating(64), hardware=machine)
+    policy = Policy.parse("gpu-weights=1,cpu-kv=0.5,disk-kv=0.5,host-attention=0.5")
+    moved = phase(10.0, kv_in=9 * GIB, kv_out=4 * GIB, host_attention=3 * GIB)
+    bounds = with_bounds({"decode": moved}, model, policy)["decode"].bounds
+    assert bounds["host_attention"].amount == 3 * GIB
+    assert bounds["host_attention"].bound_s == pytest.approx(3 * GIB / 10e9)
+    assert bounds["host_attention"].predicted_s > 0
+    assert bounds["to_gpu"].amount == 9 * GIB
+    assert bounds["disk_read"].amount == pytest.approx(6 * GIB), "24 of 36 layers"
+    assert bounds["disk_write"].amount == 2 * GIB, "24 of 48"
 
 
 def test_the_highest_bound_is_the_one_that_counts() -> None:

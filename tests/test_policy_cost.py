@@ -57,6 +57,38 @@ def test_disk_shares_cross_both_links():
     assert lanes[Lane.DISK_WRITE] == pytest.approx(lanes[Lane.FROM_GPU] * 12)
 
 
+def test_what_the_cpu_attends_to_does_not_cross_the_link():
+    """In its lane also stand the halves of the layers that it waits for: as many as it attends for."""
+    machine = replace(T4, host_attention_bytes_per_s=10e9)
+    half = replace(FLEXGEN_30B, kv=Split(gpu=0.25, cpu=0.5, disk=0.25), host_attention=0.5)
+    policies = (replace(half, host_attention=0.0), half)
+    by_link, shared = (cost_of(policy, OPT_30B, generating(144), machine) for policy in policies)
+    host_bytes = 31 * 12 * 144 * (512 + 16) * OPT_30B.kv_bytes_per_token  # half of the 24 layers on the cpu
+    lanes = shared.lanes["decode"]
+    assert (by_link.lanes["decode"][Lane.TO_GPU] - lanes[Lane.TO_GPU]) * 12e9 == pytest.approx(host_bytes)
+    assert lanes[Lane.HOST_ATTENTION] == pytest.approx(host_bytes / 10e9 + lanes[Lane.COMPUTE] * 12 / 48)
+    assert by_link.lanes["decode"][Lane.HOST_ATTENTION] == shared.lanes["prefill"][Lane.HOST_ATTENTION] == 0
+    for lane in (Lane.COMPUTE, Lane.FROM_GPU, Lane.DISK_READ, Lane.DISK_WRITE):
+        assert lanes[lane] == by_link.lanes["decode"][lane]
+    assert shared.peak_bytes == by_link.peak_bytes
+
+
+@pytest.mark.parametrize("machine", [T4, replace(LAPTOP, host_attention_bytes_per_s=10e9)])
+def test_the_cpu_attends_only_beside_a_gpu_that_has_one(machine):
+    policy = Policy(host_attention=1.0)
+    alone = cost_of(replace(policy, host_attention=0.0), OPT_125M, generating(4), machine)
+    assert cost_of(policy, OPT_125M, generating(4), machine) == alone
+    assert Lane.HOST_ATTENTION not in alone.lanes["decode"]
+
+
+def test_rows_that_wait_for_the_cpu_keep_their_hidden_states_on_the_device():
+    policy = replace(FLEXGEN_30B, host_attention=1.0)
+    machines = (replace(T4, host_attention_bytes_per_s=10e9), T4)
+    peaks = [cost_of(policy, OPT_30B, generating(144), machine).peak_bytes for machine in machines]
+    assert peaks[0][Tier.GPU] - peaks[1][Tier.GPU] == 144 * OPT_30B.hidden_bytes_per_token
+    assert peaks[0][Tier.CPU] == peaks[1][Tier.CPU]
+
+
 def test_equal_lengths_take_n_minus_1_sweeps_a_block():
     policy = Policy(group_sequences=4, num_groups=3, sweep_tokens=10**6)
     sweeps = plan_sweeps(policy, generating(60, 100, 8))

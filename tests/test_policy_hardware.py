@@ -23,6 +23,7 @@ def cpu_machine(disk_dir):
 def test_cpu_machine(cpu_machine, disk_dir):
     assert cpu_machine.home is Tier.CPU
     assert cpu_machine.gpu_bytes == cpu_machine.to_gpu_bytes_per_s == cpu_machine.from_gpu_bytes_per_s == 0
+    assert cpu_machine.host_attention_bytes_per_s == 0
     assert 0 < cpu_machine.cpu_bytes < free_host_bytes() * 1.5
     assert cpu_machine.disk_bytes > 0
     assert 1e8 < cpu_machine.flops_per_s < 1e14
@@ -62,5 +63,6 @@ def test_gpu_machine():
     assert 1e12 < machine.flops_per_s < 1e16
     assert 1e10 < machine.memory_bytes_per_s < 1e14
     assert 1e-7 < machine.launch_s < 1e-3
+    assert 1e8 < machine.host_attention_bytes_per_s < 1e12
     limited = detect("cuda", Limits(gpu_bytes=2**30), torch.float16)
     assert limited.gpu_bytes <= 2**30

@@ -67,8 +67,8 @@ def test_split_refuses(shares, complaint):
         Split(**shares)
 
 
-@given(splits(), splits(), splits(), st.integers(1, 10**6), st.integers(1, 64))
-def test_json_round_trip(weights, kv, hidden, tokens, count):
+@given(splits(), splits(), splits(), st.integers(1, 10**6), st.integers(1, 64), st.floats(0, 1))
+def test_json_round_trip(weights, kv, hidden, tokens, count, host_attention):
     policy = Policy(
         weights=weights,
         kv=kv,
@@ -77,6 +77,7 @@ def test_json_round_trip(weights, kv, hidden, tokens, count):
         sweep_tokens=2 * tokens,
         group_sequences=count,
         num_groups=count + 1,
+        host_attention=host_attention,
     )
     assert Policy.from_json(json.loads(json.dumps(policy.to_json()))) == policy
 
@@ -106,6 +107,9 @@ def _changed(**changes):
         (_changed(num_groups=0), "num_groups=0"),
         (_changed(row_tokens=1.5), "row_tokens=1.5"),
         (_changed(row_tokens="many"), "row_tokens='many'"),
+        (_changed(host_attention=1.5), "host_attention=1.5 is not a share"),
+        (_changed(host_attention=True), "host_attention=True is not a share"),
+        (_changed(host_attention="0.5"), "host_attention='0.5' is not a share"),
     ],
 )
 def test_bad_file_is_named(tmp_path, text, complaint):
@@ -123,10 +127,10 @@ def test_missing_file_is_named(tmp_path):
 
 
 def test_parse():
-    policy = Policy.parse("gpu-weights=0.2, disk-weights=0.3,cpu-kv=1,num-groups=3,row_tokens=512")
+    policy = Policy.parse("gpu-weights=0.2, disk-weights=0.3,cpu-kv=1,num-groups=3,row_tokens=512,host-attention=0.5")
     assert policy.weights == Split(gpu=0.2, cpu=0.5, disk=0.3)
     assert policy.kv == policy.hidden == Split(cpu=1.0)
-    assert (policy.num_groups, policy.row_tokens) == (3, 512)
+    assert (policy.num_groups, policy.row_tokens, policy.host_attention) == (3, 512, 0.5)
     assert policy.group_sequences == Policy().group_sequences
     assert Policy.parse("") == Policy()
 
@@ -146,6 +150,10 @@ def test_parse():
         "num-groups=0",
         "num-groups=2,num_groups=3",
         "group-sequences=1.5",
+        "host-attention=2",
+        "host-attention=nan",
+        "host-attention=half",
+        "host-attention=0.5,host_attention=0.5",
     ],
 )
 def test_parse_refuses(text):

@@ -155,6 +155,61 @@ def test_predictions_are_of_the_size_flexgen_measured(searched, name, published)
     assert published / 2 < throughput < published * 2
 
 
+H100 = replace(
+    T4,
+    gpu_bytes=24 * 10**9,
+    to_gpu_bytes_per_s=55e9,
+    from_gpu_bytes_per_s=55e9,
+    disk_bytes=0,
+    flops_per_s=700e12,
+    memory_bytes_per_s=2.5e12,
+    host_attention_bytes_per_s=44e9,
+)
+"""A GPU of which the user gives 24 GB, a link of 55 GB/s, and a CPU that attends at 44 GB/s beside it."""
+
+
+def test_the_cpu_takes_the_share_that_keeps_both_busy():
+    sizes = Policy(group_sequences=64, num_groups=8, sweep_tokens=2**15)
+    model = CostModel(shape=OPT_30B, workload=generating(512), hardware=replace(H100, cpu_bytes=10**12))
+    policy = best_placement(model, sizes)
+    assert policy.kv.cpu > 0.9 and 0 < policy.host_attention < 1
+    lanes = model.cost(policy).lanes["decode"]
+    assert lanes[Lane.HOST_ATTENTION] == pytest.approx(lanes[Lane.TO_GPU], rel=0.02)
+    alone = model.cost(replace(policy, host_attention=0.0)).lanes["decode"]
+    assert lanes[Lane.TO_GPU] < 0.8 * alone[Lane.TO_GPU]
+    others = [model.cost(replace(policy, host_attention=n / 20)).objective_s for n in range(21)]
+    assert model.cost(policy).objective_s <= min(others) * (1 + 1e-3)
+
+
+def test_where_weights_fill_the_link_the_cpu_takes_all():
+    sizes = Policy(group_sequences=16, num_groups=2, sweep_tokens=2**14)
+    model = CostModel(shape=OPT_30B, workload=generating(32), hardware=replace(H100, gpu_bytes=8 * 10**9))
+    assert best_placement(model, sizes).host_attention == 1.0
+
+
+@pytest.mark.parametrize("changes", [{"host_attention_bytes_per_s": 1e6}, {"host_attention_bytes_per_s": 0}])
+def test_a_slow_cpu_attends_to_nothing(changes):
+    policy = search(OPT_30B, generating(512), replace(H100, **changes))
+    assert policy.kv.cpu > 0 and policy.host_attention == 0
+
+
+def test_kv_on_the_gpu_or_on_disk_is_never_attended_to_by_the_cpu():
+    everything_fits = search(OPT_125M, generating(100), H100)
+    assert everything_fits.kv == everything_on("gpu") and everything_fits.host_attention == 0
+    model = CostModel(shape=OPT_125M, workload=generating(100), hardware=replace(H100, **LAPTOP_DISK))
+    for tier in (Tier.GPU, Tier.DISK):
+        policy = Policy(kv=everything_on(tier))
+        assert model.cost(policy) == model.cost(replace(policy, host_attention=1.0))
+
+
+def test_search_finds_what_the_cpu_is_good_for():
+    work = generating(1024)
+    alone, beside = (search(OPT_30B, work, replace(H100, host_attention_bytes_per_s=rate)) for rate in (0, 44e9))
+    assert alone.host_attention == 0 < beside.host_attention
+    seconds = [CostModel(shape=OPT_30B, workload=work, hardware=H100).cost(p).total_s for p in (alone, beside)]
+    assert seconds[1] < 0.9 * seconds[0]
+
+
 @pytest.mark.parametrize("work", [generating(100), scoring(100), MIXED])
 def test_what_fits_stays_on_the_compute_device(work):
     big_gpu = replace(T4, gpu_bytes=80 * 10**9)

@@ -29,23 +29,28 @@ def _bounds(name: str, phase: PhaseFigures, model: CostModel, policy: Policy, co
     predicted = cost.lanes.get(name, {})
     placement = model.place(policy)
 
-    def on_disk(kind: str) -> float:
+    def on_disk(lane: str, kind: str) -> float:
         """Share of the bytes moved that belong to items on disk."""
         counts = placement.counts[kind]
         streamed = sum(counts[tier] for tier in Tier if tier is not hardware.home)
+        if lane == "kv_in":
+            streamed -= placement.host_attention
         return float(counts[Tier.DISK] / streamed) if streamed else 0.0
 
     def moved(lanes: dict[str, str], *, from_disk_only: bool) -> float:
         total = 0.0
         for lane, kind in lanes.items():
             num_bytes = phase.lanes[lane].num_bytes / (2 if lane == "hidden" else 1)
-            total += num_bytes * (on_disk(kind) if from_disk_only else 1)
+            total += num_bytes * (on_disk(lane, kind) if from_disk_only else 1)
         return total
 
     amounts: dict[Lane, tuple[float, float]] = {}
     if hardware.home is Tier.GPU:
         amounts[Lane.TO_GPU] = (moved(_READS, from_disk_only=False), hardware.to_gpu_bytes_per_s)
         amounts[Lane.FROM_GPU] = (moved(_WRITES, from_disk_only=False), hardware.from_gpu_bytes_per_s)
+    if model.can_attend_on_host:
+        host_bytes = float(phase.lanes["host_attention"].num_bytes)
+        amounts[Lane.HOST_ATTENTION] = (host_bytes, hardware.host_attention_bytes_per_s)
     if hardware.disk_bytes:
         amounts[Lane.DISK_READ] = (moved(_READS, from_disk_only=True), hardware.disk_read_bytes_per_s)
         amounts[Lane.DISK_WRITE] = (moved(_WRITES, from_disk_only=True), hardware.disk_write_bytes_per_s)

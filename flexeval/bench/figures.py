@@ -16,7 +16,7 @@ class LaneFigures:
     """One of the engine's lanes in one phase."""
 
     num_bytes: int
-    """Bytes moved between tiers."""
+    """Bytes moved between tiers; of `host_attention`, those that the CPU attended to where they rest."""
     busy_s: float
     """Seconds at work; of the device, on a GPU."""
     utilization: float
@@ -50,9 +50,9 @@ class PhaseFigures:
     num_decode_tokens: int
     """Tokens continued, by one each; in `prefill`, beside prompts."""
     lanes: dict[str, LaneFigures] = field(default_factory=dict)
-    """`weights`, `kv_in`, `kv_out`, `hidden`, `compute`; empty for peers."""
+    """`weights`, `kv_in`, `kv_out`, `hidden`, `host_attention`, `compute`; empty for peers."""
     bounds: dict[str, BoundFigures] = field(default_factory=dict)
-    """By resource: `compute`, `to_gpu`, `from_gpu`, `disk_read`, `disk_write`; empty for peers."""
+    """By resource: `compute`, `to_gpu`, `from_gpu`, `host_attention`, `disk_read`, `disk_write`; empty for peers."""
 
     @property
     def bound(self) -> str | None:

@@ -1,9 +1,9 @@
 """What a policy costs: seconds of each lane and peak bytes of each tier. The one model of search, plans and reports.
 
 FlexGen's cost model (Sheng et al., ICML 2023, section 4.3), T = T_prefill * l + T_decode * (n - 1) * l with each T the
-maximum over lanes, extended by what this engine does: scoring without KV, staging buffers, launches, and the memory
-bandwidth of the compute device. Every formula is linear in the placement, so the same code serves plain numbers and
-the variables of the linear program in `program.py`. Knows no solver and no tensor.
+maximum over lanes, extended by what this engine does: scoring without KV, staging buffers, launches, the memory
+bandwidth of the compute device, and attention by the CPU beside it. Every formula is linear in the placement, so the
+same code serves plain numbers and the variables of the linear program in `program.py`. Knows no solver and no tensor.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Lane(StrEnum):
     FROM_GPU = "from_gpu"
     DISK_READ = "disk_read"
     DISK_WRITE = "disk_write"
+    HOST_ATTENTION = "host_attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,8 @@ class Placement:
     """Kind: 1 if any item rests off the compute device, else 0."""
     on_disk: Mapping[str, Linear]
     """Kind: 1 if any item rests on disk, else 0."""
+    host_attention: Linear = 0
+    """Layers' worth of decode attention that the CPU computes beside a GPU: at most the layers of KV on the cpu."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +125,20 @@ class CostModel:
             counts=counts,
             streams={kind: int(counts[kind][home] < sum(counts[kind].values())) for kind in KINDS},
             on_disk={kind: int(counts[kind][Tier.DISK] > 0) for kind in KINDS},
+            host_attention=policy.host_attention * counts["kv"][Tier.CPU] if self.can_attend_on_host else 0,
         )
 
+    @property
+    def can_attend_on_host(self) -> bool:
+        """Whether there is a CPU beside the compute device that attends."""
+        return self.hardware.home is Tier.GPU and self.hardware.host_attention_bytes_per_s > 0
+
     def lane_seconds(self, policy: Policy, sweep: Sweep, placement: Placement) -> dict[Lane, Linear]:
-        """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3)."""
+        """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3).
+
+        What the CPU attends to does not cross the link. Its attention stands in a chain with the two halves of a layer
+        that the compute device computes, so their seconds count in its lane as well.
+        """
         shape, hardware = self.shape, self.hardware
         num_rows = self.num_items(policy)["hidden"]
         hidden_bytes = shape.num_layers * sweep.num_tokens * shape.hidden_bytes_per_token / num_rows
@@ -141,8 +154,14 @@ class CostModel:
 
         seconds = {Lane.COMPUTE: self.compute_seconds(sweep)}
         if hardware.home is Tier.GPU:
-            seconds[Lane.TO_GPU] = moved(read_bytes, Tier.CPU, Tier.DISK) / hardware.to_gpu_bytes_per_s
+            host_bytes = placement.host_attention * read_bytes["kv"]
+            to_gpu_bytes = moved(read_bytes, Tier.CPU, Tier.DISK) - host_bytes
+            seconds[Lane.TO_GPU] = to_gpu_bytes / hardware.to_gpu_bytes_per_s
             seconds[Lane.FROM_GPU] = moved(written_bytes, Tier.CPU, Tier.DISK) / hardware.from_gpu_bytes_per_s
+        if self.can_attend_on_host:
+            chained_s = seconds[Lane.COMPUTE] / shape.num_layers if read_bytes["kv"] else 0.0
+            seconds[Lane.HOST_ATTENTION] = host_bytes / hardware.host_attention_bytes_per_s
+            seconds[Lane.HOST_ATTENTION] += placement.host_attention * chained_s
         if hardware.disk_bytes:
             seconds[Lane.DISK_READ] = moved(read_bytes, Tier.DISK) / hardware.disk_read_bytes_per_s
             seconds[Lane.DISK_WRITE] = moved(written_bytes, Tier.DISK) / hardware.disk_write_bytes_per_s
@@ -196,6 +215,8 @@ class CostModel:
         peak = {tier: sum(item_bytes[kind] * placement.counts[kind][tier] for kind in KINDS) for tier in Tier}
         peak[home] += self.workspace_bytes(policy) + row_bytes  # rows are unequal: one may be over
         peak[home] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.streams[kind] for kind in KINDS)
+        if self.can_attend_on_host:  # rows that wait for the CPU keep their hidden states on the device
+            peak[home] += block * shape.hidden_bytes_per_token * placement.streams["kv"]
         if home is Tier.GPU:  # what streams from disk passes through host memory
             peak[Tier.CPU] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.on_disk[kind] for kind in KINDS)
             peak[Tier.CPU] += row_bytes * placement.streams["hidden"]

@@ -11,12 +11,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from threading import Event
 from typing import Literal, NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from flexeval.config import Limits
 from flexeval.directio import CHUNK_BYTES, QUEUE_DEPTH, DirectIO
@@ -33,6 +36,10 @@ PROBE_BYTES = 32 * 2**20
 """Bytes of a timed copy."""
 PROBE_CHUNKS = 16
 """Chunks of the timed file: 256 MiB, a quarter of a second of a fast disk."""
+HOST_LOG = (16384, 32, 128)
+"""Tokens, heads and head size of the log that the CPU is timed on: in 16 bits 256 MiB, more than caches hold."""
+HOST_RUN_TOKENS = 512
+"""Tokens of it that one query attends to."""
 MATMUL_SIZES = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}
 """Tokens, inputs and outputs of the timed matrix product."""
 
@@ -63,6 +70,8 @@ class Hardware:
     """Memory bandwidth of the compute device, reads and writes together."""
     launch_s: float
     """Seconds to start one small operation on the compute device."""
+    host_attention_bytes_per_s: float
+    """Keys and values that the CPU attends to while the link is busy; 0 where it is the compute device."""
 
     @property
     def home(self) -> Tier:
@@ -92,6 +101,7 @@ def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -
         flops_per_s=_matmul_rate(device, dtype),
         memory_bytes_per_s=_memory_rate(device),
         launch_s=_launch_seconds(device),
+        host_attention_bytes_per_s=_host_attention_rate(dtype) if device == "cuda" else 0.0,
     )
 
 
@@ -151,6 +161,35 @@ def _link_rates() -> tuple[float, float]:
     to_gpu_s = _best_seconds(lambda: gpu.copy_(host, non_blocking=True), "cuda")
     from_gpu_s = _best_seconds(lambda: host.copy_(gpu, non_blocking=True), "cuda")
     return PROBE_BYTES / to_gpu_s, PROBE_BYTES / from_gpu_s
+
+
+def _host_attention_rate(dtype: torch.dtype) -> float:
+    """Decode attention as the engine has the CPU do it, while copies to the GPU read the same memory."""
+    num_tokens, num_heads, size = HOST_LOG
+    log_CKX = torch.ones(num_tokens, num_heads, 2 * size, dtype=dtype)
+    q_1K1H = torch.ones(1, num_heads, 1, size, dtype=dtype)
+    host = torch.empty(4 * PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    gpu = torch.empty_like(host, device="cuda")
+    is_done = Event()
+
+    def copy() -> None:
+        while not is_done.is_set():
+            gpu.copy_(host, non_blocking=True)
+            torch.cuda.synchronize()
+
+    def attend() -> None:
+        for run_CKX in log_CKX.split(HOST_RUN_TOKENS):
+            k_1KCH, v_1KCH = run_CKX.transpose(0, 1)[None].split(size, dim=-1)
+            scaled_dot_product_attention(q_1K1H, k_1KCH, v_1KCH)
+
+    with ThreadPoolExecutor(1) as worker:
+        copying = worker.submit(copy)
+        try:
+            seconds = _best_seconds(attend, "cpu", budget_s=0.2)
+        finally:
+            is_done.set()
+        copying.result()
+    return log_CKX.numel() * log_CKX.element_size() / seconds
 
 
 class _Disk(NamedTuple):

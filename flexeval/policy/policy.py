@@ -30,6 +30,10 @@ KINDS = ("weights", "kv", "hidden")
 """What a policy places."""
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
     """Fractions of one kind of data on each tier; they add up to 1. Raises `ConfigError`."""
@@ -44,7 +48,7 @@ class Split:
     def __post_init__(self) -> None:
         for tier in Tier:
             share = getattr(self, tier)
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            if not _is_share(share):
                 raise ConfigError(f"{tier}={share!r} is not a share", mend="Shares of a tier lie in [0, 1]")
         if not abs(self.gpu + self.cpu + self.disk - 1) < 1e-6:
             raise ConfigError(
@@ -93,12 +97,17 @@ class Policy:
     """Generating sequences that decode together in one layer call."""
     num_groups: int = 1
     """Groups in flight at once; with `group_sequences`, bounds the KV cache."""
+    host_attention: float = 0.0
+    """Share of decode attention over KV in host memory that the CPU computes there, in [0, 1]."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} is out of range", mend=f"{name} is a whole number, at least 1")
+        if not _is_share(self.host_attention):
+            what = f"host_attention={self.host_attention!r} is not a share"
+            raise ConfigError(what, mend="host_attention lies in [0, 1]")
 
     @property
     def block_sequences(self) -> int:
@@ -136,13 +145,13 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """Read `gpu-weights=0.2,cpu-kv=1,num-groups=3`. Raises `ConfigError`.
+        """Read `gpu-weights=0.2,cpu-kv=1,num-groups=3,host-attention=0.5`. Raises `ConfigError`.
 
         What a kind leaves over rests on the cpu, unless the cpu's share is named too; sizes not named have the
         defaults of this class.
         """
         shares: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
-        sizes: dict[str, int] = {}
+        sizes: dict[str, float] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = item.partition("=")
             tier, _, kind = name.strip().partition("-")
@@ -152,10 +161,13 @@ class Policy:
                     shares[kind][tier] = float(value)
                 elif size in _SIZES and size not in sizes:
                     sizes[size] = int(value)
+                elif size == "host_attention" and size not in sizes:
+                    sizes[size] = float(value)
                 else:
                     raise ValueError(f"unknown or repeated name {name.strip()!r}")
             except ValueError as error:
-                mend = f"Write {{gpu,cpu,disk}}-{{{','.join(KINDS)}}}=SHARE or one of {', '.join(_SIZES)}=NUMBER"
+                names = ", ".join((*_SIZES, "host_attention"))
+                mend = f"Write {{gpu,cpu,disk}}-{{{','.join(KINDS)}}}=SHARE or one of {names}=NUMBER"
                 raise ConfigError(f"cannot read {item!r}: {error}", where="policy", mend=mend) from error
         for share in shares.values():
             share.setdefault("cpu", max(0.0, 1 - sum(share.values())))
