@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from flexeval.engine.compute.attention import KeysValues, PackedAttention
+from flexeval.engine.compute.host_attention import HostAttention, num_keys_read
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import DecodeBatch, RowMaker
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, KeySource, RowPlan
@@ -105,11 +107,14 @@ def check(
         setattr(tokens, name, getattr(tokens, name).to(dtype))
     made = RowMaker(tokens.q_TNH.device).make(0, plan)
     q_TNH, k_TKH, v_TKW = tokens.q_TNH[index], tokens.k_TKH[index], tokens.v_TKW[index]
-    out_TNW = PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)
     expected_TNW = torch.stack([tokens.attend(path, options) for path in paths])
-    assert out_TNW.dtype == dtype
+    outs = [PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)]
+    if plan.decode and q_TNH.device.type == "cpu":
+        outs.append(HostAttention()(q_TNH, options, made, context))
     tolerance = 3e-6 if dtype == torch.float32 else 0.03
-    torch.testing.assert_close(out_TNW.cpu().double(), expected_TNW, atol=tolerance, rtol=0)
+    for out_TNW in outs:
+        assert out_TNW.dtype == dtype
+        torch.testing.assert_close(out_TNW.cpu().double(), expected_TNW, atol=tolerance, rtol=0)
 
 
 def upto(*runs: range) -> list[list[int]]:
@@ -222,6 +227,84 @@ def test_sequences_that_decode_from_two_logs_under_a_shared_header(
     paths = [header + x, header + y, z]
     context = HandMadeContext(tokens, logs=logs, scratch={})
     check(DECODE, tokens, [x[-1], y[-1], z[-1]], paths, context, options=options, dtype=dtype)
+
+
+def lived_in(*, num_steps: int) -> tuple[RowPlan, dict[str, int], list[int | None]]:
+    """Three sequences under a header, their prompts one after the other and their steps by turns; one came later."""
+    prompts, late = (150, 3, 70), 40
+    own: list[list[int]] = [[], [], []]
+    order: list[int] = []  # whose token lies at each place
+
+    def append(sequence: int) -> None:
+        own[sequence].append(len(order))
+        order.append(sequence)
+
+    for sequence in (0, 1):
+        for _ in range(prompts[sequence]):
+            append(sequence)
+    for step in range(num_steps):
+        if step == late:
+            for _ in range(prompts[2]):
+                append(2)
+        for sequence in (0, 1, 2) if step > late else (0, 1):
+            append(sequence)
+    places = [np.array(tokens, dtype=np.int32) for tokens in own]
+    positions = tuple(90 + len(tokens) - 1 for tokens in own)
+    plan = RowPlan(
+        token_ids=(0, 0, 0),
+        positions=positions,
+        decode=(
+            DecodeSpan(
+                group=0,
+                start=0,
+                log_length=len(order) - 3,
+                own_tokens=places,
+                first_own_positions=(90, 90, 90),
+                version=1,
+            ),
+        ),
+        ancestors=(
+            AncestorSpan(
+                start=0,
+                length=3,
+                num_keys=90,
+                first_key_position=0,
+                last_position=max(positions),
+                source=KeySource(group=1, log_start=1),
+            ),
+        ),
+    )
+    lengths = {"header": 90, **{name: len(tokens) for name, tokens in zip("xyz", own, strict=True)}}
+    starts = [90, 90 + lengths["x"], 90 + lengths["x"] + lengths["y"]]
+    taken = [0, 0, 0]
+    log: list[int | None] = []
+    for sequence in order:
+        log.append(starts[sequence] + taken[sequence])
+        taken[sequence] += 1
+    return plan, lengths, log
+
+
+@pytest.mark.parametrize("num_threads", [1, 16])
+@pytest.mark.parametrize("window", [None, 1, 100, 300])
+@pytest.mark.parametrize(
+    ("dtype", "value_size"), [(torch.float32, KEY_SIZE), (torch.float32, 12), (torch.float16, KEY_SIZE)]
+)
+def test_long_contexts_are_read_where_they_lie(
+    dtype: torch.dtype, value_size: int, window: int | None, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and steps are long enough for stretches, which are cut where there are more threads than heads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    plan, lengths, log = lived_in(num_steps=180)
+    tokens = Tokens(lengths, value_size=value_size, device="cpu")
+    header, *own = (list(run) for run in tokens.runs.values())
+    context = HandMadeContext(tokens, logs={0: log, 1: [None, *header]}, scratch={})
+    options = AttentionOptions(scale=0.4, window=window, sinks_N=torch.tensor([0.5, -3.0, 2.0, 0.0]))
+    paths = [header + run for run in own]
+    check(plan, tokens, [path[-1] for path in paths], paths, context, options=options, dtype=dtype)
+    num_read = num_keys_read(RowMaker(torch.device("cpu")).make(0, plan), options)
+    num_own = sum(min(len(run), window or len(run)) for run in own)
+    seen = [min(90, max(0, (window or 9999) - len(run))) for run in own]
+    assert num_read == num_own + max(seen), "nothing that a window hides"
 
 
 def test_spans_of_very_different_lengths_are_not_padded_to_the_longest() -> None:
