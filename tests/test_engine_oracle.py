@@ -44,6 +44,10 @@ PLACEMENTS = {
         **everything(cpu=0.5, disk=0.5), row_tokens=30, sweep_tokens=200, group_sequences=4, num_groups=3
     ),
     "kv-on-disk": Policy(kv=Split(disk=1.0), **SMALL),
+    "host-attention": Policy(host_attention=1.0, **SMALL),
+    "half-host-attention": Policy(
+        **everything(cpu=0.5, disk=0.5), host_attention=0.5, row_tokens=30, group_sequences=3, num_groups=3
+    ),
 }
 GPU_PLACEMENTS = {
     "gpu": Policy(**everything(gpu=1.0), **SMALL),
@@ -51,6 +55,8 @@ GPU_PLACEMENTS = {
     "gpu+cpu": Policy(**everything(gpu=0.5, cpu=0.5), **SMALL),
     "gpu+cpu+disk": Policy(**everything(gpu=0.25, cpu=0.25, disk=0.5), **SMALL),
     "disk": Policy(**everything(disk=1.0), **SMALL),
+    "host-attention": Policy(**everything(cpu=1.0), host_attention=1.0, **SMALL),
+    "half-host-attention": Policy(**everything(gpu=0.25, cpu=0.75), host_attention=0.5, **SMALL),
 }
 
 
@@ -119,12 +125,27 @@ def check_w4(family: str, policy: Policy, folder: Path, device: torch.device) ->
     assert [r.logprobs for r in expected] != [r.logprobs for r in tiny_case(family).expected], "w4 changed nothing"
 
 
-def test_overlap_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", ["cpu+disk", "host-attention", "half-host-attention"])
+def test_overlap_changes_nothing(placement: str, tmp_path: Path) -> None:
     requests = tiny_case("llama").requests
-    inline = run("llama", PLACEMENTS["cpu+disk"], requests, tmp_path, overlap=False)
-    threads = run("llama", PLACEMENTS["cpu+disk"], requests, tmp_path, overlap=True)
+    inline = run("llama", PLACEMENTS[placement], requests, tmp_path, overlap=False)
+    threads = run("llama", PLACEMENTS[placement], requests, tmp_path, overlap=True)
     plain = [dataclasses.replace(result, elapsed_s=0.0) for result in inline]
     assert plain == [dataclasses.replace(result, elapsed_s=0.0) for result in threads]
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("family", ["opt", "llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3"])
+def test_the_cpu_attends_in_stretches_too(
+    family: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts here are short: with short stretches, cut in parts, all ways through the CPU's attention are taken."""
+    monkeypatch.setattr("flexeval.planning.stretches.MIN_TOKENS", 4)
+    monkeypatch.setattr("flexeval.planning.stretches.MULTIPLE", 4)
+    monkeypatch.setattr("flexeval.engine.compute.host_attention.PART_TOKENS", 4)
+    policy = Policy(host_attention=share, row_tokens=40, group_sequences=2, num_groups=3)
+    case = tiny_case(family)
+    assert_equal_results(run(family, policy, case.requests, tmp_path, overlap=True), case.expected)
 
 
 def test_stops_at_end_of_text_and_at_stop_sequences(tmp_path: Path) -> None:

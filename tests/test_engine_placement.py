@@ -19,6 +19,7 @@ from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
 from flexeval.backends.transformers import answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.executor import LANES, Executor
 from flexeval.engine.memory.disk import DiskExtent, DiskTier
 from flexeval.engine.memory.kv import KVCache
@@ -167,6 +168,22 @@ def _raise(*_: object) -> None:
 
 
 FAILURES = (fail_in_a_layer, fail_in_the_head, fail_with_the_results, fail_to_read_weights)
+ON_HOST = dataclasses.replace(SMALL, host_attention=1.0)
+HALF_ON_HOST = dataclasses.replace(ALL_ON_DISK, kv=Split(cpu=0.5, disk=0.5), host_attention=0.5)
+
+
+def fail_on_the_host(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    attend = HostAttention.__call__
+    calls: list[object] = []
+
+    def fail_late(self: HostAttention, *rest: Any) -> torch.Tensor:
+        calls.append(rest)
+        if len(calls) > 4:
+            raise Trouble
+        return attend(self, *rest)
+
+    monkeypatch.setattr(HostAttention, "__call__", fail_late)
+    return {}
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["inline", "threads"])
@@ -185,6 +202,43 @@ def test_a_failure_inside_a_sweep_leaves_nothing_and_the_engine_usable(
         assert_equal_results(executor.execute(case.requests), case.expected)
     assert used_bytes(executor) == 0
     assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "threads"])
+@pytest.mark.parametrize("fail", [fail_on_the_host, fail_in_a_layer], ids=lambda fail: fail.__name__)
+@pytest.mark.parametrize("policy", [ON_HOST, HALF_ON_HOST], ids=["all", "half"])
+def test_a_failure_while_the_cpu_attends_leaves_nothing_and_the_engine_usable(
+    policy: Policy, fail: Any, overlap: bool, tmp_path: Path
+) -> None:
+    case = tiny_case("llama")
+    with loaded(policy, tmp_path, overlap=overlap) as executor:
+        weights = used_bytes(executor)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            fail(executor, monkeypatch)
+            with pytest.raises(Trouble):
+                executor.execute(case.requests)
+        assert used_bytes(executor) == weights
+        assert_equal_results(executor.execute(case.requests), case.expected)
+    assert used_bytes(executor) == 0
+    assert_nothing_is_left(tmp_path)
+
+
+def test_logs_are_given_back_only_when_the_cpu_has_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[bool] = []
+    close = KVCache.close
+
+    def check(self: KVCache) -> None:
+        done.append(attended.is_set())
+        close(self)
+
+    attended = threading.Event()
+    with loaded(ON_HOST, tmp_path, overlap=True) as executor:
+        monkeypatch.setattr(KVCache, "close", check)
+        monkeypatch.setattr(executor._sweeper.anatomy, "embed", _raise)
+        executor._lanes["host_attention"].submit(lambda: (time.sleep(0.03), attended.set()))
+        with pytest.raises(Trouble):
+            executor.execute(tiny_case("llama").requests)
+    assert done == [True]
 
 
 def test_stores_are_closed_only_when_nothing_is_in_flight(tmp_path: Path) -> None:
@@ -273,7 +327,12 @@ SMALL_BLOCKS = {
 def test_no_tier_holds_more_than_the_cost_model_promised(sizes: str, num_steps: int, tmp_path: Path) -> None:
     requests = coming_and_going(num_steps=num_steps)
     shape, work = model_shape(Anatomy(tiny_config("llama"), torch.float32), None, CPU), measure_workload(requests)
-    for places in ({}, {"kv": Split(disk=1.0), "hidden": Split(disk=1.0)}, {"kv": Split(cpu=0.5, disk=0.5)}):
+    for places in (
+        {},
+        {"kv": Split(disk=1.0), "hidden": Split(disk=1.0)},
+        {"kv": Split(cpu=0.5, disk=0.5)},
+        {"kv": Split(cpu=0.5, disk=0.5), "host_attention": 0.7},
+    ):
         policy = dataclasses.replace(SMALL_BLOCKS[sizes], **places)
         promised = CostModel(shape=shape, workload=work, hardware=LAPTOP).cost(policy).peak_bytes
         with loaded(policy, tmp_path) as executor:
@@ -287,13 +346,16 @@ def test_no_tier_holds_more_than_the_cost_model_promised(sizes: str, num_steps: 
     [
         ("cpu", "cpu"),
         ("cpu", "disk"),
-        *(pytest.param("cuda", place, marks=pytest.mark.gpu) for place in ("gpu", "cpu", "disk")),
+        ("cpu", "host"),
+        ("cpu", "half-host"),
+        *(pytest.param("cuda", place, marks=pytest.mark.gpu) for place in ("gpu", "cpu", "disk", "host", "half-host")),
     ],
 )
 @pytest.mark.parametrize("sizes", SMALL_BLOCKS)
 def test_logs_that_are_compacted_keep_their_sequences(
     sizes: str, place: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On the host the CPU attends to them, or to half of them."""
     requests = coming_and_going(num_steps=12)
     expected = [answer(tiny_model("llama"), request) for request in requests]
     num_compacted = 0
@@ -306,7 +368,10 @@ def test_logs_that_are_compacted_keep_their_sequences(
 
     monkeypatch.setattr(KVCache, "_compact", count)
     monkeypatch.setattr("flexeval.engine.memory.kv.COMPACTED_TOKENS", 7)
-    policy = dataclasses.replace(SMALL_BLOCKS[sizes], kv=Split(**{place: 1.0}))
-    with loaded(policy, tmp_path, device=torch.device(device)) as executor:
+    share = {"host": 1.0, "half-host": 0.5}.get(place, 0.0)
+    kv = Split(cpu=1.0) if share else Split(**{place: 1.0})
+    policy = dataclasses.replace(SMALL_BLOCKS[sizes], kv=kv, host_attention=share)
+    with loaded(policy, tmp_path, device=torch.device(device), overlap=True if share else None) as executor:
         assert_equal_results(executor.execute(requests), expected)
+        assert (executor.trace.lanes["host_attention"].num_bytes > 0) == (share > 0)
     assert num_compacted > 4 * 3, "in every layer, and more than once"

@@ -8,7 +8,7 @@ Knows how the parts work together; neither text nor the search for a policy.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -18,6 +18,7 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.readout import read_row
 from flexeval.engine.compute.row import RowMaker
+from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
@@ -30,13 +31,14 @@ from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.sweep import Sweeper
 from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.errors import CapacityError
+from flexeval.planning.host_rows import host_rows
 from flexeval.planning.rows import RowPlan
 from flexeval.planning.summary import PlanSummary
 from flexeval.policy.policy import KINDS, Policy
 from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenRequest, TokenResult
 
-LANES = ("weights", "kv_in", "kv_out", "hidden")
+LANES = ("weights", "kv_in", "kv_out", "hidden", "host_attention")
 
 
 class Executor:
@@ -84,6 +86,7 @@ class Executor:
             self._check_tiers()
             anatomy.bind_rest(checkpoint.rest(), device)
             self._kv_tiers = [self._tier(name) for name in policy.kv.spread(num_layers)]
+            self._is_kv_on_host = [tier.name is TierName.CPU for tier in self._kv_tiers]
             self._weights = WeightStore(
                 anatomy,
                 checkpoint,
@@ -105,6 +108,7 @@ class Executor:
             anatomy=anatomy,
             weights=self._weights,
             attention=PackedAttention(),
+            host=AttentionLane(self._lanes["host_attention"], device=device, trace=self.trace),
             trace=self.trace,
             watch=self._watch,
         )
@@ -148,8 +152,10 @@ class Executor:
                 plans = scheduler.plan_sweep()
                 self._begin_sweep(plans)
                 rows = [maker.make(index, plan) for index, plan in enumerate(plans)]
-                with closing(self._make_hidden(len(rows))) as hidden:
-                    for row, hidden_1TD in zip(rows, self._sweeper.sweep(rows, cache, hidden), strict=True):
+                on_host = host_rows(plans, is_on_host=self._is_kv_on_host, share=self.policy.host_attention)
+                with closing(self._make_hidden(len(rows), frozenset().union(*on_host))) as hidden:
+                    outputs = self._sweeper.sweep(rows, cache, hidden, on_host)
+                    for row, hidden_1TD in zip(rows, outputs, strict=True):
                         with self.trace.phase("head"), self._watch.running():
                             readout = read_row(
                                 row.plan,
@@ -170,6 +176,7 @@ class Executor:
                     on_results(finished)
             cache.flush()
         finally:
+            drain(self._lanes["host_attention"])  # it reads logs where they rest
             cache.close()
             for name, lane in self._lanes.items():
                 drain(lane)
@@ -210,9 +217,13 @@ class Executor:
             trace=self.trace,
         )
 
-    def _make_hidden(self, num_rows: int) -> HiddenStore:
-        """A lone row's hidden states never leave the device: they are the next layer's input at once."""
+    def _make_hidden(self, num_rows: int, resident: Collection[int] = ()) -> HiddenStore:
+        """A lone row's hidden states never leave the device: they are the next layer's input at once.
+
+        Nor do those of `resident` rows.
+        """
         names = self.policy.hidden.spread(num_rows) if num_rows > 1 else [self._device_tier.name]
+        names = [self._device_tier.name if row in resident else name for row, name in enumerate(names)]
         return HiddenStore(
             [self._tier(name) for name in names],
             device=self._device,

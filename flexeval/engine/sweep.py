@@ -5,18 +5,19 @@ Knows the order of work and what overlaps; neither which rows there are (the sch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.anatomy import Anatomy, LayerCall
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.port import Attend, AttentionOptions
 from flexeval.engine.compute.row import Row
+from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache, LoadedContext
-from flexeval.engine.memory.lane import ahead
+from flexeval.engine.memory.lane import Transfer, ahead
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.trace import Trace
@@ -32,24 +33,31 @@ class Sweeper:
     """Their weights."""
     attention: PackedAttention
     """How packed rows attend."""
+    host: AttentionLane
+    """Where the CPU attends instead."""
     trace: Trace
     """Where time is counted."""
     watch: Stopwatch
     """Counts when the compute device is at work, not when it waits for a lane."""
 
-    def sweep(self, rows: Sequence[Row], cache: KVCache, hidden: HiddenStore) -> Iterator[Tensor]:
+    def sweep(
+        self, rows: Sequence[Row], cache: KVCache, hidden: HiddenStore, on_host: Sequence[Collection[int]]
+    ) -> Iterator[Tensor]:
         """Run all rows through all layers; yield each row's hidden states `[1, T, D]` after the last one, in order.
 
         The next layer's weights, the next row's KV and the next row's hidden states are always on their way while the
-        current row is computed.
+        current row is computed. At layer l the CPU attends for the rows `on_host[l]`, while all others are computed.
         """
         layers = range(self.anatomy.num_layers)
-        cells = [(layer, row) for layer in layers for row in rows]
+        cells = [(layer, row) for layer in layers for row in rows if row.index not in on_host[layer]]
+        resident = frozenset().union(*on_host)  # they leave a layer last and enter the next one first: never moved
+        streamed = [row.index for row in rows if row.index not in resident]
         num_tokens = sum(row.plan.num_tokens for row in rows)
         weights_ahead = ahead(self.weights.lane, lambda layer: self.weights.load(layer, num_tokens), layers)
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
-        hidden_ahead = ahead(hidden.lane, hidden.load, [row.index for _, row in cells], depth=1 if len(rows) > 1 else 0)
+        depth = 1 if len(streamed) > 1 else 0
+        hidden_ahead = ahead(hidden.lane, hidden.load, streamed * len(layers), depth=depth)
         with self.trace.phase("embed"):
             calls = {}
             for row in rows:
@@ -63,14 +71,41 @@ class Sweeper:
                 slab = next(weights_ahead)
                 with self.watch.running():
                     self.weights.bind(layer, slab, row_tokens=row_tokens, sweep_tokens=num_tokens)
+                apart = [row for row in rows if row.index in on_host[layer]]
+                attended = [
+                    self._attend_on_host(layer, row, cache, hidden.load(row.index), calls[row.index][layer])
+                    for row in apart
+                ]
                 for row in rows:
-                    hidden_1TD, context = next(hidden_ahead), next(context_ahead)
-                    attend = self._attend(layer, row, cache, context)
+                    if row.index in on_host[layer]:
+                        continue
+                    hidden_1TD = hidden.load(row.index) if row.index in resident else next(hidden_ahead)
+                    attend = self._attend(layer, row, cache, next(context_ahead))
                     with self.watch.running():
                         hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer], attend)
                     hidden.save(row.index, hidden_1TD)
+                for row, transfer in zip(apart, attended, strict=True):
+                    attend = _given(transfer.wait())
+                    with self.watch.running():
+                        hidden_1TD = self.anatomy.run_layer(
+                            layer, hidden.load(row.index), calls[row.index][layer], attend
+                        )
+                    hidden.save(row.index, hidden_1TD)
                 cache.end_layer()
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
+
+    def _attend_on_host(
+        self, layer: int, row: Row, cache: KVCache, hidden_1TD: Tensor, call: LayerCall
+    ) -> Transfer[Tensor]:
+        """Run a layer up to its attention and hand that to the CPU.
+
+        The layer is called once more to finish, so that norm and projections are computed twice: for a few tokens that
+        is a tenth of a millisecond of the compute device, which waits for the link or the CPU anyway.
+        """
+        with self.watch.running():
+            inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
+            context = cache.store_for_host(layer, row, inputs.k_TKH, inputs.v_TKW)
+        return self.host.submit(row, inputs.q_TNH, inputs.options, context)
 
     def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
@@ -78,3 +113,8 @@ class Sweeper:
             return self.attention(q_TNH, k_TKH, v_TKW, options, row, context)
 
         return attend
+
+
+def _given(out_TNW: Tensor) -> Attend:
+    """Attention that has been computed already."""
+    return lambda q_TNH, k_TKH, v_TKW, options: out_TNW

@@ -17,7 +17,7 @@ class LaneTrace:
     """One lane's work."""
 
     num_bytes: int = 0
-    """Bytes moved between tiers."""
+    """Bytes moved between tiers; of `host_attention`, those that the CPU attended to where they rest."""
     busy_s: float = 0.0
     """Seconds at work: of the device where it is a GPU, else of the host."""
 
@@ -41,7 +41,7 @@ class Trace:
     """Counters of one engine, since it was loaded."""
 
     lanes: dict[str, LaneTrace] = field(default_factory=lambda: defaultdict(LaneTrace))
-    """By lane: `weights`, `kv_in`, `kv_out`, `hidden`, and `compute`, which moves nothing."""
+    """By lane: `weights`, `kv_in`, `kv_out`, `hidden`, `host_attention`, and `compute`, which moves nothing."""
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Host seconds by phase: `plan`, `embed`, `layers`, `head`."""
     sweeps: list[SweepTrace] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Trace:
         return sum(sweep.num_fresh_tokens for sweep in self.sweeps)
 
     def moved(self, lane: str, num_bytes: int) -> None:
-        """Count bytes that crossed from one tier to another."""
+        """Count bytes that crossed from one tier to another, or were read where they rest."""
         self.lanes[lane].num_bytes += num_bytes
 
     def mark(self, lane: str) -> None:

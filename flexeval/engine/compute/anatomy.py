@@ -22,6 +22,7 @@ from flexeval.engine.compute.linear import CodedLinear, CodedMatrix, make_coded
 from flexeval.engine.compute.port import (
     ATTENTION_NAME,
     Attend,
+    AttentionInputs,
     AttentionOptions,
     AttentionPort,
     register_attention,
@@ -204,19 +205,24 @@ class Anatomy:
             )
         return output[0] if isinstance(output, tuple) else output
 
-    def kv_values_per_token(self, layer: int) -> int:
-        """Numbers in one token's keys and values, found by calling the layer without memory, up to its attention."""
-        sizes: list[int] = []
+    def run_to_attention(self, layer: int, hidden_1TD: Tensor, call: LayerCall) -> AttentionInputs:
+        """One layer as far as its attention; raises as `run_layer` does."""
+        reached: list[AttentionInputs] = []
 
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            sizes.append(k_TKH[0].numel() + v_TKW[0].numel())
+            reached.append(AttentionInputs(q_TNH, k_TKH, v_TKW, options))
             raise _AttentionReached
 
+        with suppress(_AttentionReached):
+            self.run_layer(layer, hidden_1TD, call, attend)
+        return reached[0]
+
+    def kv_values_per_token(self, layer: int) -> int:
+        """Numbers in one token's keys and values, found by calling the layer without memory, up to its attention."""
         one_1T = torch.zeros(1, 1, dtype=torch.long, device="meta")
         embedded = self.embed(one_1T, one_1T)
-        with suppress(_AttentionReached):
-            self.run_layer(layer, embedded.hidden_1TD, embedded.calls[layer], attend)
-        return sizes[0]
+        inputs = self.run_to_attention(layer, embedded.hidden_1TD, embedded.calls[layer])
+        return inputs.k_TKH[0].numel() + inputs.v_TKW[0].numel()
 
     def head(self, hidden_1TD: Tensor) -> Tensor:
         """Logits `[1, T, V]` of hidden states that left the last layer."""

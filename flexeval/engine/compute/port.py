@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -37,6 +37,15 @@ class AttentionOptions:
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 """(q_TNH, k_TKH, v_TKH, options) -> out_TNH for the new tokens of one packed row at one layer."""
+
+
+class AttentionInputs(NamedTuple):
+    """What a layer hands to its attention."""
+
+    q_TNH: Tensor
+    k_TKH: Tensor
+    v_TKW: Tensor
+    options: AttentionOptions
 
 
 class AttentionPort:

@@ -79,6 +79,40 @@ class LoadedContext:
         return self._ancestors[span.source]
 
 
+class HostContext:
+    """What one row reads at one layer, in host memory, where it rests."""
+
+    def __init__(self, logs: dict[int, _Log]):
+        self._logs = logs
+        self._writes = [log.last_write for log in logs.values() if log.last_write is not None]
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token."""
+        return next(iter(self._logs.values())).token_bytes
+
+    def wait(self) -> None:
+        """Have the caller's stream see all that was to be written when this was made; the host may be ahead of it."""
+        for write in self._writes:
+            write.wait()
+
+    def own_log(self, batch: DecodeBatch) -> KeysValues:
+        """The log of a decode batch."""
+        return self._in_place(batch.span.group)
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        """An ancestor of sequences that decode: always in a log."""
+        assert span.source.group is not None, span
+        places = slice(span.source.log_start, span.source.log_start + span.num_keys)
+        return KeysValues(*(part[places] for part in self._in_place(span.source.group)))
+
+    def _in_place(self, group: int) -> KeysValues:
+        log = self._logs[group]
+        memory = log.extent.memory()
+        assert memory is not None and memory.device.type == "cpu", "the CPU attends in host memory only"
+        return log.split(log.shaped(memory))
+
+
 class KVCache:
     """The logs of one batch of requests, and the scratch of the current layer."""
 
@@ -133,6 +167,11 @@ class KVCache:
             self._scratch[span.node] = KeysValues(keys_TKH[tokens], values_TKW[tokens])
         for keep in row.plan.keeps:
             self._append(layer, keep, keys_TKH, values_TKW, context)
+
+    def store_for_host(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor) -> HostContext:
+        """The same for a row that nothing was loaded for; where the CPU finds what the row reads."""
+        self.store(layer, row, keys_TKH, values_TKW, LoadedContext({}, {}, {}, {}))
+        return HostContext({group: self._logs[layer, group] for group in self._groups(row)})
 
     def end_layer(self) -> None:
         """Forget the scratch: the sweep moves on to the next layer."""

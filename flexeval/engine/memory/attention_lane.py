@@ -1,0 +1,50 @@
+"""Attention where KV rests: queries go to the host, the CPU attends, its output comes back. Knows lanes and streams.
+
+Knows neither which rows are attended for here nor how attention is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flexeval.engine.compute.host_attention import HostAttention, num_keys_read
+from flexeval.engine.compute.port import AttentionOptions
+from flexeval.engine.compute.row import Row
+from flexeval.engine.memory.kv import HostContext
+from flexeval.engine.memory.lane import Lane, Transfer
+from flexeval.engine.trace import Trace
+
+LANE = "host_attention"
+"""Its name in traces."""
+
+
+class AttentionLane:
+    """The CPU at work beside the compute device, a row at a time."""
+
+    def __init__(self, lane: Lane, *, device: torch.device, trace: Trace):
+        """Queries come from `device`, and outputs go back there."""
+        self._lane = lane
+        self._device = device
+        self._trace = trace
+        self._attention = HostAttention()
+
+    def submit(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Transfer[Tensor]:
+        """Attend for a row, whose new tokens' KV has been stored: output `[T, N, W]` on the compute device."""
+        return self._lane.submit(self._attend, row, q_TNH, options, context)
+
+    def _attend(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Tensor:
+        context.wait()
+        # Copies from a GPU without blocking go to page-locked memory, which torch keeps and hands out again.
+        q_TNH = q_TNH.to("cpu", non_blocking=True)
+        if options.sinks_N is not None:
+            options = replace(options, sinks_N=options.sinks_N.to("cpu", non_blocking=True))
+        if self._device.type == "cuda":  # the host reads now: its own copies must be there, and all that logs wait for
+            torch.cuda.current_stream().synchronize()
+        out_TNW = self._attention(q_TNH, options, row, context)
+        self._trace.moved(LANE, num_keys_read(row, options) * context.token_bytes)
+        if self._device.type == "cuda":
+            out_TNW = out_TNW.pin_memory()
+        return out_TNW.to(self._device, non_blocking=True)
