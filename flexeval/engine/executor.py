@@ -17,7 +17,9 @@ from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.readout import read_row
+from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import RowMaker
+from flexeval.engine.compute.tape import CudaTapes
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
@@ -101,10 +103,12 @@ class Executor:
             self._close_lanes()
             self._close_tiers()
             raise
+        self._replay = self._make_replay()
         self._sweeper = Sweeper(
             anatomy=anatomy,
             weights=self._weights,
             attention=PackedAttention(),
+            replay=self._replay,
             trace=self.trace,
             watch=self._watch,
         )
@@ -138,7 +142,7 @@ class Executor:
         with self.trace.phase("plan"):
             scheduler = Scheduler(requests, self.policy)
         self.plan = scheduler.summary
-        maker = RowMaker(self._device)
+        maker = RowMaker(self._device, size=self._replay.size) if self._replay else RowMaker(self._device)
         num_top = max((request.num_top_logprobs for request in requests), default=0)
         vocab_size = self._anatomy.config.get_text_config().vocab_size
         cache = self._make_cache(scheduler.log_capacities)
@@ -186,6 +190,13 @@ class Executor:
         if self._device.type == "cuda":
             peak[TierName.GPU] = torch.cuda.max_memory_allocated(self._device)
         return peak
+
+    def _make_replay(self) -> Replay | None:
+        """Recordings are of layers that lie on the device for good, and whose experts need not be fetched."""
+        has_experts = any(experts is not None for experts in self._anatomy.experts)
+        if self._device.type != "cuda" or has_experts or not self._is_resident(self.policy.weights):
+            return None
+        return Replay(self._anatomy, CudaTapes(self._device))
 
     def _begin_sweep(self, plans: Sequence[RowPlan]) -> None:
         """Open the sweep's account. Each lane does so in its turn: what an earlier sweep left to it counts there."""

@@ -5,14 +5,16 @@ Knows the order of work and what overlaps; neither which rows there are (the sch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.anatomy import Anatomy, LayerCall
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.port import Attend, AttentionOptions
+from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import Row
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache, LoadedContext
@@ -32,6 +34,8 @@ class Sweeper:
     """Their weights."""
     attention: PackedAttention
     """How packed rows attend."""
+    replay: Replay | None
+    """Runs the layers of decode rows from recordings, where there can be any."""
     trace: Trace
     """Where time is counted."""
     watch: Stopwatch
@@ -50,27 +54,38 @@ class Sweeper:
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
         hidden_ahead = ahead(hidden.lane, hidden.load, [row.index for _, row in cells], depth=1 if len(rows) > 1 else 0)
+        calls: dict[int, list[LayerCall]] = {}
         with self.trace.phase("embed"):
-            calls = {}
             for row in rows:
                 with self.watch.running():
                     embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
+                    if self.replay is not None and self.replay.takes(row.plan):
+                        self.replay.begin(row.index, embedded.hidden_1TD, embedded.calls)
                 calls[row.index] = embedded.calls
                 hidden.save(row.index, embedded.hidden_1TD)
-        row_tokens = max(row.plan.num_tokens for row in rows)
         with self.trace.phase("layers"):
             for layer in layers:
                 slab = next(weights_ahead)
-                with self.watch.running():
-                    self.weights.bind(layer, slab, row_tokens=row_tokens, sweep_tokens=num_tokens)
+                self.weights.begin_layer()
                 for row in rows:
                     hidden_1TD, context = next(hidden_ahead), next(context_ahead)
                     attend = self._attend(layer, row, cache, context)
+                    bind = partial(
+                        self.weights.bind, layer, slab, row_tokens=row.plan.num_tokens, sweep_tokens=num_tokens
+                    )
                     with self.watch.running():
-                        hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer], attend)
+                        hidden_1TD = self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, bind)
                     hidden.save(row.index, hidden_1TD)
                 cache.end_layer()
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
+
+    def _run(
+        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, attend: Attend, bind: Callable[[], bool]
+    ) -> Tensor:
+        if self.replay is not None and self.replay.takes(row.plan):
+            return self.replay.run(layer, row.index, row.plan, hidden_1TD, attend, bind=bind)
+        bind()
+        return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
 
     def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
