@@ -153,7 +153,8 @@ class Executor:
                 self._begin_sweep(plans)
                 rows = [maker.make(index, plan) for index, plan in enumerate(plans)]
                 with closing(self._make_hidden(len(rows))) as hidden:
-                    for row, hidden_1TD in zip(rows, self._sweeper.sweep(rows, cache, hidden), strict=True):
+                    outcomes = self._sweeper.sweep(rows, cache, hidden, expects_more=scheduler.expects_more)
+                    for row, hidden_1TD in zip(rows, outcomes, strict=True):
                         with self.trace.phase("head"), self._watch.running():
                             readout = read_row(
                                 row.plan,

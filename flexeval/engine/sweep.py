@@ -41,16 +41,18 @@ class Sweeper:
     watch: Stopwatch
     """Counts when the compute device is at work, not when it waits for a lane."""
 
-    def sweep(self, rows: Sequence[Row], cache: KVCache, hidden: HiddenStore) -> Iterator[Tensor]:
+    def sweep(
+        self, rows: Sequence[Row], cache: KVCache, hidden: HiddenStore, *, expects_more: bool
+    ) -> Iterator[Tensor]:
         """Run all rows through all layers; yield each row's hidden states `[1, T, D]` after the last one, in order.
 
         The next layer's weights, the next row's KV and the next row's hidden states are always on their way while the
-        current row is computed.
+        current row is computed; where another sweep is expected, its first layer's weights too.
         """
         layers = range(self.anatomy.num_layers)
         cells = [(layer, row) for layer in layers for row in rows]
         num_tokens = sum(row.plan.num_tokens for row in rows)
-        weights_ahead = ahead(self.weights.lane, lambda layer: self.weights.load(layer, num_tokens), layers)
+        slabs = self.weights.stream(num_tokens, expects_more=expects_more)
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
         hidden_ahead = ahead(hidden.lane, hidden.load, [row.index for _, row in cells], depth=1 if len(rows) > 1 else 0)
@@ -65,7 +67,7 @@ class Sweeper:
                 hidden.save(row.index, embedded.hidden_1TD)
         with self.trace.phase("layers"):
             for layer in layers:
-                slab = next(weights_ahead)
+                slab = next(slabs)
                 self.weights.begin_layer()
                 for row in rows:
                     hidden_1TD, context = next(hidden_ahead), next(context_ahead)

@@ -17,7 +17,7 @@ from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
-from flexeval.engine.memory.lane import Lane
+from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.memory.loading import load_layers
 from flexeval.engine.memory.prepared import PreparedLayers
 from flexeval.engine.memory.slab import SlabLayout
@@ -71,6 +71,7 @@ class WeightStore:
         ]
         """Per layer, up to how many tokens of a row it computes with its matrices as they rest."""
         self._is_bound = [False] * anatomy.num_layers
+        self._first: Transfer[Tensor] | None = None  # layer 0 on its way to the next sweep
         self._bound: _Bound | None = None  # how the current layer's rows have been computed so far
         self._prepared: PreparedLayers | None = None
         if disk_tier is not None and checkpoint.identity is not None:
@@ -99,6 +100,21 @@ class WeightStore:
     def num_bytes(self) -> int:
         """Bytes of all slabs at rest."""
         return sum(layout.num_bytes for layout in self._layouts)
+
+    def stream(self, sweep_tokens: int, *, expects_more: bool) -> Iterator[Tensor]:
+        """A sweep's slabs in the order of the layers, on the compute device, the next one always on its way.
+
+        Where another sweep is expected, its first layer is sent for beside the last one of this sweep: whose experts
+        it will want is not known yet, so a layer with experts is not.
+        """
+        transfer, self._first = self._first or self.lane.submit(self.load, 0, sweep_tokens), None
+        for layer in range(1, len(self._extents)):
+            ahead = self.lane.submit(self.load, layer, sweep_tokens)
+            yield transfer.wait()
+            transfer = ahead
+        if expects_more and not self._layouts[0].num_experts:
+            self._first = self.lane.submit(self.load, 0, sweep_tokens)
+        yield transfer.wait()
 
     def load(self, layer: int, sweep_tokens: int) -> Tensor:
         """A layer's slab on the compute device for a sweep of so many tokens; runs on the weights' lane.
