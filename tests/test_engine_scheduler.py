@@ -84,6 +84,7 @@ class Machine:
             self.scratch: dict[int, list[Prefix]] = {}
             self.unread_scratch: set[int] = set()
             plans = self.scheduler.plan_sweep()
+            expects_more = self.scheduler.expects_more
             for plan in plans:
                 self.scheduler.record(plan, self._compute(plan))
             self.most_in_flight = max(self.most_in_flight, sum(plan.num_tokens for plan in plans if plan.decode))
@@ -91,9 +92,13 @@ class Machine:
             self.most_fresh = max(self.most_fresh, sum(plan.num_tokens for plan in plans if plan.fresh))
             self.num_sweeps += 1
             self.elapsed_s += self.num_sweeps
-            for request, result in self.scheduler.finish_sweep(self.num_sweeps):
+            finished = self.scheduler.finish_sweep(self.num_sweeps)
+            for request, result in finished:
                 assert request not in self.results, "a request is answered once"
                 self.results[request] = result
+            has_stopped = any(result.finish_reason != "length" for _, result in finished)
+            assert expects_more or not self.scheduler.has_work, "nobody is surprised by more work"
+            assert self.scheduler.has_work or has_stopped or not expects_more, "only a stop ends the work early"
         return self
 
     def _compute(self, plan: RowPlan) -> Readout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def pick_device(name: str) -> torch.device:
     use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     if not use_cuda:
         return torch.device("cpu")
+    # Weights, caches and workspaces are of few, very different sizes: in fixed segments they leave holes of gigabytes.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when CUDA is first used
     # Asking for the current device would take hundreds of megabytes of it; before it is used, it is the first.
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
 

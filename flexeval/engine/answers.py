@@ -32,6 +32,10 @@ class Answers:
         """Whether a request waits for more of a stream."""
         return bool(self._open[stream])
 
+    def num_left(self, stream: int) -> int:
+        """Tokens of a stream that are waited for at most."""
+        return max(self._requests[request].max_tokens for request in self._open[stream]) - len(self._ids[stream])
+
     def last_token(self, stream: int) -> int:
         """The token drawn last."""
         return self._ids[stream][-1]

@@ -17,7 +17,9 @@ from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.readout import read_row
+from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import RowMaker
+from flexeval.engine.compute.tape import CudaTapes
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
@@ -104,10 +106,12 @@ class Executor:
             self._close_lanes()
             self._close_tiers()
             raise
+        self._replay = self._make_replay()
         self._sweeper = Sweeper(
             anatomy=anatomy,
             weights=self._weights,
             attention=PackedAttention(),
+            replay=self._replay,
             host=AttentionLane(self._lanes["host_attention"], device=device, trace=self.trace),
             trace=self.trace,
             watch=self._watch,
@@ -142,7 +146,7 @@ class Executor:
         with self.trace.phase("plan"):
             scheduler = Scheduler(requests, self.policy)
         self.plan = scheduler.summary
-        maker = RowMaker(self._device)
+        maker = RowMaker(self._device, size=self._replay.size) if self._replay else RowMaker(self._device)
         num_top = max((request.num_top_logprobs for request in requests), default=0)
         vocab_size = self._anatomy.config.get_text_config().vocab_size
         cache = self._make_cache(scheduler.log_capacities)
@@ -154,8 +158,8 @@ class Executor:
                 rows = [maker.make(index, plan) for index, plan in enumerate(plans)]
                 on_host = host_rows(plans, is_on_host=self._is_kv_on_host, share=self.policy.host_attention)
                 with closing(self._make_hidden(len(rows), frozenset().union(*on_host))) as hidden:
-                    outputs = self._sweeper.sweep(rows, cache, hidden, on_host)
-                    for row, hidden_1TD in zip(rows, outputs, strict=True):
+                    outcomes = self._sweeper.sweep(rows, cache, hidden, on_host, expects_more=scheduler.expects_more)
+                    for row, hidden_1TD in zip(rows, outcomes, strict=True):
                         with self.trace.phase("head"), self._watch.running():
                             readout = read_row(
                                 row.plan,
@@ -193,6 +197,13 @@ class Executor:
         if self._device.type == "cuda":
             peak[TierName.GPU] = torch.cuda.max_memory_allocated(self._device)
         return peak
+
+    def _make_replay(self) -> Replay | None:
+        """Recordings are of layers that lie on the device for good, and whose experts need not be fetched."""
+        has_experts = any(experts is not None for experts in self._anatomy.experts)
+        if self._device.type != "cuda" or has_experts or not self._is_resident(self.policy.weights):
+            return None
+        return Replay(self._anatomy, CudaTapes(self._device))
 
     def _begin_sweep(self, plans: Sequence[RowPlan]) -> None:
         """Open the sweep's account. Each lane does so in its turn: what an earlier sweep left to it counts there."""

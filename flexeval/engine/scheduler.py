@@ -75,6 +75,11 @@ class Scheduler:
         return self._num_unfinished > 0
 
     @property
+    def expects_more(self) -> bool:
+        """Whether there is work for a sweep after the planned one, unless sequences in it stop by themselves."""
+        return self._num_unfinished > sum(self._answers.num_left(stream) <= 1 for stream in self._weights)
+
+    @property
     def log_capacities(self) -> dict[int, int]:
         """Tokens that the log of each group, and of shared nodes, can come to hold at most."""
         return {SHARED: self._shared.capacity, **{group.group: group.capacity for group in self._block.groups}}

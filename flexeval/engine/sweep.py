@@ -5,14 +5,17 @@ Knows the order of work and what overlaps; neither which rows there are (the sch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexeval.engine.compute.anatomy import Anatomy, LayerCall
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.port import Attend, AttentionOptions
+from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import Row
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.hidden import HiddenStore
@@ -35,45 +38,58 @@ class Sweeper:
     """How packed rows attend."""
     host: AttentionLane
     """Where the CPU attends instead."""
+    replay: Replay | None
+    """Runs the layers of decode rows from recordings, where there can be any."""
     trace: Trace
     """Where time is counted."""
     watch: Stopwatch
     """Counts when the compute device is at work, not when it waits for a lane."""
 
     def sweep(
-        self, rows: Sequence[Row], cache: KVCache, hidden: HiddenStore, on_host: Sequence[Collection[int]]
+        self,
+        rows: Sequence[Row],
+        cache: KVCache,
+        hidden: HiddenStore,
+        on_host: Sequence[Collection[int]],
+        *,
+        expects_more: bool,
     ) -> Iterator[Tensor]:
         """Run all rows through all layers; yield each row's hidden states `[1, T, D]` after the last one, in order.
 
         The next layer's weights, the next row's KV and the next row's hidden states are always on their way while the
-        current row is computed. At layer l the CPU attends for the rows `on_host[l]`, while all others are computed.
+        current row is computed; where another sweep is expected, its first layer's weights too. At layer l the CPU
+        attends for the rows `on_host[l]`, while all others are computed.
         """
         layers = range(self.anatomy.num_layers)
         cells = [(layer, row) for layer in layers for row in rows if row.index not in on_host[layer]]
         resident = frozenset().union(*on_host)  # they leave a layer last and enter the next one first: never moved
         streamed = [row.index for row in rows if row.index not in resident]
         num_tokens = sum(row.plan.num_tokens for row in rows)
-        weights_ahead = ahead(self.weights.lane, lambda layer: self.weights.load(layer, num_tokens), layers)
+        slabs = self.weights.stream(num_tokens, expects_more=expects_more)
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
         depth = 1 if len(streamed) > 1 else 0
         hidden_ahead = ahead(hidden.lane, hidden.load, streamed * len(layers), depth=depth)
+        calls: dict[int, list[LayerCall]] = {}
         with self.trace.phase("embed"):
-            calls = {}
             for row in rows:
                 with self.watch.running():
                     embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
+                    if self.replay is not None and self.replay.takes(row.plan):
+                        self.replay.begin(row.index, embedded.hidden_1TD, embedded.calls)
                 calls[row.index] = embedded.calls
                 hidden.save(row.index, embedded.hidden_1TD)
-        row_tokens = max(row.plan.num_tokens for row in rows)
         with self.trace.phase("layers"):
             for layer in layers:
-                slab = next(weights_ahead)
-                with self.watch.running():
-                    self.weights.bind(layer, slab, row_tokens=row_tokens, sweep_tokens=num_tokens)
+                slab = next(slabs)
+                self.weights.begin_layer()
+
+                def bind(row: Row, layer: int = layer, slab: Tensor = slab) -> bool:
+                    return self.weights.bind(layer, slab, row_tokens=row.plan.num_tokens, sweep_tokens=num_tokens)
+
                 apart = [row for row in rows if row.index in on_host[layer]]
                 attended = [
-                    self._attend_on_host(layer, row, cache, hidden.load(row.index), calls[row.index][layer])
+                    self._attend_on_host(layer, row, cache, hidden.load(row.index), calls[row.index][layer], bind)
                     for row in apart
                 ]
                 for row in rows:
@@ -82,30 +98,46 @@ class Sweeper:
                     hidden_1TD = hidden.load(row.index) if row.index in resident else next(hidden_ahead)
                     attend = self._attend(layer, row, cache, next(context_ahead))
                     with self.watch.running():
-                        hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer], attend)
+                        hidden_1TD = self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, bind)
                     hidden.save(row.index, hidden_1TD)
                 for row, transfer in zip(apart, attended, strict=True):
                     attend = _given(transfer.wait())
                     with self.watch.running():
-                        hidden_1TD = self.anatomy.run_layer(
-                            layer, hidden.load(row.index), calls[row.index][layer], attend
-                        )
+                        bind(row)
+                        hidden_1TD = hidden.load(row.index)
+                        hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer], attend)
                     hidden.save(row.index, hidden_1TD)
                 cache.end_layer()
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
 
     def _attend_on_host(
-        self, layer: int, row: Row, cache: KVCache, hidden_1TD: Tensor, call: LayerCall
+        self,
+        layer: int,
+        row: Row,
+        cache: KVCache,
+        hidden_1TD: Tensor,
+        call: LayerCall,
+        bind: Callable[[Row], bool],
     ) -> Transfer[Tensor]:
-        """Run a layer up to its attention and hand that to the CPU.
+        """Run a layer up to its attention and hand that to the CPU, without tokens that only fill the row up.
 
         The layer is called once more to finish, so that norm and projections are computed twice: for a few tokens that
         is a tenth of a millisecond of the compute device, which waits for the link or the CPU anyway.
         """
+        num_tokens = row.plan.num_tokens
         with self.watch.running():
+            bind(row)
             inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
-            context = cache.store_for_host(layer, row, inputs.k_TKH, inputs.v_TKW)
-        return self.host.submit(row, inputs.q_TNH, inputs.options, context)
+            context = cache.store_for_host(layer, row, inputs.k_TKH[:num_tokens], inputs.v_TKW[:num_tokens])
+        return self.host.submit(row, inputs.q_TNH[:num_tokens], inputs.options, context)
+
+    def _run(
+        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, attend: Attend, bind: Callable[[Row], bool]
+    ) -> Tensor:
+        if self.replay is not None and self.replay.takes(row.plan):
+            return self.replay.run(layer, row.index, row.plan, hidden_1TD, attend, bind=partial(bind, row))
+        bind(row)
+        return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
 
     def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
@@ -116,5 +148,9 @@ class Sweeper:
 
 
 def _given(out_TNW: Tensor) -> Attend:
-    """Attention that has been computed already."""
-    return lambda q_TNH, k_TKH, v_TKW, options: out_TNW
+    """Attention that has been computed already, of all tokens but those that only fill the row up."""
+
+    def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
+        return pad(out_TNW, (0, 0, 0, 0, 0, len(q_TNH) - len(out_TNW)))
+
+    return attend

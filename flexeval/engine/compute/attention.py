@@ -122,19 +122,19 @@ class PackedAttention:
         if has_triton(q_TNH.device):
             from flexeval.engine.compute.decode_kernel import decode_attention
 
-            partial = decode_attention(
+            return decode_attention(
                 q_TNH[tokens],
                 log.keys_CKH,
                 log.values_CKW,
                 batch.index_BS,
                 batch.lengths_B,
+                out_TNW[tokens],
+                lse_TN[tokens],
                 max_length=batch.max_length,
                 scale=options.scale,
                 window=options.window,
                 softcap=options.softcap,
             )
-            out_TNW[tokens], lse_TN[tokens] = partial.out_BNQW[:, :, 0], partial.lse_BNQ[:, :, 0]
-            return
         mask_BS = batch.is_context_BS
         if options.window is not None:
             mask_BS = mask_BS & (row.positions_1T[0, tokens, None] - batch.key_position_BS < options.window)

@@ -1,8 +1,9 @@
 """A Triton kernel for decode attention: one query a sequence over its tokens, read where they lie in a log.
 
 Gathers nothing, masks nothing and repeats no KV head: every key and value is read once. The context is split among
-programs where there are few sequences; the splits are merged by log-sum-exp (Flash-Decoding, Dao et al. 2023).
-Needs Triton: import it only where a CUDA device computes.
+programs where there are few sequences; the splits are merged by log-sum-exp (Flash-Decoding, Dao et al. 2023), and so
+are, for any row, parts of a context that were attended to apart. Each is one launch: a step of few tokens is bound by
+them. Needs Triton: import it only where a CUDA device computes.
 
 Shapes: B sequences, N query heads, K KV heads, M = N / K of them to a KV head, C tokens of the log, S context,
 Z splits, H size of a key, W size of a value.
@@ -16,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flexeval.engine.compute.kernels import num_processors
-from flexeval.engine.compute.partial import Partial
 
 _BLOCK_TOKENS = 64
 """Context tokens of one step of a program."""
@@ -30,12 +30,14 @@ def decode_attention(
     values_CKW: Tensor,
     index_BS: Tensor,
     lengths_B: Tensor,
+    out_BNW: Tensor,
+    lse_BN: Tensor,
     *,
     max_length: int,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> Partial:
+) -> None:
     """Attention of one query per sequence over its own context.
 
     Args:
@@ -44,23 +46,24 @@ def decode_attention(
         values_CKW: Values of the log.
         index_BS: int32, place in the log of each context token.
         lengths_B: int32, how many of them are each sequence's.
+        out_BNW: Contiguous; filled with the output.
+        lse_BN: Contiguous float32; filled with the log-sum-exp of the scores.
         max_length: The largest of `lengths_B`, or more.
         scale: Factor on the scores.
         window: A query sees the last `window` tokens only.
         softcap: Scores become softcap * tanh(score / softcap).
-
-    Returns:
-        Output `[B, N, 1, W]` and log-sum-exp `[B, N, 1]`.
     """
     num_sequences, num_heads, key_size = q_BNH.shape
     num_kv_heads, value_size = values_CKW.shape[1:]
-    assert keys_CKH.stride(2) == values_CKW.stride(2) == 1 and index_BS.stride(1) == 1
+    assert q_BNH.stride(2) == keys_CKH.stride(2) == values_CKW.stride(2) == index_BS.stride(1) == 1
     heads_per_kv = num_heads // num_kv_heads
     wanted = _PROGRAMS_PER_PROCESSOR * num_processors(q_BNH.device) // (num_sequences * num_kv_heads)
     num_splits = max(1, min(wanted, triton.cdiv(max_length, 4 * _BLOCK_TOKENS)))
-    q_BNH = q_BNH.contiguous()
-    out_BNZW = q_BNH.new_empty(num_sequences, num_heads, num_splits, value_size, dtype=torch.float32)
-    lse_BNZ = q_BNH.new_empty(num_sequences, num_heads, num_splits, dtype=torch.float32)
+    assert out_BNW.is_contiguous() and lse_BN.is_contiguous()
+    out_BNZW, lse_BNZ = out_BNW, lse_BN
+    if num_splits > 1:
+        out_BNZW = q_BNH.new_empty(num_sequences, num_heads, num_splits, value_size, dtype=torch.float32)
+        lse_BNZ = q_BNH.new_empty(num_sequences, num_heads, num_splits, dtype=torch.float32)
     _decode_kernel[(num_sequences, num_kv_heads, num_splits)](
         q_BNH,
         keys_CKH,
@@ -74,6 +77,7 @@ def decode_attention(
         softcap or 0.0,
         key_size,
         value_size,
+        *q_BNH.stride()[:2],
         *keys_CKH.stride()[:2],
         *values_CKW.stride()[:2],
         index_BS.stride(0),
@@ -87,11 +91,34 @@ def decode_attention(
         num_warps=4,
         num_stages=2,
     )
-    if num_splits == 1:
-        return Partial(out_BNZW.to(q_BNH.dtype), lse_BNZ)
-    lse_BN1 = lse_BNZ.logsumexp(-1, keepdim=True)
-    weights_BN1Z = torch.exp(lse_BNZ - lse_BN1)[:, :, None]
-    return Partial((weights_BN1Z @ out_BNZW).to(q_BNH.dtype), lse_BN1)
+    if num_splits > 1:
+        _merge_splits_kernel[(num_sequences * num_heads,)](
+            out_BNZW,
+            lse_BNZ,
+            out_BNW,
+            lse_BN,
+            num_splits,
+            value_size,
+            SPLITS=triton.next_power_of_2(num_splits),
+            VALUE_SIZE=triton.next_power_of_2(value_size),
+        )
+
+
+def merge_into(out_TNW: Tensor, lse_TN: Tensor, other_out_TNW: Tensor, other_lse_TN: Tensor) -> None:
+    """Merge attention over further keys into `out` (contiguous) and `lse`, in place."""
+    num_tokens, num_heads, value_size = out_TNW.shape
+    assert out_TNW.is_contiguous() and other_out_TNW.stride(2) == 1
+    _merge_into_kernel[(num_tokens, num_heads)](
+        out_TNW,
+        lse_TN,
+        other_out_TNW,
+        other_lse_TN,
+        value_size,
+        *lse_TN.stride(),
+        *other_out_TNW.stride()[:2],
+        *other_lse_TN.stride(),
+        VALUE_SIZE=triton.next_power_of_2(value_size),
+    )
 
 
 @triton.jit
@@ -108,6 +135,8 @@ def _decode_kernel(
     softcap,
     key_size,
     value_size,
+    query_sequence_stride,
+    query_head_stride,
     key_token_stride,
     key_head_stride,
     value_token_stride,
@@ -128,9 +157,9 @@ def _decode_kernel(
     key_place = tl.arange(0, KEY_SIZE)
     value_place = tl.arange(0, VALUE_SIZE)
     is_head = head < HEADS_PER_KV
-    query_head = sequence * num_kv_heads * HEADS_PER_KV + kv_head * HEADS_PER_KV + head
+    query_head = kv_head * HEADS_PER_KV + head
     queries = tl.load(
-        q + query_head[:, None] * key_size + key_place[None, :],
+        q + sequence * query_sequence_stride + query_head[:, None] * query_head_stride + key_place[None, :],
         mask=is_head[:, None] & (key_place < key_size)[None, :],
         other=0.0,
     )
@@ -173,10 +202,66 @@ def _decode_kernel(
         highest = new_highest
     is_seen = total > 0.0
     divisor = tl.where(is_seen, total, 1.0)
-    target = query_head * num_splits + split
+    target = (sequence * num_kv_heads * HEADS_PER_KV + query_head) * num_splits + split
     tl.store(lse + target, tl.where(is_seen, highest + tl.log(divisor), -float("inf")), mask=is_head)
     tl.store(
         out + target[:, None].to(tl.int64) * value_size + value_place[None, :],
-        sums / divisor[:, None],
+        (sums / divisor[:, None]).to(out.dtype.element_ty),
         mask=is_head[:, None] & (value_place < value_size)[None, :],
     )
+
+
+@triton.jit
+def _merge_splits_kernel(
+    parts, part_lse, out, lse, num_splits, value_size, SPLITS: tl.constexpr, VALUE_SIZE: tl.constexpr
+):
+    """The splits of one query head of one sequence: their outputs averaged with weights exp(lse)."""
+    head = tl.program_id(0)
+    split, place = tl.arange(0, SPLITS), tl.arange(0, VALUE_SIZE)
+    is_split, is_place = split < num_splits, place < value_size
+    scores = tl.load(part_lse + head * num_splits + split, mask=is_split, other=-float("inf"))
+    highest = tl.max(scores, 0)
+    weights = tl.where(scores > -float("inf"), tl.exp(scores - highest), 0.0)
+    total = tl.sum(weights, 0)
+    divisor = tl.where(total > 0.0, total, 1.0)
+    source = parts + (head * num_splits + split)[:, None].to(tl.int64) * value_size + place[None, :]
+    values = tl.load(source, mask=is_split[:, None] & is_place[None, :], other=0.0)
+    merged = tl.sum(values * weights[:, None], 0) / divisor
+    tl.store(out + head.to(tl.int64) * value_size + place, merged.to(out.dtype.element_ty), mask=is_place)
+    tl.store(lse + head, tl.where(total > 0.0, highest + tl.log(divisor), -float("inf")))
+
+
+@triton.jit
+def _merge_into_kernel(
+    out,
+    lse,
+    other,
+    other_lse,
+    value_size,
+    lse_token_stride,
+    lse_head_stride,
+    other_token_stride,
+    other_head_stride,
+    other_lse_token_stride,
+    other_lse_head_stride,
+    VALUE_SIZE: tl.constexpr,
+):
+    """One head of one token: out += (other - out) * sigmoid(other_lse - lse); lse = log(exp(lse) + exp(other_lse))."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    own_lse = lse + token * lse_token_stride + head * lse_head_stride
+    place = tl.arange(0, VALUE_SIZE)
+    is_place = place < value_size
+    old = tl.load(own_lse)
+    new = tl.load(other_lse + token * other_lse_token_stride + head * other_lse_head_stride)
+    highest = tl.maximum(old, new)
+    is_seen = highest > -float("inf")
+    old_weight = tl.where(is_seen, tl.exp(old - highest), 1.0)
+    new_weight = tl.where(is_seen, tl.exp(new - highest), 0.0)
+    total = old_weight + new_weight
+    target = out + (token * tl.num_programs(1) + head) * value_size + place
+    source = other + token * other_token_stride + head * other_head_stride + place
+    old_values = tl.load(target, mask=is_place, other=0.0).to(tl.float32)
+    new_values = tl.load(source, mask=is_place, other=0.0).to(tl.float32)
+    merged = (old_values * old_weight + new_values * new_weight) / total
+    tl.store(target, merged.to(out.dtype.element_ty), mask=is_place)
+    tl.store(own_lse, tl.where(is_seen, highest + tl.log(total), -float("inf")))

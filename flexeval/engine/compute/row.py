@@ -7,7 +7,7 @@ Shapes: T tokens of the row, B sequences, L longest of them, S longest context.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,7 +133,7 @@ class Row:
     plan: RowPlan
     """The integers it was made from."""
     ids_1T: Tensor
-    """New tokens."""
+    """New tokens, and behind them what fills the row up to a size that recurs."""
     positions_1T: Tensor
     """Position of each in its sequence."""
     fresh: tuple[FreshBatch, ...]
@@ -154,18 +154,20 @@ class Row:
 class RowMaker:
     """Makes the rows of one batch of requests, in the order in which they are computed."""
 
-    def __init__(self, device: torch.device):
-        """Rows are computed on `device`."""
+    def __init__(self, device: torch.device, *, size: Callable[[RowPlan], int] = lambda plan: plan.num_tokens):
+        """Rows are computed on `device`, filled up to `size` tokens."""
         self._device = device
+        self._size = size
         self._contexts: dict[int, _Contexts] = {}
 
     def make(self, index: int, plan: RowPlan) -> Row:
         """Put a plan's indices on the device."""
+        num_filling = self._size(plan) - plan.num_tokens
         return Row(
             index=index,
             plan=plan,
-            ids_1T=_move(np.asarray(plan.token_ids)[None], self._device),
-            positions_1T=_move(np.asarray(plan.positions)[None], self._device),
+            ids_1T=_move(np.pad(plan.token_ids, (0, num_filling))[None], self._device),
+            positions_1T=_move(np.pad(plan.positions, (0, num_filling))[None], self._device),
             fresh=tuple(self._fresh(spans) for spans in _similar(plan.fresh)),
             runs=self._runs(plan.fresh) if plan.fresh else None,
             decode=tuple(self._decode(span) for span in plan.decode),

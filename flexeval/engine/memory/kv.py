@@ -224,16 +224,22 @@ class KVCache:
 
     def _append(self, layer: int, keep: Keep, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> None:
         log = self._log(layer, keep.group, keys_TKH, values_TKW)
-        spans = [slice(start, start + length) for start, length in keep.spans]
-        tokens_CKX = torch.cat([torch.cat([keys_TKH[span], values_TKW[span]], dim=-1) for span in spans])
-        end = keep.log_start + keep.num_tokens
-        if keep.group in context.own:
-            context.own[keep.group][keep.log_start : end] = tokens_CKX
-        if (view := log.extent.view()) is None:
+        own, view = context.own.get(keep.group), log.extent.view()
+        place = slice(keep.log_start, keep.log_start + keep.num_tokens)
+        if view is not None:
+            tokens_CKX = log.shaped(view)[place]
+        else:
+            tokens_CKX = log.shaped(keys_TKH.new_empty(keep.num_tokens * log.token_bytes, dtype=torch.uint8))
+        done = 0
+        for start, length in keep.spans:
+            keys_values = [keys_TKH[start : start + length], values_TKW[start : start + length]]
+            torch.cat(keys_values, dim=-1, out=tokens_CKX[done : done + length])
+            done += length
+        if view is None:
+            if own is not None:  # in place, `own` is the log itself
+                own[place] = tokens_CKX
             log.last_write = self._lane_out.submit(self._write, log, log.last_write, keep.log_start, tokens_CKX)
-        elif keep.group not in context.own:  # otherwise the loaded log is the view itself
-            log.shaped(view)[keep.log_start : end] = tokens_CKX
-        if keep.log_start == 0 and keep.group not in context.own:  # a log that there was not when the row was loaded
+        if keep.log_start == 0 and own is None:  # a log that there was not when the row was loaded
             context.own[keep.group], context.logs[keep.group] = tokens_CKX, log
 
     def _write(self, log: _Log, before: Transfer[None] | None, start: int, tokens_CKX: Tensor) -> None:

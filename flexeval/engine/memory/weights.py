@@ -7,6 +7,7 @@ are chosen, into the places where they would lie anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
-from flexeval.engine.memory.lane import Lane
+from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.memory.loading import load_layers
 from flexeval.engine.memory.prepared import PreparedLayers
 from flexeval.engine.memory.slab import SlabLayout
@@ -24,6 +25,11 @@ from flexeval.engine.memory.tier import Extent, Tier
 from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.trace import Trace
 from flexeval.policy.experts import is_by_need
+
+
+class _Bound(Enum):
+    AS_IT_RESTS = "as it rests"
+    UNPACKED = "unpacked"
 
 
 class WeightStore:
@@ -65,6 +71,8 @@ class WeightStore:
         ]
         """Per layer, up to how many tokens of a row it computes with its matrices as they rest."""
         self._is_bound = [False] * anatomy.num_layers
+        self._first: Transfer[Tensor] | None = None  # layer 0 on its way to the next sweep
+        self._bound: _Bound | None = None  # how the current layer's rows have been computed so far
         self._prepared: PreparedLayers | None = None
         if disk_tier is not None and checkpoint.identity is not None:
             self._prepared = PreparedLayers(disk_tier, checkpoint.identity, self._layouts)
@@ -93,6 +101,21 @@ class WeightStore:
         """Bytes of all slabs at rest."""
         return sum(layout.num_bytes for layout in self._layouts)
 
+    def stream(self, sweep_tokens: int, *, expects_more: bool) -> Iterator[Tensor]:
+        """A sweep's slabs in the order of the layers, on the compute device, the next one always on its way.
+
+        Where another sweep is expected, its first layer is sent for beside the last one of this sweep: whose experts
+        it will want is not known yet, so a layer with experts is not.
+        """
+        transfer, self._first = self._first or self.lane.submit(self.load, 0, sweep_tokens), None
+        for layer in range(1, len(self._extents)):
+            ahead = self.lane.submit(self.load, layer, sweep_tokens)
+            yield transfer.wait()
+            transfer = ahead
+        if expects_more and not self._layouts[0].num_experts:
+            self._first = self.lane.submit(self.load, 0, sweep_tokens)
+        yield transfer.wait()
+
     def load(self, layer: int, sweep_tokens: int) -> Tensor:
         """A layer's slab on the compute device for a sweep of so many tokens; runs on the weights' lane.
 
@@ -110,20 +133,26 @@ class WeightStore:
         self._read(extent, buffer, [slice(0, self._layouts[layer].num_dense_bytes if is_by_need else extent.num_bytes)])
         return buffer
 
-    def bind(self, layer: int, slab: Tensor, *, row_tokens: int, sweep_tokens: int) -> None:
-        """Let the layer compute with a loaded slab: coded matrices as they rest for few tokens, else unpacked.
+    def bind(self, layer: int, slab: Tensor, *, row_tokens: int, sweep_tokens: int) -> bool:
+        """Let the layer compute a row with a loaded slab: coded matrices as they rest for few tokens, else unpacked.
+
+        What was unpacked for one row serves the layer's later rows of this sweep, however long.
 
         Args:
             layer: Which.
             slab: What `load` gave.
-            row_tokens: Tokens of the longest row that is about to be computed.
+            row_tokens: Tokens of the row.
             sweep_tokens: Tokens of all rows.
+
+        Returns:
+            Whether the layer's tensors will lie where they lie now in every later sweep.
         """
         layout = self._layouts[layer]
-        takes_coded = row_tokens <= self._few_tokens[layer]
+        takes_coded = row_tokens <= self._few_tokens[layer] and self._bound is not _Bound.UNPACKED
+        bound = _Bound.AS_IT_RESTS if takes_coded else _Bound.UNPACKED
         stays = self._extents[layer].view() is not None and (takes_coded or not layout.num_coded_values)
-        if stays and self._is_bound[layer]:
-            return
+        if self._bound is bound or (stays and self._is_bound[layer]):
+            return stays
         if takes_coded:
             self._anatomy.bind_layer(layer, layout.as_it_rests(slab))
         elif not stays and self._is_by_need(layer, sweep_tokens):
@@ -132,7 +161,12 @@ class WeightStore:
             self._anatomy.bind_layer(layer, layout.tensors(slab, self._workspace), fetch)
         else:
             self._anatomy.bind_layer(layer, layout.unpack(slab, self._workspace))
-        self._is_bound[layer] = stays
+        self._bound, self._is_bound[layer] = bound, stays
+        return stays
+
+    def begin_layer(self) -> None:
+        """The sweep comes to a layer: the workspace may hold another one's matrices."""
+        self._bound = None
 
     def _is_by_need(self, layer: int, sweep_tokens: int) -> bool:
         experts = self._anatomy.experts[layer]

@@ -1,0 +1,104 @@
+"""Layers that are replayed answer as layers that run; here their launches are recorded as the CPU dispatches them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from dispatch_tapes import DispatchTapes
+from test_engine_placement import coming_and_going
+from tiny_models import FAMILIES, assert_equal_results, tiny_case, tiny_config, tiny_model
+
+from flexeval.backends.transformers import answer
+from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.replay import SIZES, Replay
+from flexeval.engine.executor import Executor
+from flexeval.engine.memory.disk import DiskTier
+from flexeval.engine.memory.weights import WeightStore
+from flexeval.planning.rows import DecodeSpan, FreshSpan, RowPlan
+from flexeval.policy.policy import Policy, Split
+from flexeval.request import TokenRequest, TokenResult
+
+DENSE = [family for family in FAMILIES if family not in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")]
+POLICIES = {
+    "one group": Policy(group_sequences=16),
+    "three groups": Policy(row_tokens=64, sweep_tokens=128, group_sequences=2, num_groups=3),
+    "cache and states on disk": Policy(
+        row_tokens=64, sweep_tokens=128, group_sequences=2, num_groups=2, kv=Split(disk=1.0), hidden=Split(disk=1.0)
+    ),
+    "the cpu attends to half": Policy(
+        row_tokens=64, sweep_tokens=128, group_sequences=3, num_groups=1, host_attention=0.5
+    ),
+}
+
+
+def run(
+    family: str,
+    policy: Policy,
+    requests: list[TokenRequest],
+    tapes: DispatchTapes,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[TokenResult]:
+    monkeypatch.setattr(Executor, "_make_replay", lambda self: Replay(self._anatomy, tapes))
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    checkpoint = StateDictCheckpoint(anatomy, tiny_model(family).state_dict())
+    device = torch.device("cpu")
+    with Executor(
+        anatomy, checkpoint, policy, codec=None, device=device, disk_tier=DiskTier(folder), overlap=False
+    ) as executor:
+        return executor.execute(requests)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", DENSE)
+def test_replayed_layers_equal_transformers(
+    family: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, tapes = tiny_case(family), DispatchTapes()
+    assert_equal_results(run(family, POLICIES[policy], case.requests, tapes, tmp_path, monkeypatch), case.expected)
+    assert tapes.num_replays >= 2 * 4 * 5, "of four layers, two parts in most of eight steps"
+    assert tapes.num_replays > 2 * tapes.num_tapes
+
+
+def test_sequences_that_come_and_go_are_replayed_on_rows_of_few_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, tapes = coming_and_going(num_steps=12), DispatchTapes()
+    measured = run("llama", POLICIES["one group"], requests, tapes, tmp_path, monkeypatch)
+    assert_equal_results(measured, [answer(tiny_model("llama"), request) for request in requests])
+    num_layers, num_sizes = 4, sum(size <= 16 for size in SIZES)
+    assert tapes.num_tapes <= 2 * num_layers * num_sizes < tapes.num_replays
+
+
+def test_layers_that_wait_for_the_device_are_never_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, tapes = tiny_case("llama"), DispatchTapes(waiting=("called a synchronizing CUDA operation",))
+    measured = run("llama", POLICIES["one group"], case.requests, tapes, tmp_path, monkeypatch)
+    assert_equal_results(measured, case.expected)
+    assert tapes.num_tapes == 0
+
+
+def test_layers_whose_weights_move_are_never_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind = WeightStore.bind
+
+    def moves(self: WeightStore, *args: object, **options: object) -> bool:
+        bind(self, *args, **options)  # type: ignore[arg-type]
+        return False
+
+    monkeypatch.setattr(WeightStore, "bind", moves)
+    case, tapes = tiny_case("llama"), DispatchTapes()
+    measured = run("llama", POLICIES["one group"], case.requests, tapes, tmp_path, monkeypatch)
+    assert_equal_results(measured, case.expected)
+    assert tapes.num_tapes == 0
+
+
+def test_only_rows_that_decode_are_filled_up() -> None:
+    fresh = RowPlan(token_ids=range(5), positions=range(5), fresh=(FreshSpan(node=0, start=0, length=5),))
+    span = DecodeSpan(group=0, start=0, log_length=0, own_tokens=(), first_own_positions=(), version=0)
+    decode = dataclasses.replace(fresh, fresh=(), decode=(span,))
+    too_long = dataclasses.replace(decode, token_ids=range(SIZES[-1] + 1), positions=range(SIZES[-1] + 1))
+    assert [Replay.size(plan) for plan in (fresh, decode, too_long)] == [5, SIZES[0], SIZES[-1] + 1]
+    assert [Replay.takes(Replay, plan) for plan in (fresh, decode, too_long)] == [False, True, False]  # type: ignore[arg-type]
