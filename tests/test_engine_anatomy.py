@@ -30,5 +30,5 @@ def test_the_context_ends_where_other_answers_would_begin(family: str, changes: 
 
 
 def test_attention_that_cannot_be_replaced_is_said_to_be_so() -> None:
-    with pytest.raises(UnsupportedModelError, match="gptj family cannot run here: transformers does not let"):
-        Anatomy(tiny_config("gptj", rotary_dim=8), torch.float32)
+    with pytest.raises(UnsupportedModelError, match="falcon family cannot run here: transformers does not let"):
+        Anatomy(tiny_config("falcon"), torch.float32)

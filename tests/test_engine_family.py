@@ -54,7 +54,7 @@ def test_a_family_that_is_answered_rightly_passes_once_and_for_all(name: str, mo
     ("name", "why"),
     [
         ("falcon", "does not let its attention be replaced"),
-        ("gptj", "does not let its attention be replaced"),
+        ("gpt_neo", "does not let its attention be replaced"),
         ("bloom", "does not attend through transformers' interface"),
         ("qwen3_next", "does not attend through transformers' interface"),
         ("mamba", "not built of attention layers"),
