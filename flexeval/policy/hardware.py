@@ -134,13 +134,15 @@ def _best_seconds(run: Callable[[], object], device: str, *, budget_s: float = 0
 
 def _matmul_rate(device: str, dtype: torch.dtype) -> float:
     tokens, inputs, outputs = MATMUL_SIZES[device]
-    left = torch.ones(tokens, inputs, dtype=dtype, device=device)
-    right = torch.ones(outputs, inputs, dtype=dtype, device=device)
+    # Random numbers: on ones or zeros a GPU draws less power, and runs faster than it ever does at work.
+    left = torch.randn(tokens, inputs, device=device).to(dtype)
+    right = torch.randn(outputs, inputs, device=device).to(dtype)
     return 2 * tokens * inputs * outputs / _best_seconds(lambda: left @ right.T, device)
 
 
 def _memory_rate(device: str) -> float:
-    source = torch.zeros(8 * PROBE_BYTES if device == "cuda" else PROBE_BYTES, dtype=torch.uint8, device=device)
+    num_bytes = 8 * PROBE_BYTES if device == "cuda" else PROBE_BYTES
+    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _best_seconds(lambda: target.copy_(source), device)
 
@@ -166,8 +168,8 @@ def _link_rates() -> tuple[float, float]:
 def _host_attention_rate(dtype: torch.dtype) -> float:
     """Decode attention as the engine has the CPU do it, while copies to the GPU read the same memory."""
     num_tokens, num_heads, size = HOST_LOG
-    log_CKX = torch.ones(num_tokens, num_heads, 2 * size, dtype=dtype)
-    q_1K1H = torch.ones(1, num_heads, 1, size, dtype=dtype)
+    log_CKX = torch.randn(HOST_RUN_TOKENS, num_heads, 2 * size).to(dtype).repeat(num_tokens // HOST_RUN_TOKENS, 1, 1)
+    q_1K1H = torch.randn(1, num_heads, 1, size).to(dtype)
     host = torch.empty(4 * PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
     gpu = torch.empty_like(host, device="cuda")
     is_done = Event()
