@@ -244,7 +244,10 @@ def test_logs_are_given_back_only_when_the_cpu_has_read_them(tmp_path: Path, mon
 def test_stores_are_closed_only_when_nothing_is_in_flight(tmp_path: Path) -> None:
     done: list[str] = []
     with loaded(ALL_ON_DISK, tmp_path, overlap=True) as executor:
-        for store, names in ((executor._make_cache({}), ("kv_in", "kv_out")), (executor._make_hidden(2), ("hidden",))):
+        for store, names in (
+            (executor._make_cache({}), ("kv_in", "kv_out")),
+            (executor._make_hidden(0, 2), ("hidden",)),
+        ):
             for name in names:
                 executor._lanes[name].submit(lambda name=name: (time.sleep(0.03), done.append(name)))
             store.close()

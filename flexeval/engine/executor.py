@@ -8,7 +8,7 @@ Knows how the parts work together; neither text nor the search for a policy.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -157,7 +157,8 @@ class Executor:
                 self._begin_sweep(plans)
                 rows = [maker.make(index, plan) for index, plan in enumerate(plans)]
                 on_host = host_rows(plans, is_on_host=self._is_kv_on_host, share=self.policy.host_attention)
-                with closing(self._make_hidden(len(rows), frozenset().union(*on_host))) as hidden:
+                num_fresh = sum(bool(plan.fresh) for plan in plans)
+                with closing(self._make_hidden(len(plans) - num_fresh, num_fresh)) as hidden:
                     outcomes = self._sweeper.sweep(rows, cache, hidden, on_host, expects_more=scheduler.expects_more)
                     for row, hidden_1TD in zip(rows, outcomes, strict=True):
                         with self.trace.phase("head"), self._watch.running():
@@ -228,13 +229,14 @@ class Executor:
             trace=self.trace,
         )
 
-    def _make_hidden(self, num_rows: int, resident: Collection[int] = ()) -> HiddenStore:
-        """A lone row's hidden states never leave the device: they are the next layer's input at once.
+    def _make_hidden(self, num_decode: int, num_fresh: int) -> HiddenStore:
+        """A sweep's rows, those that decode first: their few tokens would wait for larger copies, so they stay.
 
-        Nor do those of `resident` rows.
+        A lone row's hidden states stay as well: they are the next layer's input at once.
         """
-        names = self.policy.hidden.spread(num_rows) if num_rows > 1 else [self._device_tier.name]
-        names = [self._device_tier.name if row in resident else name for row, name in enumerate(names)]
+        home = self._device_tier.name
+        fresh = self.policy.hidden.spread(num_fresh) if num_decode + num_fresh > 1 else [home] * num_fresh
+        names = [home] * num_decode + fresh
         return HiddenStore(
             [self._tier(name) for name in names],
             device=self._device,

@@ -62,14 +62,12 @@ class Sweeper:
         """
         layers = range(self.anatomy.num_layers)
         cells = [(layer, row) for layer in layers for row in rows if row.index not in on_host[layer]]
-        resident = frozenset().union(*on_host)  # they leave a layer last and enter the next one first: never moved
-        streamed = [row.index for row in rows if row.index not in resident]
+        moving = [row.index for row in rows if not hidden.stays(row.index)]
         num_tokens = sum(row.plan.num_tokens for row in rows)
         slabs = self.weights.stream(num_tokens, expects_more=expects_more)
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
-        depth = 1 if len(streamed) > 1 else 0
-        hidden_ahead = ahead(hidden.lane, hidden.load, streamed * len(layers), depth=depth)
+        hidden_ahead = ahead(hidden.lane, hidden.load, moving * len(layers), depth=1 if len(moving) > 1 else 0)
         calls: dict[int, list[LayerCall]] = {}
         with self.trace.phase("embed"):
             for row in rows:
@@ -95,7 +93,7 @@ class Sweeper:
                 for row in rows:
                     if row.index in on_host[layer]:
                         continue
-                    hidden_1TD = hidden.load(row.index) if row.index in resident else next(hidden_ahead)
+                    hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)
                     attend = self._attend(layer, row, cache, next(context_ahead))
                     with self.watch.running():
                         hidden_1TD = self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, bind)

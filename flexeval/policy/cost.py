@@ -141,7 +141,9 @@ class CostModel:
         """
         shape, hardware = self.shape, self.hardware
         num_rows = self.num_items(policy)["hidden"]
-        hidden_bytes = shape.num_layers * sweep.num_tokens * shape.hidden_bytes_per_token / num_rows
+        # Rows that decode keep their hidden states on the compute device: a few tokens would wait for the KV's copies.
+        num_moved = 0 if sweep.num_kv_read else sweep.num_tokens
+        hidden_bytes = shape.num_layers * num_moved * shape.hidden_bytes_per_token / num_rows
         read_bytes = {
             "weights": shape.layer_bytes * fetched_part(shape, sweep.num_tokens),
             "kv": sweep.num_kv_read * shape.kv_bytes_per_token,
@@ -214,9 +216,8 @@ class CostModel:
 
         peak = {tier: sum(item_bytes[kind] * placement.counts[kind][tier] for kind in KINDS) for tier in Tier}
         peak[home] += self.workspace_bytes(policy) + row_bytes  # rows are unequal: one may be over
+        peak[home] += block * shape.hidden_bytes_per_token
         peak[home] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.streams[kind] for kind in KINDS)
-        if self.can_attend_on_host:  # rows that wait for the CPU keep their hidden states on the device
-            peak[home] += block * shape.hidden_bytes_per_token * placement.streams["kv"]
         if home is Tier.GPU:  # what streams from disk passes through host memory
             peak[Tier.CPU] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.on_disk[kind] for kind in KINDS)
             peak[Tier.CPU] += row_bytes * placement.streams["hidden"]

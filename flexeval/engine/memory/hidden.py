@@ -30,9 +30,13 @@ class HiddenStore:
         self._like: dict[int, Tensor] = {}
         self._writes: dict[int, Transfer[None]] = {}
 
+    def stays(self, row: int) -> bool:
+        """Whether a row's hidden states never leave the compute device."""
+        return self._tiers[row] is self._device_tier
+
     def save(self, row: int, hidden_1TD: Tensor) -> None:
         """Put a row's hidden states to rest."""
-        if self._tiers[row] is self._device_tier:
+        if self.stays(row):
             self._resident[row] = hidden_1TD
             return
         if row not in self._extents:
