@@ -17,6 +17,7 @@ from flexeval.engine.compute.host_attention import HostAttention, num_keys_read
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import DecodeBatch, RowMaker
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, KeySource, RowPlan
+from flexeval.workers import Workers
 
 NUM_HEADS, NUM_KV_HEADS, KEY_SIZE = 4, 2, 16
 
@@ -110,7 +111,8 @@ def check(
     expected_TNW = torch.stack([tokens.attend(path, options) for path in paths])
     outs = [PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)]
     if plan.decode and q_TNH.device.type == "cpu":
-        outs.append(HostAttention()(q_TNH, options, made, context))
+        with Workers(3) as workers:
+            outs.append(HostAttention(workers)(q_TNH, options, made, context))
     tolerance = 3e-6 if dtype == torch.float32 else 0.03
     for out_TNW in outs:
         assert out_TNW.dtype == dtype
@@ -284,16 +286,16 @@ def lived_in(*, num_steps: int) -> tuple[RowPlan, dict[str, int], list[int | Non
     return plan, lengths, log
 
 
-@pytest.mark.parametrize("num_threads", [1, 16])
+@pytest.mark.parametrize("part_tokens", [7, 1024])
 @pytest.mark.parametrize("window", [None, 1, 100, 300])
 @pytest.mark.parametrize(
     ("dtype", "value_size"), [(torch.float32, KEY_SIZE), (torch.float32, 12), (torch.float16, KEY_SIZE)]
 )
 def test_long_contexts_are_read_where_they_lie(
-    dtype: torch.dtype, value_size: int, window: int | None, num_threads: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, value_size: int, window: int | None, part_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts and steps are long enough for stretches, which are cut where there are more threads than heads."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    """Prompts and steps are long enough for stretches, which are cut into parts."""
+    monkeypatch.setattr("flexeval.engine.compute.host_attention.PART_TOKENS", part_tokens)
     plan, lengths, log = lived_in(num_steps=180)
     tokens = Tokens(lengths, value_size=value_size, device="cpu")
     header, *own = (list(run) for run in tokens.runs.values())

@@ -141,7 +141,6 @@ def test_the_cpu_attends_in_stretches_too(
 ) -> None:
     """Prompts here are short: with short stretches, cut in parts, all ways through the CPU's attention are taken."""
     monkeypatch.setattr("flexeval.planning.stretches.MIN_TOKENS", 4)
-    monkeypatch.setattr("flexeval.planning.stretches.MULTIPLE", 4)
     monkeypatch.setattr("flexeval.engine.compute.host_attention.PART_TOKENS", 4)
     policy = Policy(host_attention=share, row_tokens=40, group_sequences=2, num_groups=3)
     case = tiny_case(family)

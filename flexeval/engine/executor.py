@@ -107,12 +107,13 @@ class Executor:
             self._close_tiers()
             raise
         self._replay = self._make_replay()
+        self._host = AttentionLane(self._lanes["host_attention"], device=device, trace=self.trace)
         self._sweeper = Sweeper(
             anatomy=anatomy,
             weights=self._weights,
             attention=PackedAttention(),
             replay=self._replay,
-            host=AttentionLane(self._lanes["host_attention"], device=device, trace=self.trace),
+            host=self._host,
             trace=self.trace,
             watch=self._watch,
         )
@@ -126,6 +127,7 @@ class Executor:
     def close(self) -> None:
         """Give back memory, threads and files."""
         self._close_lanes()
+        self._host.close()
         self._weights.close()
         self._close_tiers()
 

@@ -15,8 +15,6 @@ from flexeval.planning.rows import Integers
 
 MIN_TOKENS = 64
 """Shorter stretches belong to the rest: gathering them costs less than a call of their own."""
-MULTIPLE = 16
-"""A stretch is a multiple of so many tokens, so that it can be cut into equal parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +50,7 @@ def lay_out(places: Integers) -> Layout:
     free = 0  # tokens before it are taken: neighbouring runs of steps have a token in common
     for run in np.flatnonzero(np.diff(bounds) >= MIN_TOKENS - 1):
         offset = max(int(bounds[run]), free)
-        length = (int(bounds[run + 1]) + 1 - offset) // MULTIPLE * MULTIPLE
+        length = int(bounds[run + 1]) + 1 - offset
         if length >= MIN_TOKENS:
             free = offset + length
             is_rest[offset:free] = False

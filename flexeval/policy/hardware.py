@@ -27,6 +27,7 @@ from flexeval.errors import ConfigError
 from flexeval.policy.memory import free_host_bytes
 from flexeval.policy.policy import Tier
 from flexeval.shelf import prepared_shelf
+from flexeval.workers import Workers, num_spare_cores
 
 GPU_USABLE_SHARE = 15 / 16
 """The rest is left to fragmentation and to the workspaces of CUDA libraries."""
@@ -179,15 +180,15 @@ def _host_attention_rate(dtype: torch.dtype) -> float:
             gpu.copy_(host, non_blocking=True)
             torch.cuda.synchronize()
 
-    def attend() -> None:
-        for run_CKX in log_CKX.split(HOST_RUN_TOKENS):
-            k_1KCH, v_1KCH = run_CKX.transpose(0, 1)[None].split(size, dim=-1)
-            scaled_dot_product_attention(q_1K1H, k_1KCH, v_1KCH)
+    def attend(run_CKX: torch.Tensor) -> None:
+        k_1KCH, v_1KCH = run_CKX.transpose(0, 1)[None].split(size, dim=-1)
+        scaled_dot_product_attention(q_1K1H, k_1KCH, v_1KCH)
 
-    with ThreadPoolExecutor(1) as worker:
-        copying = worker.submit(copy)
+    with ThreadPoolExecutor(1) as copier, Workers(num_spare_cores()) as workers:
+        copying = copier.submit(copy)
         try:
-            seconds = _best_seconds(attend, "cpu", budget_s=0.2)
+            runs = log_CKX.split(HOST_RUN_TOKENS)
+            seconds = _best_seconds(lambda: workers.map(attend, runs), "cpu", budget_s=0.2)
         finally:
             is_done.set()
         copying.result()

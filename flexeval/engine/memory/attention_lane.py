@@ -16,6 +16,7 @@ from flexeval.engine.compute.row import Row
 from flexeval.engine.memory.kv import HostContext
 from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.trace import Trace
+from flexeval.workers import Workers, num_spare_cores
 
 LANE = "host_attention"
 """Its name in traces."""
@@ -29,7 +30,12 @@ class AttentionLane:
         self._lane = lane
         self._device = device
         self._trace = trace
-        self._attention = HostAttention()
+        self._workers = Workers(num_spare_cores())
+        self._attention = HostAttention(self._workers)
+
+    def close(self) -> None:
+        """End its threads; nothing may be on its way."""
+        self._workers.close()
 
     def submit(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Transfer[Tensor]:
         """Attend for a row, whose new tokens' KV has been stored: output `[T, N, W]` on the compute device."""
