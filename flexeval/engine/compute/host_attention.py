@@ -49,7 +49,7 @@ class _Part(NamedTuple):
     """A part of a stretch."""
 
     sequence: int
-    index: int
+    ordinal: int
     """Which of its sequence's parts it is, counted from 1; 0 is what is gathered."""
     places: slice
     """In the log."""
@@ -71,13 +71,13 @@ class _Group:
         if window not in self._parts:
             parts: list[_Part] = []
             for sequence, (stretches, length) in enumerate(zip(self._stretches, self._lengths, strict=True)):
-                index = 0
+                ordinal = 0
                 for stretch in stretches:
                     first = 0 if window is None else max(0, length - window - stretch.offset)
                     for start in range(first, stretch.length, PART_TOKENS):
-                        index += 1
+                        ordinal += 1
                         stop = min(start + PART_TOKENS, stretch.length)
-                        parts.append(_Part(sequence, index, _places(stretch, start, stop)))
+                        parts.append(_Part(sequence, ordinal, _places(stretch, start, stop)))
             self._parts[window] = parts
         return self._parts[window]
 
@@ -130,7 +130,7 @@ class HostAttention:
         q_BKMH = q_BNH.unflatten(1, (num_kv_heads, -1))
         group = self._group(span)
         parts = group.parts(options.window)
-        num_parts = 1 + max((part.index for part in parts), default=0)
+        num_parts = 1 + max((part.ordinal for part in parts), default=0)
         out_PBKMW = torch.zeros(num_parts, *q_BKMH.shape[:3], value_size, dtype=torch.float32)
         lse_PBKM = torch.full(out_PBKMW.shape[:-1], -torch.inf)
 
@@ -143,8 +143,8 @@ class HostAttention:
                 scale=options.scale,
                 softcap=options.softcap,
             )
-            out_PBKMW[part.index, part.sequence] = partial.out_BNQW[0]
-            lse_PBKM[part.index, part.sequence] = partial.lse_BNQ[0]
+            out_PBKMW[part.ordinal, part.sequence] = partial.out_BNQW[0]
+            lse_PBKM[part.ordinal, part.sequence] = partial.lse_BNQ[0]
 
         self._workers.map(attend, parts)
         for rest in group.rests:
