@@ -18,7 +18,7 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.readout import read_row
 from flexeval.engine.compute.replay import Replay
-from flexeval.engine.compute.row import RowMaker
+from flexeval.engine.compute.row import Row, RowMaker
 from flexeval.engine.compute.tape import CudaTapes
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.codec import Codec
@@ -148,7 +148,7 @@ class Executor:
         with self.trace.phase("plan"):
             scheduler = Scheduler(requests, self.policy)
         self.plan = scheduler.summary
-        maker = RowMaker(self._device, size=self._replay.size) if self._replay else RowMaker(self._device)
+        maker = RowMaker(self._device)
         num_top = max((request.num_top_logprobs for request in requests), default=0)
         vocab_size = self._anatomy.config.get_text_config().vocab_size
         cache = self._make_cache(scheduler.log_capacities)
@@ -157,8 +157,8 @@ class Executor:
                 start = time.perf_counter()
                 plans = scheduler.plan_sweep()
                 self._begin_sweep(plans)
-                rows = [maker.make(index, plan) for index, plan in enumerate(plans)]
                 on_host = host_rows(plans, is_on_host=self._is_kv_on_host, share=self.policy.host_attention)
+                rows = self._make_rows(maker, plans, on_host)
                 num_fresh = sum(bool(plan.fresh) for plan in plans)
                 with closing(self._make_hidden(len(plans) - num_fresh, num_fresh)) as hidden:
                     outcomes = self._sweeper.sweep(rows, cache, hidden, on_host, expects_more=scheduler.expects_more)
@@ -206,7 +206,16 @@ class Executor:
         has_experts = any(experts is not None for experts in self._anatomy.experts)
         if self._device.type != "cuda" or has_experts or not self._is_resident(self.policy.weights):
             return None
-        return Replay(self._anatomy, CudaTapes(self._device))
+        return Replay(self._anatomy, lambda: CudaTapes(self._device), self._weights.bind_in_place)
+
+    def _make_rows(self, maker: RowMaker, plans: Sequence[RowPlan], on_host: Sequence[frozenset[int]]) -> list[Row]:
+        """Rows that stop for the CPU are not replayed."""
+        sizes = [None if self._replay is None else self._replay.size(plan) for plan in plans]
+        stopping = frozenset().union(*on_host)
+        return [
+            maker.make(index, plan, replayed_size=None if index in stopping else size)
+            for index, (plan, size) in enumerate(zip(plans, sizes, strict=True))
+        ]
 
     def _begin_sweep(self, plans: Sequence[RowPlan]) -> None:
         """Open the sweep's account. Each lane does so in its turn: what an earlier sweep left to it counts there."""

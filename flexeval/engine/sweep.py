@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
-from torch.nn.functional import pad
 
 from flexeval.engine.compute.anatomy import Anatomy, LayerCall
 from flexeval.engine.compute.attention import PackedAttention
@@ -73,7 +72,8 @@ class Sweeper:
             for row in rows:
                 with self.watch.running():
                     embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
-                    if self.replay is not None and self.replay.takes(row.plan):
+                    if row.is_replayed:
+                        assert self.replay is not None
                         self.replay.begin(row.index, embedded.hidden_1TD, embedded.calls)
                 calls[row.index] = embedded.calls
                 hidden.save(row.index, embedded.hidden_1TD)
@@ -87,7 +87,7 @@ class Sweeper:
 
                 apart = [row for row in rows if row.index in on_host[layer]]
                 attended = [
-                    self._attend_on_host(layer, row, cache, hidden.load(row.index), calls[row.index][layer], bind)
+                    self._attend_on_host(layer, row, hidden.load(row.index), calls[row.index][layer], cache, bind)
                     for row in apart
                 ]
                 for row in rows:
@@ -95,47 +95,36 @@ class Sweeper:
                         continue
                     hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)
                     attend = self._attend(layer, row, cache, next(context_ahead))
-                    with self.watch.running():
-                        hidden_1TD = self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, bind)
-                    hidden.save(row.index, hidden_1TD)
+                    hidden.save(row.index, self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, bind))
                 for row, transfer in zip(apart, attended, strict=True):
-                    attend = _given(transfer.wait())
-                    with self.watch.running():
-                        bind(row)
-                        hidden_1TD = hidden.load(row.index)
-                        hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, calls[row.index][layer], attend)
-                    hidden.save(row.index, hidden_1TD)
+                    attend, hidden_1TD = _given(transfer.wait()), hidden.load(row.index)
+                    hidden.save(row.index, self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, bind))
                 cache.end_layer()
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
-
-    def _attend_on_host(
-        self,
-        layer: int,
-        row: Row,
-        cache: KVCache,
-        hidden_1TD: Tensor,
-        call: LayerCall,
-        bind: Callable[[Row], bool],
-    ) -> Transfer[Tensor]:
-        """Run a layer up to its attention and hand that to the CPU, without tokens that only fill the row up.
-
-        The layer is called once more to finish, so that norm and projections are computed twice: for a few tokens that
-        is a tenth of a millisecond of the compute device, which waits for the link or the CPU anyway.
-        """
-        num_tokens = row.plan.num_tokens
-        with self.watch.running():
-            bind(row)
-            inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
-            context = cache.store_for_host(layer, row, inputs.k_TKH[:num_tokens], inputs.v_TKW[:num_tokens])
-        return self.host.submit(row, inputs.q_TNH[:num_tokens], inputs.options, context)
 
     def _run(
         self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, attend: Attend, bind: Callable[[Row], bool]
     ) -> Tensor:
-        if self.replay is not None and self.replay.takes(row.plan):
-            return self.replay.run(layer, row.index, row.plan, hidden_1TD, attend, bind=partial(bind, row))
-        bind(row)
-        return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
+        with self.watch.running():
+            if row.is_replayed:
+                assert self.replay is not None
+                return self.replay.run(layer, row.index, row.plan, hidden_1TD, attend, bind=partial(bind, row))
+            bind(row)
+            return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
+
+    def _attend_on_host(
+        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: KVCache, bind: Callable[[Row], bool]
+    ) -> Transfer[Tensor]:
+        """Run a layer up to its attention and hand that to the CPU.
+
+        The layer is called once more to finish, so that norm and projections are computed twice: for a few tokens that
+        is a tenth of a millisecond of the compute device, which waits for the link or the CPU anyway.
+        """
+        with self.watch.running():
+            bind(row)
+            inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
+            context = cache.store_for_host(layer, row, inputs.k_TKH, inputs.v_TKW)
+        return self.host.submit(row, inputs.q_TNH, inputs.options, context)
 
     def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
@@ -146,9 +135,5 @@ class Sweeper:
 
 
 def _given(out_TNW: Tensor) -> Attend:
-    """Attention that has been computed already, of all tokens but those that only fill the row up."""
-
-    def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-        return pad(out_TNW, (0, 0, 0, 0, 0, len(q_TNH) - len(out_TNW)))
-
-    return attend
+    """Attention that has been computed already."""
+    return lambda q_TNH, k_TKH, v_TKW, options: out_TNW

@@ -1,9 +1,10 @@
-"""Decode steps in two calls a layer: what a layer launches before and after its attention, recorded and replayed.
+"""Decode steps in one launch a layer beside attention: what layers launch is recorded, and replayed.
 
 A layer is some forty launches from Python; for few tokens they take the host longer than the device. So they are
 recorded once, as CUDA graphs, for rows filled up to a size that recurs. Attention lies between two recordings and stays
-as it is: whom a row attends to changes from step to step. Knows how layers are called; neither where weights rest (a
-layer may be recorded only while its weights stay where they are) nor what attention does.
+as it is: whom a row attends to changes from step to step. A recording reaches from one layer's attention to the next's.
+Knows how layers are called; neither where weights rest (they may be recorded only where they stay) nor what attention
+does.
 
 Shapes: T tokens of a row, filled up; D model, N query heads, K KV heads, H size of a key, W size of a value.
 """
@@ -36,13 +37,11 @@ class _Places(NamedTuple):
     out_TNW: Tensor
 
 
-class _Recorded(NamedTuple):
-    """One layer on the two sides of its attention."""
+class _Stop(NamedTuple):
+    """Between two tapes: a layer's attention."""
 
-    before: Tape
     places: _Places
     options: AttentionOptions
-    after: Tape
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,45 +57,56 @@ class _Frame:
     places: dict[tuple[object, ...], _Places] = field(default_factory=dict)
     """By shape."""
     has_run: set[int] = field(default_factory=set)
-    """Layers that ran once unrecorded: their kernels are compiled, and they did not wait for the device."""
-    recorded: dict[int, _Recorded] = field(default_factory=dict)
-    """By layer."""
+    """Layers that ran once as they are to be recorded: their kernels are compiled."""
+    tapes: list[Tape] = field(default_factory=list)
+    """Up to the first attention, from each to the next, and from the last on; empty until all layers have run."""
+    stops: list[_Stop] = field(default_factory=list)
+    """The attention of each layer."""
 
 
 class Replay:
     """Runs the layers of decode rows, from recordings where there are any."""
 
-    def __init__(self, anatomy: Anatomy, tapes: Tapes):
+    def __init__(self, anatomy: Anatomy, new_tapes: Callable[[], Tapes], bind: Callable[[int], bool]):
+        """Layers of `anatomy`.
+
+        Args:
+            anatomy: The model.
+            new_tapes: Tapes for one row of a sweep: recordings of several rows take turns, and may not share memory.
+            bind: Lets a layer compute with its weights where they lie for good; False where there is no such place.
+        """
         self._anatomy = anatomy
-        self._tapes = tapes
+        self._new_tapes = new_tapes
+        self._bind = bind
+        self._tapes: dict[int, Tapes] = {}
         self._frames: dict[tuple[int, int], _Frame] = {}
         self._is_possible = True
 
     @staticmethod
-    def size(plan: RowPlan) -> int:
-        """Tokens that a row is filled up to; only rows that decode and nothing else are."""
-        num_tokens = plan.num_tokens
-        return num_tokens if plan.fresh else next((size for size in SIZES if size >= num_tokens), num_tokens)
-
-    def takes(self, plan: RowPlan) -> bool:
-        """Whether a row is run here."""
-        return not plan.fresh and plan.num_tokens <= SIZES[-1]
+    def size(plan: RowPlan) -> int | None:
+        """Tokens that a row is filled up to; None for one that is not for here: too long, or with prompts in it."""
+        return None if plan.fresh else next((size for size in SIZES if size >= plan.num_tokens), None)
 
     def begin(self, row: int, hidden_1TD: Tensor, calls: Sequence[LayerCall]) -> None:
-        """Before the first layer: bring what a row's layers are called with to where they read it."""
+        """Before the first layer: bring what goes into a row's layers to where they read it."""
         key = (row, hidden_1TD.shape[1])
-        frame = self._frames.get(key)
-        if frame is None:
-            self._frames[key] = _make_frame(hidden_1TD, calls)
-            return
+        if row not in self._tapes:
+            self._tapes[row] = self._new_tapes()
+        if (frame := self._frames.get(key)) is None:
+            frame = self._frames[key] = _make_frame(hidden_1TD, calls)
         leaves = {layer: tree_flatten(calls[layer])[0] for layer in {layer for layer, _, _ in frame.tensors}}
         for layer, index, tensor in frame.tensors:
             tensor.copy_(leaves[layer][index])
+        frame.hidden_1TD.copy_(hidden_1TD)
+        layers = range(self._anatomy.num_layers)
+        has_run = len(frame.has_run) == len(layers)
+        if not frame.tapes and has_run and self._is_possible and all(self._bind(layer) for layer in layers):
+            self._record(frame, self._tapes[row])
 
     def run(
         self, layer: int, row: int, plan: RowPlan, hidden_1TD: Tensor, attend: Attend, *, bind: Callable[[], bool]
     ) -> Tensor:
-        """One layer on one row; what comes out is overwritten by the row's next layer.
+        """One layer on one row, after the layer before it; what comes out is overwritten by the next one.
 
         Args:
             layer: Which.
@@ -107,57 +117,54 @@ class Replay:
             bind: Lets the layer compute with its weights, and says whether they will lie where they lie now for ever.
         """
         frame, num_tokens = self._frames[row, hidden_1TD.shape[1]], plan.num_tokens
-        recorded = frame.recorded.get(layer)
-        if recorded is None:
-            can_record = bind() and self._is_possible
-            if not can_record or layer not in frame.has_run:
-                return self._run(layer, frame, hidden_1TD, attend, num_tokens, can_record)
-            recorded = frame.recorded[layer] = self._record(layer, frame)
-        if hidden_1TD is not frame.hidden_1TD:
-            frame.hidden_1TD.copy_(hidden_1TD)
-        recorded.before.replay()
-        q_TNH, k_TKH, v_TKW, out_TNW = (place[:num_tokens] for place in recorded.places)
-        out_TNW.copy_(attend(q_TNH, k_TKH, v_TKW, recorded.options))
-        recorded.after.replay()
+        if not frame.tapes:
+            return self._run(layer, row, hidden_1TD, attend, num_tokens, stays=bind())
+        if layer == 0:
+            frame.tapes[0].replay()
+        else:
+            assert hidden_1TD is frame.hidden_1TD, (layer, row, "has not come from the layer before")
+        places, options = frame.stops[layer]
+        q_TNH, k_TKH, v_TKW, out_TNW = (place[:num_tokens] for place in places)
+        out_TNW.copy_(attend(q_TNH, k_TKH, v_TKW, options))
+        frame.tapes[layer + 1].replay()
         return frame.hidden_1TD
 
-    def _run(
-        self, layer: int, frame: _Frame, hidden_1TD: Tensor, attend: Attend, num_tokens: int, can_record: bool
-    ) -> Tensor:
-        """The layer as it is. Before it is recorded it runs so once: its kernels are compiled then."""
+    def _run(self, layer: int, row: int, hidden_1TD: Tensor, attend: Attend, num_tokens: int, *, stays: bool) -> Tensor:
+        """The layer as it is."""
+        frame = self._frames[row, hidden_1TD.shape[1]]
 
         def attend_to_tokens(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
             out_TNW = _places(frame, q_TNH, k_TKH, v_TKW).out_TNW
             out_TNW[:num_tokens] = attend(q_TNH[:num_tokens], k_TKH[:num_tokens], v_TKW[:num_tokens], options)
             return out_TNW
 
-        if not can_record:
+        if not stays or layer in frame.has_run or not self._is_possible:
             return self._anatomy.run_layer(layer, hidden_1TD, frame.calls[layer], attend_to_tokens)
-        with self._tapes.waits() as waits:
+        with self._tapes[row].waits() as waits:
             hidden_1TD = self._anatomy.run_layer(layer, hidden_1TD, frame.calls[layer], attend_to_tokens)
-        self._is_possible &= not waits
+        self._is_possible = not waits
         frame.has_run.add(layer)
         return hidden_1TD
 
-    def _record(self, layer: int, frame: _Frame) -> _Recorded:
-        before, after = self._tapes.new(), self._tapes.new()
-        found: list[tuple[_Places, AttentionOptions]] = []
+    def _record(self, frame: _Frame, tapes: Tapes) -> None:
+        layers = range(self._anatomy.num_layers)
+        recorded = [tapes.new() for _ in range(len(layers) + 1)]
 
-        def part(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            places = _places(frame, q_TNH, k_TKH, v_TKW)
+        def stop(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
+            places, layer = _places(frame, q_TNH, k_TKH, v_TKW), len(frame.stops)
             for place, tensor in zip(places, (q_TNH, k_TKH, v_TKW), strict=False):
                 place.copy_(tensor)
-            before.end()
-            after.begin()
-            found.append((places, options))
+            recorded[layer].end()
+            recorded[layer + 1].begin()
+            frame.stops.append(_Stop(places, options))
             return places.out_TNW
 
-        with self._tapes.recording():
-            before.begin()
-            frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], part))
-            after.end()
-        ((places, options),) = found
-        return _Recorded(before, places, options, after)
+        with tapes.recording():
+            recorded[0].begin()
+            for layer in layers:
+                frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], stop))
+            recorded[-1].end()
+        frame.tapes = recorded
 
 
 def _make_frame(hidden_1TD: Tensor, calls: Sequence[LayerCall]) -> _Frame:

@@ -7,7 +7,7 @@ Shapes: T tokens of the row, B sequences, L longest of them, S longest context.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -132,8 +132,10 @@ class Row:
     """Its place among the rows of the sweep."""
     plan: RowPlan
     """The integers it was made from."""
+    is_replayed: bool
+    """Whether its layers are run from recordings, once there are any."""
     ids_1T: Tensor
-    """New tokens, and behind them what fills the row up to a size that recurs."""
+    """New tokens, and behind them what fills up a row that is replayed."""
     positions_1T: Tensor
     """Position of each in its sequence."""
     fresh: tuple[FreshBatch, ...]
@@ -154,18 +156,18 @@ class Row:
 class RowMaker:
     """Makes the rows of one batch of requests, in the order in which they are computed."""
 
-    def __init__(self, device: torch.device, *, size: Callable[[RowPlan], int] = lambda plan: plan.num_tokens):
-        """Rows are computed on `device`, filled up to `size` tokens."""
+    def __init__(self, device: torch.device):
+        """Rows are computed on `device`."""
         self._device = device
-        self._size = size
         self._contexts: dict[int, _Contexts] = {}
 
-    def make(self, index: int, plan: RowPlan) -> Row:
-        """Put a plan's indices on the device."""
-        num_filling = self._size(plan) - plan.num_tokens
+    def make(self, index: int, plan: RowPlan, *, replayed_size: int | None = None) -> Row:
+        """Put a plan's indices on the device; a row that is replayed is filled up to a size that recurs."""
+        num_filling = 0 if replayed_size is None else replayed_size - plan.num_tokens
         return Row(
             index=index,
             plan=plan,
+            is_replayed=replayed_size is not None,
             ids_1T=_move(np.pad(plan.token_ids, (0, num_filling))[None], self._device),
             positions_1T=_move(np.pad(plan.positions, (0, num_filling))[None], self._device),
             fresh=tuple(self._fresh(spans) for spans in _similar(plan.fresh)),

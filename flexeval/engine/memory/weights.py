@@ -164,6 +164,12 @@ class WeightStore:
         self._bound, self._is_bound[layer] = bound, stays
         return stays
 
+    def bind_in_place(self, layer: int) -> bool:
+        """Let a layer compute rows of few tokens with its tensors where they lie; False where they do not stay."""
+        self.begin_layer()
+        slab = self._extents[layer].view()
+        return slab is not None and self.bind(layer, slab, row_tokens=1, sweep_tokens=1)
+
     def begin_layer(self) -> None:
         """The sweep comes to a layer: the workspace may hold another one's matrices."""
         self._bound = None
