@@ -13,6 +13,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from flexeval.planning.rows import Integers
+
 MIN_SAVED_TOKENS = 32
 """A shared run becomes a node of its own only where it saves this many tokens; attention per node costs too."""
 
@@ -44,6 +46,10 @@ class PrefixTree:
     def num_computed_tokens(self) -> int:
         """Tokens of all nodes."""
         return sum(len(node.token_ids) for node in self.nodes)
+
+    def bounds(self) -> Integers:
+        """Where each node's tokens begin if those of all nodes lie back to back, and where the last node's end."""
+        return np.cumsum([0, *(len(node.token_ids) for node in self.nodes)])
 
     def path(self, node: int) -> list[int]:
         """The nodes from the root to `node`, both included."""

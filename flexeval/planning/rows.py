@@ -123,6 +123,24 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """Log-probabilities to read off, entry by entry."""
+
+    offsets: Integers
+    """Token of the row whose logits are read, in ascending order."""
+    token_ids: Integers
+    """Whose log-probability after it."""
+    places: Integers
+    """Where that token lies among the tokens of all nodes, as in `PrefixTree.bounds`."""
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+NO_SCORES = Scores(**{name: np.zeros(0, dtype=np.int64) for name in ("offsets", "token_ids", "places")})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowPlan:
     """Everything about one row that does not depend on the layer."""
 
