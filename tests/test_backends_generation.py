@@ -13,7 +13,7 @@ from tiny_models import assert_equal_results, ragged_requests, tiny_case, tiny_m
 
 from flexeval.backends import generation
 from flexeval.backends.batching import batch_bytes, largest_batch
-from flexeval.backends.generation import BatchAnswer, answer_batch
+from flexeval.backends.generation import BatchAnswer, answer_batch, top_logprobs
 from flexeval.backends.transformers import TransformersBackend
 from flexeval.errors import CapacityError
 from flexeval.request import Request, TokenRequest
@@ -109,3 +109,9 @@ def test_scoring_prompts_takes_room_for_their_logits() -> None:
     assert batch_bytes(OPT_30B, scored, 2) >= 2 * logits
     with pytest.raises(CapacityError, match="one sequence"):
         largest_batch(OPT_30B, scored, logits)
+
+
+def test_top_logprobs_are_no_more_than_there_are() -> None:
+    logprobs_TV = torch.tensor([[0.1, 0.7, 0.2]]).log()
+    assert [token for token, _ in top_logprobs(logprobs_TV, 9)[0]] == [1, 2, 0]
+    assert top_logprobs(logprobs_TV, 0) == [()]

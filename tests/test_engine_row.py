@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexeval.engine.compute import row as rows
-from flexeval.engine.compute.readout import Drawn, Readout
+from flexeval.engine.compute.readout import Readout, Tokens
 from flexeval.engine.compute.row import DecodeBatch, RowMaker
 from flexeval.engine.scheduler import Scheduler
 from flexeval.planning.rows import RowPlan
@@ -61,6 +61,6 @@ def test_contexts_stay_on_the_device_and_grow(device: torch.device, monkeypatch:
                 num_steps += 1
                 num_laid_out += last.get(batch.span.group) != batch.index_BS.data_ptr()
                 last[batch.span.group] = batch.index_BS.data_ptr()
-            scheduler.record(plan, Readout([], [Drawn(0, 0.0, ()) for _ in plan.generators]))
+            scheduler.record(plan, Readout(Tokens.zeros(0, 0), Tokens.zeros(len(plan.generators), 0)))
         scheduler.finish_sweep(1.0)
     assert num_steps > 50 and num_laid_out < num_steps / 2, (num_steps, num_laid_out)

@@ -8,38 +8,62 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexeval.engine.compute.readout import Drawn, Readout, Scored
+from flexeval.engine.compute.readout import Readout, Tokens
 from flexeval.engine.scheduler import Scheduler
 from flexeval.engine.sizes import measure_workload
 from flexeval.planning.rows import SHARED, AncestorSpan, RowPlan
 from flexeval.planning.summary import PlanSummary
 from flexeval.planning.usage import PATHS_IN_FLIGHT
 from flexeval.policy.policy import Policy
-from flexeval.request import FinishReason, TokenRequest, TokenResult
+from flexeval.request import FinishReason, TokenRequest, TokenResult, TopLogprobs
 
 Prefix = tuple[int, ...]
 """A token with all that came before it: what its keys and values depend on."""
 EOS, STOP = 5, 6
 NUM_TOKENS = 7
+NUM_TOP = 3
 
 
-def draw(seen: Prefix) -> Drawn:
+class Read(NamedTuple):
+    """What the hash says of one token."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: TopLogprobs
+
+
+def draw(seen: Prefix) -> Read:
     rng = random.Random(str(seen))
     token = rng.randrange(NUM_TOKENS)
-    return Drawn(token, -rng.random(), tuple((rank, -float(rank)) for rank in range(3)))
+    return Read(token, -rng.randrange(999) / 1024, tuple((rank, -float(rank)) for rank in range(NUM_TOP)))
 
 
-def score(seen: Prefix, token: int) -> Scored:
-    return Scored(-random.Random(str((seen, token))).random(), ((token, -1.0), (0, -2.0), (1, -3.0)))
+def score(seen: Prefix, token: int) -> Read:
+    logprob = -random.Random(str((seen, token))).randrange(999) / 1024
+    return Read(token, logprob, ((token, -1.0), (0, -2.0), (1, -3.0)))
+
+
+def tokens_of(reads: Sequence[Read]) -> Tokens:
+    tokens = Tokens.zeros(len(reads), NUM_TOP)
+    for place, (token_id, logprob, top) in enumerate(reads):
+        tokens.token_ids_N[place], tokens.logprobs_N[place] = token_id, logprob
+        tokens.top_ids_NK[place], tokens.top_logprobs_NK[place] = np.transpose(top)
+    return tokens
+
+
+def zeros(plan: RowPlan) -> Readout:
+    """Of a plan that scores nothing: every token drawn is 0."""
+    return Readout(Tokens.zeros(0, 0), Tokens.zeros(len(plan.generators), 0))
 
 
 def answer(request: TokenRequest) -> TokenResult:
     """What the hash says, one request alone."""
-    prompt, drawn, reason = request.prompt_ids, list[Drawn](), FinishReason.LENGTH
+    prompt, drawn, reason = request.prompt_ids, list[Read](), FinishReason.LENGTH
     while len(drawn) < request.max_tokens and reason is FinishReason.LENGTH:
         drawn.append(draw((*prompt, *(one.token_id for one in drawn))))
         ids = [one.token_id for one in drawn]
@@ -47,7 +71,7 @@ def answer(request: TokenRequest) -> TokenResult:
             reason = FinishReason.ENDOFTEXT
         elif request.is_stopped is not None and request.is_stopped(ids):
             reason = FinishReason.STOP
-    scored = [Scored(0.0, ()), *(score(prompt[:place], prompt[place]) for place in range(1, len(prompt)))]
+    scored = [Read(prompt[0], 0.0, ()), *(score(prompt[:place], prompt[place]) for place in range(1, len(prompt)))]
     top = request.num_top_logprobs
     return TokenResult(
         token_ids=tuple(one.token_id for one in drawn),
@@ -132,12 +156,12 @@ class Machine:
             self.used[keep.group] = max(self.used.get(keep.group, 0), len(log))
             if not plan.decode:  # a generated token's keys are read at once, by itself
                 self.unread |= set(new)
-        num_drawn = self.scheduler.num_drawn(plan)
         for offset, request in plan.generators:
-            assert len(row[offset]) == len(self.requests[request].prompt_ids) + num_drawn[request]
+            assert len(row[offset]) == len(self.requests[request].prompt_ids) + self.scheduler.num_drawn(request)
+        scores = zip(plan.scores.offsets.tolist(), plan.scores.token_ids.tolist(), strict=True)
         return Readout(
-            [score(row[wanted.offset], wanted.token_id) for wanted in plan.scores],
-            [draw(row[offset]) for offset, _ in plan.generators],
+            tokens_of([score(row[offset], token_id) for offset, token_id in scores]),
+            tokens_of([draw(row[offset]) for offset, _ in plan.generators]),
         )
 
     def _attend(self, plan: RowPlan, row: list[Prefix], token: int, own: list[Prefix]) -> Prefix:
@@ -289,7 +313,7 @@ def measure(requests: Sequence[TokenRequest], policy: Policy) -> Traffic:
             for compaction in plan.compactions:
                 num_rewritten += len(compaction.places)
                 num_read += compaction.log_length - len(compaction.places) if compaction.group in groups else 0
-            scheduler.record(plan, Readout([], [Drawn(0, 0.0, ()) for _ in plan.generators]))
+            scheduler.record(plan, zeros(plan))
         num_sweeps += 1
         scheduler.finish_sweep(1.0)
     return Traffic(num_sweeps, num_read, num_needed, num_rewritten)

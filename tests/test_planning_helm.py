@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from flexeval.engine.compute.readout import Drawn, Readout
+from flexeval.engine.compute.readout import Readout, Tokens
 from flexeval.engine.scheduler import Scheduler
 from flexeval.engine.sizes import measure_workload
 from flexeval.planning.summary import PlanSummary
@@ -96,7 +96,7 @@ def count_calls(num_requests: int, max_tokens: int) -> int:
         scheduler = Scheduler(requests, POLICY)
         while scheduler.has_work:
             for plan in scheduler.plan_sweep():
-                scheduler.record(plan, Readout([], [Drawn(0, 0.0, ())] * len(plan.generators)))
+                scheduler.record(plan, Readout(Tokens.zeros(0, 0), Tokens.zeros(len(plan.generators), 0)))
             scheduler.finish_sweep(1.0)
     finally:
         sys.setprofile(None)

@@ -52,10 +52,10 @@ def test_every_prompt_is_its_path(prompts: Prompts, room: int, threshold: int) -
 def test_descendants_follow_without_a_gap(prompts: Prompts, room: int, threshold: int) -> None:
     tree = build_tree(prompts, max_node_tokens=room, min_saved_tokens=threshold)
     last = list(range(len(tree.nodes)))
-    for index in reversed(range(len(tree.nodes))):
-        for child in tree.children()[index]:
-            assert child > index and tree.nodes[child].parent == index
-            last[index] = max(last[index], last[child])
+    for index, node in reversed(list(enumerate(tree.nodes))):
+        if node.parent is not None:
+            assert node.parent < index
+            last[node.parent] = max(last[node.parent], last[index])
     for index, end in enumerate(last):
         assert all(index in tree.path(node) for node in range(index, end + 1))
 

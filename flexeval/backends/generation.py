@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from flexeval.backends.backend import OnCompletions, Usage
 from flexeval.backends.text import TextHalf
-from flexeval.engine.compute.readout import sample, top_logprobs
+from flexeval.engine.compute.sampling import sample
 from flexeval.errors import CapacityError
 from flexeval.request import Completion, FinishReason, Request, TokenRequest, TokenResult, TopLogprobs
 
@@ -239,3 +239,9 @@ def _draw(sequences: Sequence[_Sequence], logits_BV: Tensor) -> list[int]:
     ):
         sequence.draw(logits_V, token_and_logprob, logprobs_V)
     return [sequence.tokens[-1] if sequence.tokens else _PAD for sequence in sequences]
+
+
+def top_logprobs(logprobs_TV: Tensor, num_top: int) -> list[TopLogprobs]:
+    """The `num_top` most probable tokens at each position."""
+    values_TK, token_ids_TK = logprobs_TV.topk(min(num_top, logprobs_TV.shape[-1]))
+    return [tuple(zip(t, v, strict=True)) for t, v in zip(token_ids_TK.tolist(), values_TK.tolist(), strict=True)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from flexeval.engine.compute.readout import Drawn, Readout, Scored
+from flexeval.engine.compute.readout import Readout
+from flexeval.engine.prompt_scores import PromptScores
 from flexeval.planning.prefix import PrefixTree
 from flexeval.planning.rows import RowPlan
 from flexeval.planning.streams import Stream
-from flexeval.request import FinishReason, TokenRequest, TokenResult
+from flexeval.request import FinishReason, TokenRequest, TokenResult, TopLogprobs
 
 
 class Answers:
@@ -21,11 +22,13 @@ class Answers:
         self._tree = tree
         self._leaf = {stream: node for node, entry in enumerate(tree.nodes) for stream in entry.prompts}
         self._stream_of = {request: index for index, stream in enumerate(streams) for request in stream.requests}
-        self._drawn: list[list[Drawn]] = [[] for _ in streams]
         self._ids: list[list[int]] = [[] for _ in streams]
-        self._open = [list(stream.requests) for stream in streams]
-        self._scores: dict[int, list[Scored]] = {}
-        self._elapsed_s = [0.0] * len(requests)
+        self._logprobs: list[list[float]] = [[] for _ in streams]
+        self._tops: list[list[TopLogprobs]] = [[] for _ in streams]
+        self._open = [stream.requests for stream in streams]
+        self._max_tokens = [stream.max_tokens for stream in streams]
+        self._prompts = PromptScores(tree)
+        self._elapsed_s = [0.0] * len(streams)  # of each request that is still open
         self._unassigned_s = 0.0
 
     def is_open(self, stream: int) -> bool:
@@ -34,7 +37,7 @@ class Answers:
 
     def num_left(self, stream: int) -> int:
         """Tokens of a stream that are waited for at most."""
-        return max(self._requests[request].max_tokens for request in self._open[stream]) - len(self._ids[stream])
+        return self._max_tokens[stream] - len(self._ids[stream])
 
     def last_token(self, stream: int) -> int:
         """The token drawn last."""
@@ -46,14 +49,17 @@ class Answers:
 
     def record(self, plan: RowPlan, readout: Readout) -> None:
         """Take what was read off a row."""
-        for score, scored in zip(plan.scores, readout.scored, strict=True):
-            if score.node not in self._scores:
-                self._scores[score.node] = [_UNSCORED] * len(self._tree.nodes[score.node].token_ids)
-            self._scores[score.node][score.index] = scored
-        for (_, request), drawn in zip(plan.generators, readout.drawn, strict=True):
-            stream = self._stream_of[request]
-            self._drawn[stream].append(drawn)
-            self._ids[stream].append(drawn.token_id)
+        self._prompts.record(plan.scores, readout.scored)
+        drawn = readout.drawn
+        streams = [self._stream_of[request] for _, request in plan.generators]
+        for stream, token_id, logprob in zip(
+            streams, drawn.token_ids_N.tolist(), drawn.logprobs_N.tolist(), strict=True
+        ):
+            self._ids[stream].append(token_id)
+            self._logprobs[stream].append(logprob)
+        if drawn.top_ids_NK.size:
+            for stream, top_logprobs in zip(streams, drawn.tops(), strict=True):
+                self._tops[stream].append(top_logprobs)
 
     def finish_sweep(self, weights: Mapping[int, int], elapsed_s: float) -> list[tuple[int, TokenResult]]:
         """End a sweep: share its time among the requests in it and answer those that are done.
@@ -65,16 +71,15 @@ class Answers:
         self._unassigned_s += elapsed_s
         total = sum(weights.values())
         for stream, weight in weights.items():
-            share_s = self._unassigned_s * weight / total / len(self._open[stream])
-            for request in self._open[stream]:
-                self._elapsed_s[request] += share_s
+            self._elapsed_s[stream] += self._unassigned_s * weight / total / len(self._open[stream])
         if total:
             self._unassigned_s = 0.0
         results = []
         for stream in weights:
             reasons = [(request, self._reason(request, stream)) for request in self._open[stream]]
-            self._open[stream] = [request for request, reason in reasons if reason is None]
-            results += [(request, self._result(request, stream, reason)) for request, reason in reasons if reason]
+            if done := [(request, reason) for request, reason in reasons if reason is not None]:
+                results += [(request, self._result(request, stream, reason)) for request, reason in done]
+                self._close(stream, {request for request, _ in done})
         return results
 
     def _reason(self, request: int, stream: int) -> FinishReason | None:
@@ -88,27 +93,21 @@ class Answers:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(ids) == asked.max_tokens else None
 
+    def _close(self, stream: int, done: Collection[int]) -> None:
+        """Some requests of a stream are answered; its last ones may wait for fewer tokens."""
+        left = self._open[stream] = tuple(request for request in self._open[stream] if request not in done)
+        self._max_tokens[stream] = max((self._requests[request].max_tokens for request in left), default=0)
+
     def _result(self, request: int, stream: int, reason: FinishReason) -> TokenResult:
         asked = self._requests[request]
-        drawn = self._drawn[stream] if asked.max_tokens else []
-        wants_top, cut = asked.num_top_logprobs > 0, asked.num_top_logprobs
-        prompt = self._prompt_scores(stream) if asked.score_prompt else []
+        cut = asked.num_top_logprobs
+        path = self._tree.path(self._leaf[stream]) if asked.score_prompt else []
         return TokenResult(
-            token_ids=tuple(token.token_id for token in drawn),
-            logprobs=tuple(token.logprob for token in drawn),
+            token_ids=tuple(self._ids[stream]) if asked.max_tokens else (),
+            logprobs=tuple(self._logprobs[stream]) if asked.max_tokens else (),
             finish_reason=reason,
-            top_logprobs=tuple(token.top_logprobs[:cut] for token in drawn) if wants_top else (),
-            prompt_logprobs=tuple(scored.logprob for scored in prompt),
-            prompt_top_logprobs=tuple(scored.top_logprobs[:cut] for scored in prompt) if wants_top else (),
-            elapsed_s=self._elapsed_s[request],
+            top_logprobs=tuple(top[:cut] for top in self._tops[stream]) if cut and asked.max_tokens else (),
+            prompt_logprobs=self._prompts.logprobs(path),
+            prompt_top_logprobs=tuple(top[:cut] for top in self._prompts.tops(path)) if cut and path else (),
+            elapsed_s=self._elapsed_s[stream],
         )
-
-    def _prompt_scores(self, stream: int) -> list[Scored]:
-        """Of every prompt token; the very first is 0."""
-        prompt: list[Scored] = []
-        for node in self._tree.path(self._leaf[stream]):
-            prompt += self._scores.get(node) or [_UNSCORED] * len(self._tree.nodes[node].token_ids)
-        return prompt
-
-
-_UNSCORED = Scored(0.0, ())

@@ -149,6 +149,7 @@ class Executor:
             scheduler = Scheduler(requests, self.policy)
         self.plan = scheduler.summary
         maker = RowMaker(self._device)
+        sampled = {index: request for index, request in enumerate(requests) if request.temperature}
         num_top = max((request.num_top_logprobs for request in requests), default=0)
         vocab_size = self._anatomy.config.get_text_config().vocab_size
         cache = self._make_cache(scheduler.log_capacities)
@@ -168,8 +169,8 @@ class Executor:
                                 row.plan,
                                 hidden_1TD,
                                 self._anatomy.head,
-                                requests=requests,
-                                num_drawn=scheduler.num_drawn(row.plan),
+                                sampled=sampled,
+                                num_drawn=scheduler.num_drawn,
                                 vocab_size=vocab_size,
                                 num_top_logprobs=num_top,
                             )

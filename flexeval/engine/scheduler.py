@@ -21,7 +21,8 @@ from flexeval.planning.logs import SharedLog, Step
 from flexeval.planning.prefix import build_tree
 from flexeval.planning.rowplans import Place, RowBuilder
 from flexeval.planning.rows import SHARED, Compaction, RowPlan
-from flexeval.planning.streams import Stream, make_streams
+from flexeval.planning.scores import ScoreTable
+from flexeval.planning.streams import make_streams
 from flexeval.planning.summary import PlanSummary
 from flexeval.planning.usage import NodeUsage
 from flexeval.policy.policy import Policy
@@ -61,10 +62,15 @@ class Scheduler:
         self._waiting: deque[int] = deque()  # streams that have drawn their first token and have no seat
         self._next_node = 0
         self._weights: dict[int, int] = {}
+        wants_scores = {
+            index
+            for index, stream in enumerate(self._streams)
+            if any(requests[request].score_prompt for request in stream.requests)
+        }
         self._rows = RowBuilder(
             self.tree,
             last_descendant=self._usage.last_descendant,
-            is_scored=self._usage.mark({i for i, stream in enumerate(self._streams) if self._wants_scores(stream)}),
+            scores=ScoreTable(self.tree, is_scored=self._usage.mark(wants_scores)),
             generators_of=self._generators_of,
             place_of=self._place_of,
         )
@@ -94,9 +100,9 @@ class Scheduler:
         assert rows and not compactions, (rows, compactions)
         return rows
 
-    def num_drawn(self, plan: RowPlan) -> dict[int, int]:
-        """Tokens that the requests of a row have drawn so far."""
-        return {request: self._answers.num_drawn(request) for _, request in plan.generators}
+    def num_drawn(self, request: int) -> int:
+        """Tokens that a request has drawn so far."""
+        return self._answers.num_drawn(request)
 
     def record(self, plan: RowPlan, readout: Readout) -> None:
         """Take what was read off a row."""
@@ -239,9 +245,6 @@ class Scheduler:
             return Place(group=group.group, start=int(seat.places[offset]))
         start = self._shared.starts.get(node)
         return None if start is None else Place(group=SHARED, start=start)
-
-    def _wants_scores(self, stream: Stream) -> bool:
-        return any(self._requests[request].score_prompt for request in stream.requests)
 
     def _generators_of(self, node: int) -> list[int]:
         """A request of each stream that draws its first token at the end of a node."""

@@ -58,14 +58,6 @@ class PrefixTree:
             path.append(parent)
         return path[::-1]
 
-    def children(self) -> list[list[int]]:
-        """The children of each node, in order."""
-        children: list[list[int]] = [[] for _ in self.nodes]
-        for index, node in enumerate(self.nodes):
-            if node.parent is not None:
-                children[node.parent].append(index)
-        return children
-
 
 def build_tree(
     prompts: Sequence[Sequence[int]],

@@ -19,8 +19,8 @@ from flexeval.planning.rows import (
     Keep,
     KeySource,
     RowPlan,
-    Score,
 )
+from flexeval.planning.scores import ScoreTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class RowBuilder:
         tree: PrefixTree,
         *,
         last_descendant: Sequence[int],
-        is_scored: Sequence[bool],
+        scores: ScoreTable,
         generators_of: Callable[[int], Sequence[int]],
         place_of: Callable[[int], Place | None],
     ):
@@ -50,14 +50,13 @@ class RowBuilder:
         Args:
             tree: All prompts.
             last_descendant: Of each node, as `NodeUsage` has it.
-            is_scored: Per node, whether the log-probabilities of its tokens are wanted.
+            scores: Which log-probabilities of prompt tokens are wanted.
             generators_of: The requests for which a token is drawn at the end of a node.
             place_of: Where the KV of a node is kept, or None where it is not.
         """
         self._tree = tree
-        self._children = tree.children()
         self._last_descendant = last_descendant
-        self._is_scored = is_scored
+        self._scores = scores
         self._generators_of = generators_of
         self._place_of = place_of
 
@@ -82,7 +81,7 @@ class RowBuilder:
             scratch=tuple(
                 span for span in spans if row.stop <= self._last_descendant[span.node] and row.stop < sweep.stop
             ),
-            scores=tuple(score for span in spans for score in self._scores(span)),
+            scores=self._scores.of(row),
             generators=tuple(
                 (span.start + span.length - 1, request) for span in spans for request in self._generators_of(span.node)
             ),
@@ -136,22 +135,6 @@ class RowBuilder:
             Keep(group=group, log_start=own[0][0].start, spans=tuple((span.start, span.length) for _, span in own))
             for group, own in kept.items()
         )
-
-    def _scores(self, span: FreshSpan) -> list[Score]:
-        """What is read off a node: the log-probability of each next token, in it and at the start of its children."""
-        ids = self._tree.nodes[span.node].token_ids
-        scores = []
-        if self._is_scored[span.node]:
-            scores = [
-                Score(offset=span.start + index - 1, token_id=ids[index], node=span.node, index=index)
-                for index in range(1, span.length)
-            ]
-        last = span.start + span.length - 1
-        return scores + [
-            Score(offset=last, token_id=self._tree.nodes[child].token_ids[0], node=child, index=0)
-            for child in self._children[span.node]
-            if self._is_scored[child]
-        ]
 
     def _ancestors(
         self,

@@ -108,20 +108,6 @@ class Keep:
         return sum(length for _, length in self.spans)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """A log-probability to read off: that of `token_id` after the row's token `offset`."""
-
-    offset: int
-    """Token of the row whose logits are read."""
-    token_id: int
-    """Whose log-probability."""
-    node: int
-    """Node that the token belongs to, ..."""
-    index: int
-    """... and its place there."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scores:
     """Log-probabilities to read off, entry by entry."""
@@ -160,10 +146,10 @@ class RowPlan:
     """KV to keep beyond this sweep."""
     scratch: tuple[FreshSpan, ...] = ()
     """Nodes whose KV later rows of this sweep need."""
-    scores: tuple[Score, ...] = ()
+    scores: Scores = NO_SCORES
     """Log-probabilities of prompt tokens to read off."""
     generators: tuple[tuple[int, int], ...] = ()
-    """(token of the row, request): where the next token of a request is drawn."""
+    """(token of the row, request): where the next token of a request is drawn, in ascending order of the tokens."""
 
     @property
     def num_tokens(self) -> int:

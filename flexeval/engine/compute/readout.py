@@ -1,49 +1,74 @@
 """From hidden states to tokens and log-probabilities. Knows logits; not layers, nor what the tokens are for.
 
 Log-probabilities are natural logarithms at temperature 1, whatever the sampling. The head runs on needed positions
-only, a bounded number of logits at a time.
+only, a bounded number of logits at a time. What is read comes to the host at once for a whole row.
 
-Shapes: T tokens of a row, R positions of a chunk, V vocabulary.
+Shapes: T tokens of a row, W wanted ones, R those of a chunk, S scores, G generators, N both, K most probable tokens, V
+vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.positions import Chunk, Positions
+from flexeval.engine.compute.sampling import Sample, draw_tokens
 from flexeval.errors import ModelError
-from flexeval.planning.rows import RowPlan, Score
+from flexeval.planning.rows import Integers, RowPlan
 from flexeval.request import TokenRequest, TopLogprobs
 
+Floats = npt.NDArray[np.float32]
 CHUNK_BYTES = 2**28
 """Logits of one chunk in float32 at most."""
 
 
-class Drawn(NamedTuple):
-    """The next token of a sequence."""
+class Tokens(NamedTuple):
+    """Tokens and what has been read off for each, on the host."""
 
-    token_id: int
-    logprob: float
-    top_logprobs: TopLogprobs
+    token_ids_N: Integers
+    """The tokens."""
+    logprobs_N: Floats
+    """Their log-probabilities."""
+    top_ids_NK: Integers
+    """The most probable tokens in the place of each, best first, ..."""
+    top_logprobs_NK: Floats
+    """... and theirs."""
 
+    @classmethod
+    def zeros(cls, num_tokens: int, num_top: int) -> Tokens:
+        """Room for some."""
+        ids, logprobs, shape = np.int32, np.float32, (num_tokens, num_top)
+        return cls(
+            np.zeros(num_tokens, ids), np.zeros(num_tokens, logprobs), np.zeros(shape, ids), np.zeros(shape, logprobs)
+        )
 
-class Scored(NamedTuple):
-    """The log-probability of one prompt token."""
+    def part(self, which: slice) -> Tokens:
+        """Some of them."""
+        token_ids_N, logprobs_N, top_ids_NK, top_logprobs_NK = self
+        return Tokens(token_ids_N[which], logprobs_N[which], top_ids_NK[which], top_logprobs_NK[which])
 
-    logprob: float
-    top_logprobs: TopLogprobs
+    def tops(self) -> list[TopLogprobs]:
+        """The most probable tokens in the place of each, as results have them."""
+        num_tokens, num_top = self.top_ids_NK.shape
+        if not num_top:
+            return [()] * num_tokens
+        pairs = zip(self.top_ids_NK.ravel().tolist(), self.top_logprobs_NK.ravel().tolist(), strict=True)
+        return list(zip(*[pairs] * num_top, strict=True))  # one iterator, read in turn: without a Python loop
 
 
 class Readout(NamedTuple):
     """What is read off one row."""
 
-    scored: list[Scored]
+    scored: Tokens
     """In the order of the plan's scores."""
-    drawn: list[Drawn]
+    drawn: Tokens
     """In the order of the plan's generators."""
 
 
@@ -52,8 +77,8 @@ def read_row(
     hidden_1TD: Tensor,
     head: Callable[[Tensor], Tensor],
     *,
-    requests: Sequence[TokenRequest],
-    num_drawn: Mapping[int, int],
+    sampled: Mapping[int, TokenRequest],
+    num_drawn: Callable[[int], int],
     vocab_size: int,
     num_top_logprobs: int,
 ) -> Readout:
@@ -63,91 +88,77 @@ def read_row(
         plan: The row's scores and generators.
         hidden_1TD: Hidden states after the last layer.
         head: Hidden states `[1, R, D]` to logits `[1, R, V]`.
-        requests: All requests of the batch.
-        num_drawn: Per request, how many tokens it has drawn before: the place in its random stream.
+        sampled: The requests of the batch that are not greedy.
+        num_drawn: How many tokens one of these has drawn before.
         vocab_size: V.
         num_top_logprobs: The most that any request asks for.
 
     Raises:
         ModelError: A log-probability is infinite or NaN.
     """
-    scored: list[Scored | None] = [None] * len(plan.scores)
-    drawn: list[Drawn | None] = [None] * len(plan.generators)
-    wanted = sorted({score.offset for score in plan.scores} | {offset for offset, _ in plan.generators})
-    rows_per_chunk = max(1, CHUNK_BYTES // (4 * vocab_size))
-    for first in range(0, len(wanted), rows_per_chunk):
-        chunk = wanted[first : first + rows_per_chunk]
-        place = {offset: row for row, offset in enumerate(chunk)}
-        index_R = torch.tensor(chunk, device=hidden_1TD.device)
-        logits_RV = head(hidden_1TD[:, index_R])[0].float()
-        logprobs_RV = logits_RV.log_softmax(-1)
-        tops = top_logprobs(logprobs_RV, num_top_logprobs)
-        items = [(i, score) for i, score in enumerate(plan.scores) if score.offset in place]
-        for (i, score), logprob in zip(items, _gather(logprobs_RV, place, [s for _, s in items]), strict=True):
-            scored[i] = Scored(_finite(logprob), tops[place[score.offset]])
-        pairs = [(i, offset, request) for i, (offset, request) in enumerate(plan.generators) if offset in place]
-        tokens = draw_tokens(
-            logits_RV,
-            [place[offset] for _, offset, _ in pairs],
-            [requests[request] for *_, request in pairs],
-            [num_drawn[request] for *_, request in pairs],
-        )
-        picked = logprobs_RV[[place[offset] for _, offset, _ in pairs], tokens].tolist() if pairs else []
-        for (i, offset, _), token, logprob in zip(pairs, tokens, picked, strict=True):
-            drawn[i] = Drawn(token, _finite(logprob), tops[place[offset]])
-    everything_scored = [entry for entry in scored if entry is not None]
-    everything_drawn = [entry for entry in drawn if entry is not None]
-    assert len(everything_scored) == len(scored) and len(everything_drawn) == len(drawn)
-    return Readout(everything_scored, everything_drawn)
-
-
-def _gather(logprobs_RV: Tensor, place: Mapping[int, int], scores: Sequence[Score]) -> list[float]:
-    if not scores:
-        return []
-    rows = torch.tensor([place[score.offset] for score in scores], device=logprobs_RV.device)
-    tokens = torch.tensor([score.token_id for score in scores], device=logprobs_RV.device)
-    return logprobs_RV[rows, tokens].tolist()
-
-
-def top_logprobs(logprobs_RV: Tensor, num_top: int) -> list[TopLogprobs]:
-    """The `num_top` most probable tokens of each row."""
-    if num_top == 0:
-        return [()] * logprobs_RV.shape[0]
-    values, tokens = logprobs_RV.topk(min(num_top, logprobs_RV.shape[1]), dim=-1)
-    return [tuple(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
-
-
-def draw_tokens(
-    logits_RV: Tensor, rows: Sequence[int], requests: Sequence[TokenRequest], num_drawn: Sequence[int]
-) -> list[int]:
-    """The next token of each request: the most probable, or a sample from its own random stream."""
-    if not rows:
-        return []
-    greedy: list[int] = logits_RV[list(rows)].argmax(-1).tolist()
-    return [
-        token if request.temperature == 0 else sample(logits_RV[row], request, step)
-        for token, row, request, step in zip(greedy, rows, requests, num_drawn, strict=True)
-    ]
-
-
-def sample(logits_V: Tensor, request: TokenRequest, step: int) -> int:
-    """Draw from softmax(logits / temperature), cut to the nucleus (Holtzman et al. 2020).
-
-    The draw depends on the request's seed and the step alone, not on the batch: it inverts the distribution function at
-    a uniform number from the request's own stream.
-    """
-    logits_V = logits_V.double().cpu()
-    scores_V = (logits_V - logits_V.max()) / request.temperature  # at most 0: the lowest temperature overflows to -inf
-    probs_V, order_V = scores_V.softmax(-1).sort(descending=True, stable=True)
-    before_V = probs_V.cumsum(-1) - probs_V
-    kept_V = probs_V.where(before_V < request.top_p, torch.zeros_like(probs_V))
-    generator = torch.Generator().manual_seed(((request.seed * 1_000_003) ^ step) % 2**63)
-    target = torch.rand((), generator=generator, dtype=torch.float64) * kept_V.sum()
-    index = int(torch.searchsorted(kept_V.cumsum(-1), target, right=True))
-    return int(order_V[min(index, int((kept_V > 0).sum()) - 1)])
-
-
-def _finite(logprob: float) -> float:
-    if not math.isfinite(logprob):
+    positions, num_top = Positions(plan), min(num_top_logprobs, vocab_size)
+    chunks = positions.chunks(max(1, CHUNK_BYTES // (4 * vocab_size)), hidden_1TD.device)
+    readings = []
+    for chunk in chunks:
+        samples = [
+            Sample(row, sampled[request], num_drawn(request))
+            for row, (_, request) in enumerate(chunk.generators if sampled else ())
+            if request in sampled
+        ]
+        readings.append(_read(head(hidden_1TD[:, chunk.index_R])[0], chunk, samples, num_top))
+    token_ids_G, scored_S, drawn_G, top_ids_W, top_logprobs_W = _fetch(readings)
+    logprobs_N = np.concatenate([scored_S, drawn_G]).view(np.float32)
+    if not np.isfinite(logprobs_N).all():
         raise ModelError("the model's logits are not finite", mend="Compute in float32 (--dtype float32)")
-    return logprob
+    shape_WK = len(positions.wanted_W), num_top
+    tokens = Tokens(
+        np.concatenate([plan.scores.token_ids, token_ids_G]),
+        logprobs_N,
+        top_ids_W.reshape(shape_WK)[positions.place_N],
+        top_logprobs_W.view(np.float32).reshape(shape_WK)[positions.place_N],
+    )
+    num_scores = len(plan.scores)
+    return Readout(tokens.part(slice(num_scores)), tokens.part(slice(num_scores, None)))
+
+
+class _Reading(NamedTuple):
+    """What is read off a chunk, on the device."""
+
+    token_ids_G: Tensor
+    """Tokens drawn."""
+    scored_S: Tensor
+    """Log-probabilities of prompt tokens ..."""
+    drawn_G: Tensor
+    """... and of those drawn."""
+    top_ids_RK: Tensor
+    """The most probable tokens ..."""
+    top_logprobs_RK: Tensor
+    """... and theirs."""
+
+
+def _read(logits_RV: Tensor, chunk: Chunk, samples: Sequence[Sample], num_top: int) -> _Reading:
+    """Read a chunk without waiting for the device, unless it samples."""
+    # One fused kernel, where torch's logsumexp takes several passes and differs by up to 1e-5.
+    logprobs_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
+    token_ids_G = draw_tokens(logits_RV if chunk.is_drawn_only else logits_RV[chunk.drawn_G], samples)
+    top_logprobs_RK, top_ids_RK = logprobs_RV.topk(num_top)
+    return _Reading(
+        token_ids_G,
+        logprobs_RV[chunk.scored_S, chunk.token_ids_S],
+        logprobs_RV[chunk.drawn_G, token_ids_G],
+        top_ids_RK,
+        top_logprobs_RK,
+    )
+
+
+def _fetch(readings: Sequence[_Reading]) -> list[npt.NDArray[np.int32]]:
+    """The bits of each field, chunk after chunk, in one transfer."""
+    fields = [[_bits(reading[field]) for reading in readings] for field in range(len(_Reading._fields))]
+    parts = [part for field in fields for part in field]
+    packed = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, dtype=np.int32)
+    ends = accumulate((sum(part.numel() for part in field) for field in fields), initial=0)
+    return [packed[first:stop] for first, stop in pairwise(ends)]
+
+
+def _bits(values: Tensor) -> Tensor:
+    return (values if values.is_floating_point() else values.int()).flatten().view(torch.int32)
