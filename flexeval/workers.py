@@ -61,6 +61,7 @@ class Workers:
         everyone = Barrier(self._num_workers)
 
         def begin() -> None:
+            torch.get_num_threads()  # a thread's first question sets its number: to the one that was set last anywhere
             torch.set_num_threads(1)
             everyone.wait()
 
@@ -68,5 +69,5 @@ class Workers:
         pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="worker")
         for started in [pool.submit(begin) for _ in range(self._num_workers)]:
             started.result()
-        torch.set_num_threads(own)  # threads that torch has not seen yet take over what was set last
+        torch.set_num_threads(own)  # for threads that have not asked yet
         return pool
