@@ -26,17 +26,16 @@ from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
 from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, drain
-from flexeval.engine.memory.tier import MemoryTier, Tier
+from flexeval.engine.memory.tiers import Tiers
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.scheduler import Scheduler
 from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.sweep import Sweeper
 from flexeval.engine.trace import SweepTrace, Trace
-from flexeval.errors import CapacityError
 from flexeval.planning.host_rows import host_rows
 from flexeval.planning.rows import RowPlan
 from flexeval.planning.summary import PlanSummary
-from flexeval.policy.policy import KINDS, Policy
+from flexeval.policy.policy import Policy
 from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenRequest, TokenResult
 
@@ -77,25 +76,23 @@ class Executor:
         self._anatomy = anatomy
         self._device = device
         self._watch = Stopwatch(device)
-        self.tiers = _make_tiers(device, disk_tier)
-        self._disk_tier = disk_tier
-        self._device_tier = self.tiers[TierName.GPU if device.type == "cuda" else TierName.CPU]
+        self.tiers = Tiers(device, disk_tier)
         num_layers = anatomy.num_layers
         if overlap is None:
-            overlap = any(not self._is_resident(split) for split in (policy.weights, policy.kv, policy.hidden))
+            overlap = not all(self.tiers.is_home(split) for split in (policy.weights, policy.kv, policy.hidden))
         self._lanes: dict[str, Lane] = {name: ThreadLane(name, device) if overlap else InlineLane() for name in LANES}
         try:
-            self._check_tiers()
+            self.tiers.check(policy)
             anatomy.bind_rest(checkpoint.rest(), device)
-            self._kv_tiers = [self._tier(name) for name in policy.kv.spread(num_layers)]
+            self._kv_tiers = self.tiers.spread(policy.kv, num_layers)
             self._is_kv_on_host = [tier.name is TierName.CPU for tier in self._kv_tiers]
             self._weights = WeightStore(
                 anatomy,
                 checkpoint,
-                [self._tier(name) for name in policy.weights.spread(num_layers)],
+                self.tiers.spread(policy.weights, num_layers),
                 codec=codec,
                 device=device,
-                device_tier=self._device_tier,
+                device_tier=self.tiers.home,
                 disk_tier=disk_tier,
                 lane=self._lanes["weights"],
                 trace=self.trace,
@@ -104,7 +101,7 @@ class Executor:
             )
         except BaseException:
             self._close_lanes()
-            self._close_tiers()
+            self.tiers.close()
             raise
         self._replay = self._make_replay()
         self._host = AttentionLane(self._lanes["host_attention"], device=device, trace=self.trace)
@@ -129,7 +126,7 @@ class Executor:
         self._close_lanes()
         self._host.close()
         self._weights.close()
-        self._close_tiers()
+        self.tiers.close()
 
     @torch.inference_mode()
     def execute(
@@ -194,18 +191,15 @@ class Executor:
 
     def peak_bytes(self) -> dict[str, int]:
         """The most that was used of each tier: on a GPU everything, elsewhere what the engine's stores hold."""
-        peak = {str(name): tier.peak_bytes for name, tier in self.tiers.items()}
-        peak[self._device_tier.name] += self._anatomy.resident_bytes
-        if self._disk_tier is not None:
-            peak[TierName.CPU] += self._disk_tier.staging.num_bytes
-        if self._device.type == "cuda":
-            peak[TierName.GPU] = torch.cuda.max_memory_allocated(self._device)
+        peak = self.tiers.peak_bytes()
+        if self._device.type != "cuda":
+            peak[self.tiers.home.name] += self._anatomy.resident_bytes
         return peak
 
     def _make_replay(self) -> Replay | None:
         """Recordings are of layers that lie on the device for good, and whose experts need not be fetched."""
         has_experts = any(experts is not None for experts in self._anatomy.experts)
-        if self._device.type != "cuda" or has_experts or not self._is_resident(self.policy.weights):
+        if self._device.type != "cuda" or has_experts or not self.tiers.is_home(self.policy.weights):
             return None
         return Replay(self._anatomy, lambda: CudaTapes(self._device), self._weights.bind_in_place)
 
@@ -246,47 +240,17 @@ class Executor:
 
         A lone row's hidden states stay as well: they are the next layer's input at once.
         """
-        home = self._device_tier.name
-        fresh = self.policy.hidden.spread(num_fresh) if num_decode + num_fresh > 1 else [home] * num_fresh
-        names = [home] * num_decode + fresh
+        home = self.tiers.home
+        is_lone = num_decode + num_fresh == 1
+        fresh = [home] * num_fresh if is_lone else self.tiers.spread(self.policy.hidden, num_fresh)
         return HiddenStore(
-            [self._tier(name) for name in names],
+            [home] * num_decode + fresh,
             device=self._device,
-            device_tier=self._device_tier,
+            device_tier=home,
             lane=self._lanes["hidden"],
             trace=self.trace,
         )
 
-    def _tier(self, name: TierName) -> Tier:
-        if name not in self.tiers:
-            mend = "Name a folder with --disk" if name is TierName.DISK else "Choose a policy without a GPU share"
-            raise CapacityError(f"the policy puts data on {name}, which this run does not have", mend=mend)
-        return self.tiers[name]
-
-    def _check_tiers(self) -> None:
-        """Raises `CapacityError` before anything is loaded."""
-        for kind in KINDS:
-            for name in TierName:
-                if getattr(getattr(self.policy, kind), name):
-                    self._tier(name)
-
-    def _is_resident(self, split: object) -> bool:
-        return bool(getattr(split, self._device_tier.name) == 1)
-
     def _close_lanes(self) -> None:
         for lane in self._lanes.values():
             lane.close()
-
-    def _close_tiers(self) -> None:
-        for tier in self.tiers.values():
-            tier.close()
-
-
-def _make_tiers(device: torch.device, disk_tier: DiskTier | None) -> dict[TierName, Tier]:
-    host = torch.device("cpu")
-    tiers: dict[TierName, Tier] = {TierName.CPU: MemoryTier(TierName.CPU, host, compute_device=device)}
-    if device.type == "cuda":
-        tiers[TierName.GPU] = MemoryTier(TierName.GPU, device, compute_device=device)
-    if disk_tier is not None:
-        tiers[TierName.DISK] = disk_tier
-    return tiers
