@@ -9,13 +9,15 @@ import pytest
 import torch
 from dispatch_tapes import DispatchTapes
 from test_engine_placement import coming_and_going
-from tiny_models import FAMILIES, assert_equal_results, tiny_case, tiny_config, tiny_model
+from tiny_models import FAMILIES, assert_equal_results, dequantized, tiny_case, tiny_config, tiny_model
 
 from flexeval.backends.transformers import answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.replay import SIZES, Replay
+from flexeval.engine.compute.tape import CudaTape
 from flexeval.engine.executor import Executor
+from flexeval.engine.memory.codec import Int4Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.planning.rows import DecodeSpan, FreshSpan, RowPlan
@@ -74,6 +76,33 @@ def test_sequences_that_come_and_go_are_replayed_on_rows_of_few_sizes(
     assert_equal_results(measured, [answer(tiny_model("llama"), request) for request in requests])
     num_layers, num_sizes = 4, sum(size <= 16 for size in SIZES)
     assert tapes.num_tapes <= (num_layers + 1) * num_sizes < tapes.num_replays
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("codec", [None, Int4Codec(32)], ids=["none", "w4"])
+def test_on_a_gpu_sequences_come_and_go_beside_prompts(
+    family: str, codec: Int4Codec | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts unpack matrices in the same sweeps in which rows that decode are replayed with matrices as they rest."""
+    num_replays, replay = 0, CudaTape.replay
+
+    def counting(self: CudaTape) -> None:
+        nonlocal num_replays
+        num_replays += 1
+        replay(self)
+
+    monkeypatch.setattr(CudaTape, "replay", counting)
+    model = tiny_model(family) if codec is None else dequantized(tiny_model(family), codec)
+    anatomy, device = Anatomy(tiny_config(family), torch.float32), torch.device("cuda", 0)
+    checkpoint = StateDictCheckpoint(anatomy, tiny_model(family).state_dict())
+    everywhere = Split(gpu=1.0, cpu=0.0)
+    requests = coming_and_going(num_steps=12)
+    for sizes in ({"group_sequences": 16}, {"group_sequences": 3, "num_groups": 4}):
+        policy = Policy(weights=everywhere, kv=everywhere, hidden=everywhere, row_tokens=256, sweep_tokens=512, **sizes)
+        with Executor(anatomy, checkpoint, policy, codec=codec, device=device, disk_tier=None) as executor:
+            assert_equal_results(executor.execute(requests), [answer(model, request) for request in requests])
+    assert num_replays > 200
 
 
 def test_layers_that_wait_for_the_device_are_never_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

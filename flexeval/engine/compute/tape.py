@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+_WAITED = "called a synchronizing CUDA operation"
+
 
 class Tape(Protocol):
     """Launches that are recorded."""
@@ -85,12 +87,12 @@ class CudaTapes:
     def waits(self) -> Iterator[list[str]]:
         """By torch's own warnings of synchronizing operations."""
         found: list[str] = []
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
                 yield found
-            found += [text for one in caught if "synchronizing" in (text := str(one.message))]
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        found += [text for one in caught if _WAITED in (text := str(one.message))]
