@@ -168,29 +168,15 @@ H100 = replace(
 """A GPU of which the user gives 24 GB, a link of 55 GB/s, and a CPU that attends at 44 GB/s beside it."""
 
 
-def test_the_cpu_takes_the_share_that_keeps_both_busy():
-    sizes = Policy(group_sequences=64, num_groups=8, sweep_tokens=2**15)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_that_the_cpu_attends_to_is_given_and_counted(share: float):
+    sizes = Policy(group_sequences=64, num_groups=8, sweep_tokens=2**15, host_attention=share)
     model = CostModel(shape=OPT_30B, workload=generating(512), hardware=replace(H100, cpu_bytes=10**12))
     policy = best_placement(model, sizes)
-    assert policy.kv.cpu > 0.9 and 0 < policy.host_attention < 1
-    lanes = model.cost(policy).lanes["decode"]
-    assert lanes[Lane.HOST_ATTENTION] == pytest.approx(lanes[Lane.TO_GPU], rel=0.02)
-    alone = model.cost(replace(policy, host_attention=0.0)).lanes["decode"]
-    assert lanes[Lane.TO_GPU] < 0.8 * alone[Lane.TO_GPU]
-    others = [model.cost(replace(policy, host_attention=n / 20)).objective_s for n in range(21)]
-    assert model.cost(policy).objective_s <= min(others) * (1 + 1e-3)
-
-
-def test_where_weights_fill_the_link_the_cpu_takes_all():
-    sizes = Policy(group_sequences=16, num_groups=2, sweep_tokens=2**14)
-    model = CostModel(shape=OPT_30B, workload=generating(32), hardware=replace(H100, gpu_bytes=8 * 10**9))
-    assert best_placement(model, sizes).host_attention == 1.0
-
-
-@pytest.mark.parametrize("changes", [{"host_attention_bytes_per_s": 1e6}, {"host_attention_bytes_per_s": 0}])
-def test_a_slow_cpu_attends_to_nothing(changes):
-    policy = search(OPT_30B, generating(512), replace(H100, **changes))
-    assert policy.kv.cpu > 0 and policy.host_attention == 0
+    assert policy.kv.cpu > 0.9 and policy.host_attention == share
+    lanes, alone = (model.cost(p).lanes["decode"] for p in (policy, replace(policy, host_attention=0.0)))
+    assert (lanes[Lane.TO_GPU] < 0.8 * alone[Lane.TO_GPU]) == (share > 0)
+    assert least_seconds(model, sizes) <= model.cost(policy).objective_s
 
 
 def test_kv_on_the_gpu_or_on_disk_is_never_attended_to_by_the_cpu():
@@ -202,12 +188,9 @@ def test_kv_on_the_gpu_or_on_disk_is_never_attended_to_by_the_cpu():
         assert model.cost(policy) == model.cost(replace(policy, host_attention=1.0))
 
 
-def test_search_finds_what_the_cpu_is_good_for():
-    work = generating(1024)
-    alone, beside = (search(OPT_30B, work, replace(H100, host_attention_bytes_per_s=rate)) for rate in (0, 44e9))
-    assert alone.host_attention == 0 < beside.host_attention
-    seconds = [CostModel(shape=OPT_30B, workload=work, hardware=H100).cost(p).total_s for p in (alone, beside)]
-    assert seconds[1] < 0.9 * seconds[0]
+def test_the_search_leaves_attention_to_the_gpu():
+    """Until a sweep has been seen to be shorter with the CPU beside it: see docs/architecture.md."""
+    assert search(OPT_30B, generating(1024), H100).host_attention == 0
 
 
 @pytest.mark.parametrize("work", [generating(100), scoring(100), MIXED])

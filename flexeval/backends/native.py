@@ -191,7 +191,9 @@ class Engine:
         """The machine, measured once: before the engine itself fills the memory."""
         if self._hardware is None:
             place: Literal["cuda", "cpu"] = "cuda" if self._opened.device.type == "cuda" else "cpu"
-            self._hardware = detect(place, self._limits, self._opened.anatomy.dtype)
+            attends_on_host = self._fixed_policy is not None and self._fixed_policy.host_attention > 0
+            dtype = self._opened.anatomy.dtype
+            self._hardware = detect(place, self._limits, dtype, attends_on_host=attends_on_host)
         return self._hardware
 
     def _ready(self, workload: Workload, on_layer: OnLayer) -> Executor:

@@ -72,7 +72,7 @@ class Hardware:
     launch_s: float
     """Seconds to start one small operation on the compute device."""
     host_attention_bytes_per_s: float
-    """Keys and values that the CPU attends to while the link is busy; 0 where it is the compute device."""
+    """Keys and values that a CPU attends to beside a busy link; 0 where none does."""
 
     @property
     def home(self) -> Tier:
@@ -84,8 +84,17 @@ class Hardware:
         return {Tier.GPU: self.gpu_bytes, Tier.CPU: self.cpu_bytes, Tier.DISK: self.disk_bytes}[tier]
 
 
-def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -> Hardware:
-    """Measure this machine within `limits`; `dtype` is the number format of the layers. Raises `ConfigError`."""
+def detect(
+    device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype, *, attends_on_host: bool = False
+) -> Hardware:
+    """Measure this machine within `limits`. Raises `ConfigError`.
+
+    Args:
+        device: What multiplies.
+        limits: What the user gives.
+        dtype: The number format of the layers.
+        attends_on_host: Whether to measure decode attention on a CPU beside a GPU as well; its rate is 0 otherwise.
+    """
     cpu_bytes = int(HOST_USABLE_SHARE * free_host_bytes())
     gpu_bytes = _free_gpu_bytes() if device == "cuda" else 0
     to_gpu, from_gpu = _link_rates() if device == "cuda" else (0.0, 0.0)
@@ -102,7 +111,7 @@ def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -
         flops_per_s=_matmul_rate(device, dtype),
         memory_bytes_per_s=_memory_rate(device),
         launch_s=_launch_seconds(device),
-        host_attention_bytes_per_s=_host_attention_rate(dtype) if device == "cuda" else 0.0,
+        host_attention_bytes_per_s=_host_attention_rate(dtype) if attends_on_host and device == "cuda" else 0.0,
     )
 
 

@@ -1,16 +1,15 @@
 """The integer linear program that places weights, KV cache and hidden states. The only module that knows PuLP.
 
 FlexGen's linear program (Sheng et al., ICML 2023, section 4.3) with whole layers and rows in place of fractions, so
-that its memory bounds hold for the policy as it runs. How much decode attention the CPU takes remains a fraction: rows
-are spread over the layers so that it comes true. Every formula is `cost.py`'s; how much work is in flight is
-given. Solved by HiGHS in process, or by the CBC that PuLP brings where highspy is not installed.
+that its memory bounds hold for the policy as it runs. Every formula is `cost.py`'s; how much work is in flight, and how
+much decode attention the CPU takes, is given. Solved by HiGHS in process, or by the CBC that PuLP brings where highspy
+is not installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import floor
 
 import pulp  # type: ignore[import-untyped]
 
@@ -26,8 +25,6 @@ TIME_LIMIT_S = 5.0
 """Seconds until the best placement found so far is taken; programs take milliseconds."""
 TOLERANCE_GB = 1e-6
 """What the solver takes for zero; twice this much of each tier is left free."""
-TOLERANCE_SHARE = 1e-6
-"""What is added to a share before it is rounded down, so that all of it stays all of it."""
 STREAMING_COST_MS = 1e-6
 """Decides for the compute device where nothing else does."""
 
@@ -44,13 +41,7 @@ def best_placement(model: CostModel, sizes: Policy) -> Policy | None:
     if not _solve(problem, whole=True):
         return None
     splits = {kind: _split(counts) for kind, counts in placement.counts.items()}
-    return replace(
-        sizes,
-        weights=splits["weights"],
-        kv=splits["kv"],
-        hidden=splits["hidden"],
-        host_attention=_share(placement.host_attention, placement.counts["kv"][Tier.CPU]),
-    )
+    return replace(sizes, weights=splits["weights"], kv=splits["kv"], hidden=splits["hidden"])
 
 
 def missing_bytes(model: CostModel, sizes: Policy, price: Mapping[Tier, float]) -> dict[Tier, float] | None:
@@ -71,12 +62,6 @@ def missing_bytes(model: CostModel, sizes: Policy, price: Mapping[Tier, float]) 
 def _split(counts: Mapping[Tier, pulp.LpVariable]) -> Split:
     whole = {tier: round(pulp.value(count)) for tier, count in counts.items()}
     return Split(**{tier: count / sum(whole.values()) for tier, count in whole.items()})
-
-
-def _share(part: pulp.LpVariable, whole: pulp.LpVariable) -> float:
-    """A share in thousandths, rounded down; what is less than the solver's tolerance is nothing."""
-    num = round(pulp.value(whole))
-    return floor(1000 * min(1.0, pulp.value(part) / num + TOLERANCE_SHARE)) / 1000 if num else 0.0
 
 
 def _timed(model: CostModel, sizes: Policy) -> tuple[pulp.LpProblem, Placement]:
@@ -110,9 +95,7 @@ def _constrain(
         problem += pulp.lpSum(counts[kind].values()) == num
         problem += num - counts[kind][hardware.home] <= num * streams[kind]
         problem += counts[kind][Tier.DISK] <= num * on_disk[kind]
-    most = model.shape.num_layers if model.can_attend_on_host else 0
-    host_attention = problem.add_variable("host_attention", 0, most)
-    problem += host_attention <= counts["kv"][Tier.CPU]
+    host_attention = sizes.host_attention * counts["kv"][Tier.CPU] if model.can_attend_on_host else 0
     placement = Placement(counts=counts, streams=streams, on_disk=on_disk, host_attention=host_attention)
     for tier, peak in model.peak_bytes(sizes, placement).items():
         if tier in tiers:
