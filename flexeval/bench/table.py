@@ -70,9 +70,9 @@ def _memory(system: SystemFigures) -> str:
 
 def _lanes(system: SystemFigures) -> Table:
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("phase")
-    table.add_column("lane")
-    for name in ("moved", "rate", "busy", "utilization"):
+    table.add_column("phase", no_wrap=True)
+    table.add_column("lane", no_wrap=True)
+    for name in ("moved", "rate", "busy", "utilized"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, phase in system.phases.items():
         for index, (lane, figures) in enumerate(phase.lanes.items()):
