@@ -1,7 +1,7 @@
 """Machines, models and workloads that the policy tests share."""
 
 from flexeval.policy.hardware import Hardware
-from flexeval.policy.policy import ModelShape, Workload
+from flexeval.policy.work import ModelShape, Workload
 
 T4 = Hardware(
     device="cuda",

@@ -15,7 +15,8 @@ from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.sizes import measure_workload, model_shape
-from flexeval.policy.policy import Policy, Split, Workload
+from flexeval.policy.policy import Policy, Split
+from flexeval.policy.work import Workload
 from flexeval.request import TokenRequest
 
 CPU = torch.device("cpu")

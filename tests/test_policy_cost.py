@@ -7,8 +7,9 @@ from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_30B, OPT_125M, T4, gene
 
 from flexeval.policy.cost import CostModel, Lane
 from flexeval.policy.hardware import Hardware
-from flexeval.policy.policy import ModelShape, Policy, Split, Tier, Workload
+from flexeval.policy.policy import Policy, Split, Tier
 from flexeval.policy.sweeps import plan_sweeps
+from flexeval.policy.work import ModelShape, Workload
 
 FLEXGEN_30B = Policy(
     weights=Split(gpu=0.2, cpu=0.8),

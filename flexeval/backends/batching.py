@@ -12,7 +12,7 @@ import torch
 from flexeval.config import Limits
 from flexeval.errors import CapacityError
 from flexeval.policy.cost import HIDDEN_COPIES, INTERMEDIATE_COPIES
-from flexeval.policy.policy import ModelShape
+from flexeval.policy.work import ModelShape
 from flexeval.request import TokenRequest
 
 _CACHE_LAYERS = 1

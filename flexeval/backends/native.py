@@ -23,8 +23,9 @@ from flexeval.models import ModelSource
 from flexeval.planning.summary import PlanSummary, summarize
 from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
-from flexeval.policy.policy import Policy, Workload
+from flexeval.policy.policy import Policy
 from flexeval.policy.search import check, search
+from flexeval.policy.work import Workload
 from flexeval.request import Completion, Request, TokenRequest
 
 OnLayer = Callable[[int, int], None]

@@ -15,7 +15,7 @@ from flexeval.engine.memory.slab import SlabLayout
 from flexeval.planning.prefix import build_tree
 from flexeval.planning.streams import make_streams
 from flexeval.planning.usage import NodeUsage
-from flexeval.policy.policy import ModelShape, Workload
+from flexeval.policy.work import ModelShape, Workload
 from flexeval.request import TokenRequest
 
 

@@ -15,8 +15,9 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flexeval.policy.experts import fetched_part, met_part
-from flexeval.policy.policy import KINDS, ModelShape, Policy, Tier, Workload
+from flexeval.policy.policy import KINDS, Policy, Tier
 from flexeval.policy.sweeps import Sweep, plan_sweeps
+from flexeval.policy.work import ModelShape, Workload
 
 if TYPE_CHECKING:  # hardware.py measures with torch; predicting must not need it
     from flexeval.policy.hardware import Hardware

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexeval.policy.policy import ModelShape
+from flexeval.policy.work import ModelShape
 
 BY_NEED_SHARE = 0.75
 """Up to this expected share of chosen experts it pays to wait for the choice: experts come late then, when the layer

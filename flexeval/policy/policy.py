@@ -1,7 +1,6 @@
-"""What the search decides, and what it decides from: plain numbers, JSON, no tensors.
+"""What the search decides: where weights, KV cache and hidden states rest, and how much work is in flight.
 
-`Policy` says where weights, KV cache and hidden states rest and how much work is in flight; `ModelShape` and
-`Workload` say what is to be run. Knows neither what anything costs (`cost.py`) nor how a policy is found or obeyed.
+Plain numbers and JSON, no tensors. Knows neither what anything costs (`cost.py`) nor how a policy is found or obeyed.
 """
 
 from __future__ import annotations
@@ -182,90 +181,3 @@ def _located(build: Callable[..., T], values: Mapping[str, Any], *, where: str |
         return build(**values)
     except ConfigError as error:
         raise ConfigError(error.what, where=where, mend=error.mend) from error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """The sizes of a model under one setting. Layers are equal; where they are not, each figure is the largest."""
-
-    num_layers: int
-    """Decoder layers."""
-    hidden_size: int
-    """Width of the hidden states."""
-    intermediate_size: int
-    """Width inside the feed-forward block; of all active experts together."""
-    layer_bytes: int
-    """One layer's slab as it rests (packed, if the setting compresses weights)."""
-    layer_compute_bytes: int
-    """One layer's slab as many tokens are multiplied by it; more than `layer_bytes` means that it is unpacked first."""
-    resident_bytes: int
-    """Embedding, final norm and head: always on the compute device."""
-    layer_params: int
-    """Matrix parameters of one layer that a token meets (active experts only)."""
-    num_query_heads: int
-    """Attention heads."""
-    num_kv_heads: int
-    """Heads of keys and values."""
-    head_size: int
-    """Width of a head."""
-    kv_bytes_per_token: int
-    """Keys and values of one token at one layer, as they rest."""
-    hidden_bytes_per_token: int
-    """Hidden state of one token."""
-    vocab_size: int
-    """Rows of the head."""
-    dtype_bytes: int
-    """Bytes of one number in the layer's arithmetic."""
-    few_tokens: int
-    """Up to so many tokens of a layer call a packed slab is multiplied as it rests; 0 where it is always unpacked."""
-    decode_copies: int
-    """Copies that decode attention makes of a group's keys and values; 0 where it reads them where they are."""
-    num_experts: int = 1
-    """Experts of a layer, where they lie apart."""
-    experts_per_token: int = 1
-    """How many of them a token meets."""
-    expert_share: float = 0.0
-    """Share of a layer's bytes that are theirs; 0 without experts."""
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether a slab is unpacked before it is multiplied."""
-        return self.layer_bytes != self.layer_compute_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """The sequences of a run, in numbers. Scoring sequences are done after one pass; the others generate."""
-
-    num_sequences: int
-    """All sequences, generating and scoring."""
-    num_scoring_sequences: int
-    """Of these, the ones that need one forward pass: they keep no KV."""
-    num_prompt_tokens: int
-    """Prompt tokens to compute, each shared prefix once."""
-    num_scoring_tokens: int
-    """Of these, the ones whose KV nobody decodes from: of scoring sequences and of prefixes only they share."""
-    num_shared_tokens: int
-    """Room for the KV of shared prefixes that outlives a sweep, in tokens: of those in use at once."""
-    max_prompt_tokens: int
-    """The longest stretch of prompt tokens computed in one piece: a shared prefix or what follows it."""
-    max_own_tokens: int
-    """Most tokens a generating sequence adds to the KV cache: its prompt after the shared prefix, and `max_tokens`."""
-    mean_context_tokens: float
-    """Mean prompt length of a sequence, its shared prefix included: what its last prompt token attends to."""
-    num_generated_tokens: int
-    """Tokens to generate at most: the sum of `max_tokens` over generating sequences."""
-    max_generated_tokens: int
-    """The largest `max_tokens`."""
-    max_logits_rows: int
-    """Most positions of one row of tokens whose logits are wanted."""
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.num_scoring_sequences <= self.num_sequences, self
-        assert 0 <= self.num_scoring_tokens <= self.num_prompt_tokens, self
-        assert self.num_generated_tokens >= self.num_generating_sequences, self
-
-    @property
-    def num_generating_sequences(self) -> int:
-        """Sequences that decode from a KV cache."""
-        return self.num_sequences - self.num_scoring_sequences

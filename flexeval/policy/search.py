@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from flexeval.config import format_size
 from flexeval.errors import CapacityError
 from flexeval.policy.cost import KERNELS_PER_CALL, CostModel
-from flexeval.policy.policy import ModelShape, Policy, Tier, Workload
+from flexeval.policy.policy import Policy, Tier
 from flexeval.policy.program import best_placement, least_seconds, missing_bytes
+from flexeval.policy.work import ModelShape, Workload
 
 if TYPE_CHECKING:  # hardware.py measures with torch; searching must not need it
     from flexeval.policy.hardware import Hardware

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from flexeval.policy.policy import Policy, Workload
+from flexeval.policy.policy import Policy
+from flexeval.policy.work import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
