@@ -149,14 +149,15 @@ class Replay:
     def _record(self, frame: _Frame, tapes: Tapes) -> None:
         layers = range(self._anatomy.num_layers)
         recorded = [tapes.new() for _ in range(len(layers) + 1)]
+        stops: list[_Stop] = []
 
         def stop(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            places, layer = _places(frame, q_TNH, k_TKH, v_TKW), len(frame.stops)
+            places, layer = _places(frame, q_TNH, k_TKH, v_TKW), len(stops)
             for place, tensor in zip(places, (q_TNH, k_TKH, v_TKW), strict=False):
                 place.copy_(tensor)
             recorded[layer].end()
             recorded[layer + 1].begin()
-            frame.stops.append(_Stop(places, options))
+            stops.append(_Stop(places, options))
             return places.out_TNW
 
         with tapes.recording():
@@ -164,7 +165,7 @@ class Replay:
             for layer in layers:
                 frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], stop))
             recorded[-1].end()
-        frame.tapes = recorded
+        frame.tapes, frame.stops = recorded, stops
 
 
 def _make_frame(hidden_1TD: Tensor, calls: Sequence[LayerCall]) -> _Frame:
