@@ -16,7 +16,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 import flexeval
 from flexeval.cache import cached_directory
 from flexeval.engine.checkpoint import StateDictCheckpoint
-from flexeval.engine.compute.anatomy import OTHER_FAMILY, Anatomy
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.building import OTHER_FAMILY
 from flexeval.engine.executor import Executor
 from flexeval.errors import UnsupportedModelError
 from flexeval.policy.policy import Policy

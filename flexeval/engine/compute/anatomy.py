@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from flexeval.engine.compute.experts import EXPERTS_NAME, Fetch, experts_per_token, find_experts, register_experts
+from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
+from flexeval.engine.compute.experts import Fetch, experts_per_token, find_experts, register_experts
 from flexeval.engine.compute.linear import CodedLinear, CodedMatrix, make_coded
 from flexeval.engine.compute.port import (
     ATTENTION_NAME,
@@ -29,9 +30,6 @@ from flexeval.engine.compute.port import (
 )
 from flexeval.engine.compute.spec import TensorSpec
 from flexeval.errors import UnsupportedModelError
-
-OTHER_FAMILY = "Choose a model of another family (Llama, Qwen, Mistral, OPT, ...)"
-"""How to mend a family that cannot run."""
 
 
 class LayerCall(NamedTuple):
@@ -80,7 +78,7 @@ class Anatomy:
         self.dtype = dtype
         self.model = build_on_meta(self.config, dtype, attention=ATTENTION_NAME)
         self._port = AttentionPort()
-        self.layers_name, layers = _find_layers(self.model)
+        self.layers_name, layers = find_layers(self.model)
         self.layers: list[nn.Module] = list(layers)
         for layer in self.layers:
             for module in layer.modules():
@@ -234,41 +232,6 @@ class Anatomy:
         finally:
             self._stubs[-1].replacement = self._stubs[-1].seen = None
         return logits
-
-
-def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, *, attention: str) -> PreTrainedModel:
-    """The model's modules without memory. Raises `UnsupportedModelError`."""
-    try:
-        with torch.device("meta"), _quiet_default_dtype():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, experts_implementation=EXPERTS_NAME
-            )
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        is_ours = isinstance(error, KeyError) and error.args == (attention,)
-        why = "transformers does not let its attention be replaced" if is_ours else f"{type(error).__name__}: {error}"
-        raise UnsupportedModelError(
-            f"the {config.model_type} family cannot run here: {why}", mend=OTHER_FAMILY
-        ) from error
-    return model.eval()  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _quiet_default_dtype() -> Any:
-    """Some families set torch's default type while they build; put it back."""
-    before = torch.get_default_dtype()
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    num_layers = model.config.get_text_config().num_hidden_layers
-    in_decoder = set(model.get_decoder().modules())  # a vision tower may have as many layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and module in in_decoder:
-            return name, module
-    raise UnsupportedModelError(f"{type(model).__name__} has no list of {num_layers} decoder layers", mend=OTHER_FAMILY)
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size]:
