@@ -1,9 +1,8 @@
-"""A Triton kernel for decode attention: one query a sequence over its tokens, read where they lie in a log.
+"""Triton kernels for decode attention: one query a sequence over its tokens, read where they lie in a log.
 
 Gathers nothing, masks nothing and repeats no KV head: every key and value is read once. The context is split among
-programs where there are few sequences; the splits are merged by log-sum-exp (Flash-Decoding, Dao et al. 2023), and so
-are, for any row, parts of a context that were attended to apart. Each is one launch: a step of few tokens is bound by
-them. Needs Triton: import it only where a CUDA device computes.
+programs where there are few sequences; the splits are merged by log-sum-exp (Flash-Decoding, Dao et al. 2023).
+Needs Triton: import it only where a CUDA device computes.
 
 Shapes: B sequences, N query heads, K KV heads, M = N / K of them to a KV head, C tokens of the log, S context,
 Z splits, H size of a key, W size of a value.
@@ -102,23 +101,6 @@ def decode_attention(
             SPLITS=triton.next_power_of_2(num_splits),
             VALUE_SIZE=triton.next_power_of_2(value_size),
         )
-
-
-def merge_into(out_TNW: Tensor, lse_TN: Tensor, other_out_TNW: Tensor, other_lse_TN: Tensor) -> None:
-    """Merge attention over further keys into `out` (contiguous) and `lse`, in place."""
-    num_tokens, num_heads, value_size = out_TNW.shape
-    assert out_TNW.is_contiguous() and other_out_TNW.stride(2) == 1
-    _merge_into_kernel[(num_tokens, num_heads)](
-        out_TNW,
-        lse_TN,
-        other_out_TNW,
-        other_lse_TN,
-        value_size,
-        *lse_TN.stride(),
-        *other_out_TNW.stride()[:2],
-        *other_lse_TN.stride(),
-        VALUE_SIZE=triton.next_power_of_2(value_size),
-    )
 
 
 @triton.jit
@@ -229,39 +211,3 @@ def _merge_splits_kernel(
     merged = tl.sum(values * weights[:, None], 0) / divisor
     tl.store(out + head.to(tl.int64) * value_size + place, merged.to(out.dtype.element_ty), mask=is_place)
     tl.store(lse + head, tl.where(total > 0.0, highest + tl.log(divisor), -float("inf")))
-
-
-@triton.jit
-def _merge_into_kernel(
-    out,
-    lse,
-    other,
-    other_lse,
-    value_size,
-    lse_token_stride,
-    lse_head_stride,
-    other_token_stride,
-    other_head_stride,
-    other_lse_token_stride,
-    other_lse_head_stride,
-    VALUE_SIZE: tl.constexpr,
-):
-    """One head of one token: out += (other - out) * sigmoid(other_lse - lse); lse = log(exp(lse) + exp(other_lse))."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    own_lse = lse + token * lse_token_stride + head * lse_head_stride
-    place = tl.arange(0, VALUE_SIZE)
-    is_place = place < value_size
-    old = tl.load(own_lse)
-    new = tl.load(other_lse + token * other_lse_token_stride + head * other_lse_head_stride)
-    highest = tl.maximum(old, new)
-    is_seen = highest > -float("inf")
-    old_weight = tl.where(is_seen, tl.exp(old - highest), 1.0)
-    new_weight = tl.where(is_seen, tl.exp(new - highest), 0.0)
-    total = old_weight + new_weight
-    target = out + (token * tl.num_programs(1) + head) * value_size + place
-    source = other + token * other_token_stride + head * other_head_stride + place
-    old_values = tl.load(target, mask=is_place, other=0.0).to(tl.float32)
-    new_values = tl.load(source, mask=is_place, other=0.0).to(tl.float32)
-    merged = (old_values * old_weight + new_values * new_weight) / total
-    tl.store(target, merged.to(out.dtype.element_ty), mask=is_place)
-    tl.store(own_lse, tl.where(is_seen, highest + tl.log(total), -float("inf")))

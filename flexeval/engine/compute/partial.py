@@ -205,9 +205,9 @@ def _blind_to_zero(out_BNQW: Tensor, lse_BNQ: Tensor, mask_BQS: Tensor | None) -
 def merge_into(out_TNW: Tensor, lse_TN: Tensor, other_out_TNW: Tensor, other_lse_TN: Tensor) -> None:
     """Merge attention over further keys into `out` and `lse`, in place."""
     if has_triton(out_TNW.device):
-        from flexeval.engine.compute import decode_kernel
+        from flexeval.engine.compute import merge_kernel
 
-        return decode_kernel.merge_into(out_TNW, lse_TN, other_out_TNW, other_lse_TN)
+        return merge_kernel.merge_into(out_TNW, lse_TN, other_out_TNW, other_lse_TN)
     weight_TN = torch.sigmoid(other_lse_TN - lse_TN)  # exp(b) / (exp(a) + exp(b))
     out_TNW.lerp_(other_out_TNW, weight_TN[..., None].to(out_TNW.dtype))
     torch.logaddexp(lse_TN, other_lse_TN, out=lse_TN)
