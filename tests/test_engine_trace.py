@@ -18,7 +18,7 @@ from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.policy.policy import Policy
 from flexeval.request import TokenRequest
 
-POLICY = "disk-weights=1,disk-kv=1,disk-hidden=1,row-tokens=24,sweep-tokens=80,group-sequences=2,num-groups=2"
+POLICY = "disk-kv=1,disk-hidden=1,row-tokens=24,sweep-tokens=80,group-sequences=2,num-groups=2"
 
 
 def test_a_write_that_is_late_belongs_to_the_sweep_that_submitted_it() -> None:
@@ -45,13 +45,14 @@ def test_a_write_that_is_late_belongs_to_the_sweep_that_submitted_it() -> None:
 
 @pytest.mark.parametrize(("family", "device"), [("llama", "cpu"), pytest.param("llama", "cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_sweeps_add_up_to_the_batch(family: str, device: str, overlap: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_disk", [0.5, 1])
+def test_sweeps_add_up_to_the_batch(family: str, device: str, overlap: bool, on_disk: float, tmp_path: Path) -> None:
     anatomy = Anatomy(tiny_config(family), torch.float32)
     layer_bytes = model_shape(anatomy, None, torch.device(device)).layer_bytes
     with Executor(
         anatomy,
         StateDictCheckpoint(anatomy, tiny_model(family).state_dict()),
-        Policy.parse(POLICY),
+        Policy.parse(f"disk-weights={on_disk},{POLICY}"),
         codec=None,
         device=torch.device(device),
         disk_tier=DiskTier(tmp_path),
@@ -71,13 +72,16 @@ def test_sweeps_add_up_to_the_batch(family: str, device: str, overlap: bool, tmp
         assert sweep.lanes["compute"].busy_s > 0
         assert sweep.lanes["kv_in"].num_bytes > 0 or sweep.num_decode_tokens == 0
     assert trace.lanes["host_attention"].num_bytes == 0
-    num_moved = [4] * half  # layers; each sweep sends for the first layer of the next, if there is one
-    num_moved[0], num_moved[-1] = 5, 3
+    num_streamed = 2 if (device, on_disk) == ("cpu", 0.5) else 4  # of four layers; the first rests in host memory then
+    num_moved = [num_streamed] * half
+    if num_streamed == 4:  # each sweep sends for the first layer of the next, if there is one
+        num_moved[0], num_moved[-1] = 5, 3
     assert [sweep.lanes["weights"].num_bytes for sweep in trace.sweeps] == [n * layer_bytes for n in num_moved * 2]
     for lane, total in trace.lanes.items():
         assert sum(sweep.lanes[lane].num_bytes for sweep in trace.sweeps) == total.num_bytes, lane
-        busy_s = sum(sweep.lanes[lane].busy_s for sweep in trace.sweeps)
-        assert busy_s == pytest.approx(total.busy_s, rel=0.01, abs=1e-3), lane
+        if lane != "host_attention":  # which has nothing to do
+            busy_s = sum(sweep.lanes[lane].busy_s for sweep in trace.sweeps)
+            assert busy_s == pytest.approx(total.busy_s, rel=0.01), lane
     assert trace.lanes["kv_out"].num_bytes > 0
 
 

@@ -6,8 +6,8 @@ merged by log-sum-exp in float32. Query heads that share a KV head are queries o
 once for all of them.
 
 Shapes: T new tokens of the row, C tokens of a log, N query heads, K KV heads, M = N / K of them to a KV head, H size of
-a key, W size of a value, B sequences of a group, R gathered tokens, Z parts of all stretches, P parts of a context,
-A descendants' tokens, L tokens of an ancestor.
+a key, W size of a value, B sequences of a group, R gathered tokens, P parts of a context, A descendants' tokens, L
+tokens of an ancestor, Q their queries of one KV head.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ class HostAttention:
     def __call__(self, q_TNH: Tensor, options: AttentionOptions, row: Row, context: Context) -> Tensor:
         """Attention output `[T, N, W]` of the row's new tokens, whose KV `context` already holds."""
         assert row.decode and not row.fresh, "prompts are the GPU's"
-        out_TNW, lse_TN = torch.empty(0), torch.empty(q_TNH.shape[:2], dtype=torch.float32)
-        for decode in row.decode:
-            log, tokens = context.own_log(decode), slice(decode.span.start, decode.span.start + decode.num_sequences)
-            if not out_TNW.numel():
-                out_TNW = torch.empty(*lse_TN.shape, log.values_CKW.shape[-1], dtype=torch.float32)
+        logs = [context.own_log(decode) for decode in row.decode]
+        out_TNW = torch.empty(*q_TNH.shape[:2], logs[0].values_CKW.shape[-1], dtype=torch.float32)
+        lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32)
+        for decode, log in zip(row.decode, logs, strict=True):
+            tokens = slice(decode.span.start, decode.span.start + decode.num_sequences)
             out_TNW[tokens], lse_TN[tokens] = self._own(q_TNH[tokens], options, decode.span, log)
         for span in row.ancestors:
             first = first_seen(span, row, options)

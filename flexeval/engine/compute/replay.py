@@ -169,18 +169,18 @@ class Replay:
 
 
 def _make_frame(hidden_1TD: Tensor, calls: Sequence[LayerCall]) -> _Frame:
-    """Tensors that layers share are copied, and brought up to date, once."""
-    copies: dict[int, Tensor] = {}
+    """Tensors that layers share have one place, and are brought up to date once."""
+    own_tensors: dict[int, Tensor] = {}
     tensors: list[tuple[int, int, Tensor]] = []
     own_calls: list[LayerCall] = []
     for layer, call in enumerate(calls):
         leaves, spec = tree_flatten(call)
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
-                if id(leaf) not in copies:
-                    copies[id(leaf)] = leaf.clone()
-                    tensors.append((layer, index, copies[id(leaf)]))
-                leaves[index] = copies[id(leaf)]
+                if id(leaf) not in own_tensors:
+                    own_tensors[id(leaf)] = torch.empty_like(leaf)
+                    tensors.append((layer, index, own_tensors[id(leaf)]))
+                leaves[index] = own_tensors[id(leaf)]
         own_calls.append(tree_unflatten(leaves, spec))
     return _Frame(hidden_1TD=torch.empty_like(hidden_1TD), calls=own_calls, tensors=tensors)
 

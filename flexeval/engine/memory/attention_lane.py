@@ -18,9 +18,6 @@ from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.trace import Trace
 from flexeval.workers import Workers, num_spare_cores
 
-LANE = "host_attention"
-"""Its name in traces."""
-
 
 class AttentionLane:
     """The CPU at work beside the compute device, a row at a time."""
@@ -50,7 +47,7 @@ class AttentionLane:
         if self._device.type == "cuda":  # the host reads now: its own copies must be there, and all that logs wait for
             torch.cuda.current_stream().synchronize()
         out_TNW = self._attention(q_TNH, options, row, context)
-        self._trace.moved(LANE, num_keys_read(row, options) * context.token_bytes)
+        self._trace.moved("host_attention", num_keys_read(row, options) * context.token_bytes)
         if self._device.type == "cuda":
             out_TNW = out_TNW.pin_memory()
         return out_TNW.to(self._device, non_blocking=True)
