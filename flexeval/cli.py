@@ -43,7 +43,8 @@ def run(
         typer.Option(metavar="REF", help="HF directory, hub name, GGUF file, smollm2, or dummy:NAME (random weights)."),
     ] = "smollm2",
     setting: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Compression to compare: none, w4. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Compression to compare: none, w8, w4, kv4, w4kv4, ... Repeatable."),
     ] = None,
     max_eval_instances: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
@@ -158,7 +159,8 @@ def bench(
     ] = None,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")] = False,
     setting: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Compression to measure: none, w4. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Compression to measure: none, w8, w4, kv4, w4kv4, ... Repeatable."),
     ] = None,
     policy: Annotated[
         str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")

@@ -82,7 +82,7 @@ def test_a_suite_s_own_prompts_are_measured(
     ("arguments", "words"),
     [
         (["--peer", "vllm"], "transformers, accelerate, deepspeed"),
-        (["--setting", "w3"], "none, w4"),
+        (["--setting", "w3"], "none, w8, w4"),
         (["--setting", "w4", "--setting", "w4"], "twice"),
         (["--suite", "demo", "--prompt-len", "8"], "--prompt-len"),
         (["--suite", "demo", "--scale", "1,4"], "--scale"),

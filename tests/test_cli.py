@@ -56,7 +56,7 @@ def assert_mistake(
     ("option", "value", "words"),
     [
         ("--suite", "no-such-suite", ["no-such-suite", "demo", "helm-lite"]),
-        ("--setting", "w3", ["w3", "none, w4"]),
+        ("--setting", "w3", ["w3", "none, w8, w4"]),
         ("--model", "./no-such-model", ["no-such-model"]),
         ("--model", "dummy:opt-31b", ["opt-30b"]),
         ("--device", "tpu", ["tpu", "auto, cpu, cuda"]),

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.attention import KeysValues, PackedAttention
+from flexeval.engine.codecs.kv_format import CodedFormat, KeysValues, KVCoding, KVFormat, KVLog, KVShape, make_format
+from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.host_attention import HostAttention, num_keys_read
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import DecodeBatch, RowMaker
@@ -32,6 +33,39 @@ class Tokens:
         self.q_TNH = torch.randn(ends[-1], NUM_HEADS, KEY_SIZE, generator=generator).to(device)
         self.k_TKH = torch.randn(ends[-1], NUM_KV_HEADS, KEY_SIZE, generator=generator).to(device)
         self.v_TKW = torch.randn(ends[-1], NUM_KV_HEADS, value_size, generator=generator).to(device)
+        self.given: KeysValues | None = None
+        """What rests in logs, where that is coded: `k_TKH` and `v_TKW` are what comes back."""
+
+    def turn(self, dtype: torch.dtype, coding: KVCoding | None) -> None:
+        """Numbers of another type, and keys and values as they come back from a log."""
+        self.q_TNH, self.k_TKH, self.v_TKW = (x.to(dtype) for x in (self.q_TNH, self.k_TKH, self.v_TKW))
+        self.given = KeysValues(self.k_TKH, self.v_TKW)
+        form = self.form(coding)
+        if isinstance(form, CodedFormat):
+            groups = (x.reshape(-1, form.codec.group_size).cpu() for x in self.given)
+            run = [form.codec.encode_groups(group) for group in groups]
+            back = [
+                (affine[:, 1:].float() + affine[:, :1].float() * unpacked(codes, form.codec.bits)).to(dtype)
+                for codes, affine in run
+            ]
+            self.k_TKH, self.v_TKW = (b.view(x.shape).to(x.device) for b, x in zip(back, self.given, strict=True))
+
+    def form(self, coding: KVCoding | None) -> KVFormat:
+        """How a log holds them."""
+        shape = KVShape(NUM_KV_HEADS, KEY_SIZE, self.v_TKW.shape[-1])
+        return make_format(shape, self.k_TKH.dtype, coding)
+
+    def log(self, tokens: list[int | None], coding: KVCoding | None) -> KVLog:
+        """Some tokens as they rest; NaN, which must never be read, where there is none."""
+        assert self.given is not None
+        index = torch.tensor([-1 if token is None else token for token in tokens])
+        parts = [part[index].clone() for part in self.given]
+        for part in parts:
+            part[index < 0] = torch.nan
+        form = self.form(coding)
+        data_CB = torch.empty(len(tokens), form.token_bytes, dtype=torch.uint8, device=self.k_TKH.device)
+        form.write(*parts, data_CB)
+        return KVLog(form, data_CB)
 
     def keys_values(self, tokens: list[int | None]) -> KeysValues:
         """KV of some tokens; NaN, which must never be read, where there is none."""
@@ -58,18 +92,31 @@ class Tokens:
 class HandMadeContext:
     """KV of earlier tokens, from literal tables."""
 
-    def __init__(self, tokens: Tokens, *, logs: dict[int, list[int | None]], scratch: dict[int, list[int]]):
-        self._tokens, self._logs, self._scratch = tokens, logs, scratch
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        logs: dict[int, list[int | None]],
+        scratch: dict[int, list[int]],
+        coding: KVCoding | None = None,
+    ):
+        self._tokens, self._logs, self._scratch, self.coding = tokens, logs, scratch, coding
 
-    def own_log(self, batch: DecodeBatch) -> KeysValues:
-        return self._tokens.keys_values(self._logs[batch.span.group])
+    def own_log(self, batch: DecodeBatch) -> KVLog:
+        return self._tokens.log(self._logs[batch.span.group], self.coding)
 
     def ancestor(self, span: AncestorSpan) -> KeysValues:
         source = span.source
         if source.scratch_node is not None:
             return self._tokens.keys_values(list(self._scratch[source.scratch_node]))
         assert source.group is not None and source.row_start is None
-        return self._tokens.keys_values(self._logs[source.group][source.log_start :][: span.num_keys])
+        places = slice(source.log_start, source.log_start + span.num_keys)
+        return self._tokens.log(self._logs[source.group], self.coding).at(places)
+
+
+def unpacked(codes_GP: Tensor, bits: int) -> Tensor:
+    """The codes themselves, one after the other."""
+    return torch.cat([codes_GP >> bits * part & 2**bits - 1 for part in range(8 // bits)], dim=1)
 
 
 OPTIONS = {
@@ -104,8 +151,7 @@ def check(
     assert isinstance(options, AttentionOptions) and isinstance(dtype, torch.dtype)
     assert [path[-1] for path in paths] == row
     index = torch.tensor(row)
-    for name in ("q_TNH", "k_TKH", "v_TKW"):
-        setattr(tokens, name, getattr(tokens, name).to(dtype))
+    tokens.turn(dtype, context.coding)
     made = RowMaker(tokens.q_TNH.device).make(0, plan)
     q_TNH, k_TKH, v_TKW = tokens.q_TNH[index], tokens.k_TKH[index], tokens.v_TKW[index]
     expected_TNW = torch.stack([tokens.attend(path, options) for path in paths])
@@ -217,17 +263,21 @@ DECODE = RowPlan(
 )
 
 
+CODINGS = [None, KVCoding(8, 64), KVCoding(4, 64), KVCoding(4, 6), KVCoding(2, 8)]
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value_size", [KEY_SIZE, 12])
+@pytest.mark.parametrize("value_size", [KEY_SIZE, 8])
 def test_sequences_that_decode_from_two_logs_under_a_shared_header(
-    options: AttentionOptions, value_size: int, dtype: torch.dtype, device: str
+    options: AttentionOptions, value_size: int, dtype: torch.dtype, coding: KVCoding | None, device: str
 ) -> None:
     """In the first log the sequences' tokens lie between each other's, as they were computed."""
     tokens = Tokens({"header": 9, "x": 5, "y": 6, "z": 2}, value_size=value_size, device=device)
     header, x, y, z = (list(run) for run in tokens.runs.values())
     logs = {0: [*x[:3], *y[:4], x[3], y[4], x[4], y[5], None], 1: [None] * 4 + header, 2: [*z, None]}
     paths = [header + x, header + y, z]
-    context = HandMadeContext(tokens, logs=logs, scratch={})
+    context = HandMadeContext(tokens, logs=logs, scratch={}, coding=coding)
     check(DECODE, tokens, [x[-1], y[-1], z[-1]], paths, context, options=options, dtype=dtype)
 
 
@@ -286,20 +336,26 @@ def lived_in(*, num_steps: int) -> tuple[RowPlan, dict[str, int], list[int | Non
     return plan, lengths, log
 
 
+@pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=str)
 @pytest.mark.parametrize("part_tokens", [7, 1024])
 @pytest.mark.parametrize("window", [None, 1, 100, 300])
 @pytest.mark.parametrize(
     ("dtype", "value_size"), [(torch.float32, KEY_SIZE), (torch.float32, 12), (torch.float16, KEY_SIZE)]
 )
 def test_long_contexts_are_read_where_they_lie(
-    dtype: torch.dtype, value_size: int, window: int | None, part_tokens: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    value_size: int,
+    window: int | None,
+    part_tokens: int,
+    coding: KVCoding | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prompts and steps are long enough for stretches, which are cut into parts."""
     monkeypatch.setattr("flexeval.engine.compute.host_attention.PART_TOKENS", part_tokens)
     plan, lengths, log = lived_in(num_steps=180)
     tokens = Tokens(lengths, value_size=value_size, device="cpu")
     header, *own = (list(run) for run in tokens.runs.values())
-    context = HandMadeContext(tokens, logs={0: log, 1: [None, *header]}, scratch={})
+    context = HandMadeContext(tokens, logs={0: log, 1: [None, *header]}, scratch={}, coding=coding)
     options = AttentionOptions(scale=0.4, window=window, sinks_N=torch.tensor([0.5, -3.0, 2.0, 0.0]))
     paths = [header + run for run in own]
     check(plan, tokens, [path[-1] for path in paths], paths, context, options=options, dtype=dtype)

@@ -13,11 +13,11 @@ from tiny_models import FAMILIES, assert_equal_results, dequantized, tiny_case, 
 
 from flexeval.backends.transformers import answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.codecs.codec import IntegerCodec
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.replay import SIZES, Replay
 from flexeval.engine.compute.tape import CudaTape
 from flexeval.engine.executor import Executor
-from flexeval.engine.memory.codec import Int4Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.planning.rows import DecodeSpan, FreshSpan, RowPlan
@@ -80,9 +80,9 @@ def test_sequences_that_come_and_go_are_replayed_on_rows_of_few_sizes(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
-@pytest.mark.parametrize("codec", [None, Int4Codec(32)], ids=["none", "w4"])
+@pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
 def test_on_a_gpu_sequences_come_and_go_beside_prompts(
-    family: str, codec: Int4Codec | None, monkeypatch: pytest.MonkeyPatch
+    family: str, codec: IntegerCodec | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts unpack matrices in the same sweeps in which rows that decode are replayed with matrices as they rest."""
     num_replays, replay = 0, CudaTape.replay

@@ -26,7 +26,7 @@ def batch_bytes(shape: ModelShape, requests: Sequence[TokenRequest], num_sequenc
     num_tokens = max(len(request.prompt_ids) + request.max_tokens for request in requests)
     num_prompt_tokens = max(len(request.prompt_ids) for request in requests)
     num_logits = num_prompt_tokens if any(request.score_prompt for request in requests) else 1
-    cache_bytes = num_tokens * (shape.num_layers + _CACHE_LAYERS) * shape.kv_bytes_per_token
+    cache_bytes = num_tokens * (shape.num_layers + _CACHE_LAYERS) * shape.kv_compute_bytes_per_token
     widths = HIDDEN_COPIES * shape.hidden_size + INTERMEDIATE_COPIES * shape.intermediate_size
     layer_bytes = num_prompt_tokens * widths * shape.dtype_bytes
     logits_bytes = num_logits * shape.vocab_size * (shape.dtype_bytes + _LOGITS_BYTES)

@@ -90,7 +90,7 @@ class Engine:
         self._opened = opened
         self._fixed_policy = policy
         self._limits = limits
-        self._shape = model_shape(opened.anatomy, opened.codec, opened.device)
+        self._shape = model_shape(opened.anatomy, opened.codec, opened.device, kv_coding=opened.kv_coding)
         self.text = opened.text
         self._executor: Executor | None = None
         self._hardware: Hardware | None = None
@@ -216,6 +216,7 @@ class Engine:
             opened.checkpoint,
             policy,
             codec=opened.codec,
+            kv_coding=opened.kv_coding,
             device=opened.device,
             disk_tier=DiskTier(disk_dir, limit_bytes=self._limits.disk_bytes) if disk_dir is not None else None,
             on_layer=lambda layer: on_layer(layer + 1, opened.anatomy.num_layers),

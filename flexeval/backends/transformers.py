@@ -1,6 +1,7 @@
 """transformers itself as a backend, wholly on one device: no offloading, nothing shared. The oracle of the engine.
 
-Under a lossy setting it runs on the weights that the setting's codec gives back, so that the engine can be held to it.
+Under a lossy setting it runs on the weights, keys and values that the setting's codecs give back, so that the engine
+can be held to it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexeval.backends.backend import OnCompletions, Usage
+from flexeval.backends.coded_attention import register_coded_attention
 from flexeval.backends.generation import Generator, answer_batch
 from flexeval.backends.loading import OpenModel, open_model
 from flexeval.config import Setting
 from flexeval.engine.memory.slab import SlabLayout
+from flexeval.errors import ConfigError
 from flexeval.models import ModelSource
 from flexeval.request import Completion, Request, TokenRequest, TokenResult
 
@@ -72,7 +75,15 @@ class TransformersBackend:
 
 
 def load_whole(opened: OpenModel, *, attention: str | None = "eager") -> PreTrainedModel:
-    """The model in host memory, its matrices as the setting's codec gives them back."""
+    """The model in host memory, its matrices, keys and values as the setting's codecs give them back.
+
+    Raises `ConfigError` for an `attention` that does not code keys and values where the setting does.
+    """
+    if opened.kv_coding is not None:
+        if attention != "eager":
+            what = f"attention {attention!r} does not code keys and values, as setting {opened.setting.name!r} demands"
+            raise ConfigError(what, mend="Choose attention 'eager', or a setting without kv")
+        attention = register_coded_attention(opened.kv_coding)
     anatomy, cpu = opened.anatomy, torch.device("cpu")
     state: dict[str, Tensor] = dict(opened.checkpoint.rest())
     for layer in range(anatomy.num_layers):

@@ -14,6 +14,8 @@ from contextlib import closing
 import torch
 
 from flexeval.engine.checkpoint import Checkpoint
+from flexeval.engine.codecs.codec import Codec
+from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.readout import read_row
@@ -21,7 +23,6 @@ from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import Row, RowMaker
 from flexeval.engine.compute.tape import CudaTapes
 from flexeval.engine.memory.attention_lane import AttentionLane
-from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
@@ -52,6 +53,7 @@ class Executor:
         policy: Policy,
         *,
         codec: Codec | None,
+        kv_coding: KVCoding | None = None,
         device: torch.device,
         disk_tier: DiskTier | None,
         on_layer: Callable[[int], None] = lambda layer: None,
@@ -64,6 +66,7 @@ class Executor:
             checkpoint: Its weights.
             policy: Where everything rests, and how much is in flight.
             codec: How layers' matrices rest; None as they are.
+            kv_coding: How keys and values rest; None as they are.
             device: Where layers are computed.
             disk_tier: Room on disk; needed where the policy uses it. The executor closes it.
             on_layer: Told, for each layer that is loaded, how many were before it.
@@ -75,6 +78,7 @@ class Executor:
         """What the plan of the last batch saves."""
         self._anatomy = anatomy
         self._device = device
+        self._kv_coding = kv_coding
         self._watch = Stopwatch(device)
         self.tiers = Tiers(device, disk_tier)
         num_layers = anatomy.num_layers
@@ -229,6 +233,7 @@ class Executor:
         return KVCache(
             self._kv_tiers,
             capacities=capacities,
+            coding=self._kv_coding,
             device=self._device,
             lane_in=self._lanes["kv_in"],
             lane_out=self._lanes["kv_out"],

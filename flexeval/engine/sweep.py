@@ -128,8 +128,8 @@ class Sweeper:
 
     def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            cache.store(layer, row, k_TKH, v_TKW, context)
-            return self.attention(q_TNH, k_TKH, v_TKW, options, row, context)
+            seen = cache.store(layer, row, k_TKH, v_TKW, context)
+            return self.attention(q_TNH, *seen, options, row, context)
 
         return attend
 

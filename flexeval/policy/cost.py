@@ -183,6 +183,8 @@ class CostModel:
         flops = 2 * shape.layer_params * sweep.num_tokens
         flops += 4 * shape.num_query_heads * shape.head_size * sweep.num_pairs
         device_bytes = sweep.num_kv_read * shape.kv_bytes_per_token
+        if shape.is_kv_coded and not sweep.num_kv_read:  # prompts are coded, and attended to as they come back
+            device_bytes += 2 * sweep.num_tokens * (shape.kv_bytes_per_token + shape.kv_compute_bytes_per_token)
         if shape.is_packed and sweep.num_tokens <= sweep.num_calls * shape.few_tokens:
             device_bytes += sweep.num_calls * shape.layer_bytes
         else:
@@ -236,11 +238,15 @@ class CostModel:
         is_tree = work.num_prompt_tokens < work.num_sequences * work.mean_context_tokens
         is_tree |= work.max_prompt_tokens > policy.row_tokens
         kv_tokens = shape.decode_copies * group * work.max_own_tokens + (self.sweep_tokens(policy) if is_tree else 0)
+        kv_bytes = kv_tokens * shape.kv_compute_bytes_per_token
+        if shape.is_kv_coded:  # a row's own, coded and as they come back; and a prefix that it attends to
+            kv_bytes += call_tokens * (shape.kv_bytes_per_token + shape.kv_compute_bytes_per_token)
+            kv_bytes += work.max_prompt_tokens * shape.kv_compute_bytes_per_token
         logits_bytes = min(LOGITS_CHUNK_BYTES, work.max_logits_rows * shape.vocab_size * 4)
         return (
             shape.resident_bytes
             + (shape.layer_compute_bytes if shape.is_packed else 0)
             + call_tokens * token_bytes
-            + kv_tokens * shape.kv_bytes_per_token
+            + kv_bytes
             + LOGITS_COPIES * logits_bytes
         )

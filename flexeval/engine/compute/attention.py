@@ -9,12 +9,12 @@ B sequences, L fresh tokens, S context, A descendants' tokens, P ancestor's toke
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.kernels import has_triton
+from flexeval.engine.codecs.kv_format import KeysValues, KVLog
 from flexeval.engine.compute.partial import (
     Partial,
     merge_into,
@@ -24,20 +24,14 @@ from flexeval.engine.compute.partial import (
 )
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import DecodeBatch, FreshBatch, Row
+from flexeval.engine.kernels import has_triton
 from flexeval.planning.rows import AncestorSpan
-
-
-class KeysValues(NamedTuple):
-    """KV of some tokens at one layer."""
-
-    keys_CKH: Tensor
-    values_CKW: Tensor
 
 
 class Context(Protocol):
     """Gives a row the KV of earlier tokens at the current layer."""
 
-    def own_log(self, batch: DecodeBatch) -> KeysValues:
+    def own_log(self, batch: DecodeBatch) -> KVLog:
         """The log of a decode batch, the new tokens' KV included."""
         ...
 
@@ -113,7 +107,7 @@ class PackedAttention:
         options: AttentionOptions,
         row: Row,
         batch: DecodeBatch,
-        log: KeysValues,
+        log: KVLog,
         out_TNW: Tensor,
         lse_TN: Tensor,
     ) -> None:
@@ -124,8 +118,7 @@ class PackedAttention:
 
             return decode_attention(
                 q_TNH[tokens],
-                log.keys_CKH,
-                log.values_CKW,
+                log,
                 batch.index_BS,
                 batch.lengths_B,
                 out_TNW[tokens],
@@ -138,10 +131,11 @@ class PackedAttention:
         mask_BS = batch.is_context_BS
         if options.window is not None:
             mask_BS = mask_BS & (row.positions_1T[0, tokens, None] - batch.key_position_BS < options.window)
+        own = log.at(batch.index_BS)
         partial = partial_attention(
             q_TNH[tokens][:, :, None],
-            log.keys_CKH[batch.index_BS].transpose(1, 2),
-            log.values_CKW[batch.index_BS].transpose(1, 2),
+            own.keys_CKH.transpose(1, 2),
+            own.values_CKW.transpose(1, 2),
             scale=options.scale,
             mask_BQS=mask_BS[:, None],
             softcap=options.softcap,

@@ -1,21 +1,25 @@
-"""Triton kernels for decode attention: one query a sequence over its tokens, read where they lie in a log.
+"""Triton kernels for decode attention: one query a sequence over its tokens, read where and as they lie in a log.
 
-Gathers nothing, masks nothing and repeats no KV head: every key and value is read once. The context is split among
-programs where there are few sequences; the splits are merged by log-sum-exp (Flash-Decoding, Dao et al. 2023).
-Needs Triton: import it only where a CUDA device computes.
+Gathers nothing, masks nothing and repeats no KV head: every key and value is read once, coded where they are coded. The
+context is split among programs where there are few sequences; the splits are merged by log-sum-exp (Flash-Decoding, Dao
+et al. 2023). Needs Triton: import it only where a CUDA device computes.
 
-Shapes: B sequences, N query heads, K KV heads, M = N / K of them to a KV head, C tokens of the log, S context,
-Z splits, H size of a key, W size of a value.
+Shapes: B sequences, N query heads, K KV heads, M = N / K of them to a KV head, S context, Z splits, H size of a key,
+W size of a value.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexeval.engine.compute.kernels import num_processors
+from flexeval.engine.codecs.kv_format import CodedFormat, KVLog, PlainFormat
+from flexeval.engine.codecs.pack_kernel import places_of, unpacked
+from flexeval.engine.kernels import num_processors
 
 _BLOCK_TOKENS = 64
 """Context tokens of one step of a program."""
@@ -25,8 +29,7 @@ _PROGRAMS_PER_PROCESSOR = 4
 
 def decode_attention(
     q_BNH: Tensor,
-    keys_CKH: Tensor,
-    values_CKW: Tensor,
+    log: KVLog,
     index_BS: Tensor,
     lengths_B: Tensor,
     out_BNW: Tensor,
@@ -41,8 +44,7 @@ def decode_attention(
 
     Args:
         q_BNH: Queries.
-        keys_CKH: Keys of the log.
-        values_CKW: Values of the log.
+        log: Keys and values.
         index_BS: int32, place in the log of each context token.
         lengths_B: int32, how many of them are each sequence's.
         out_BNW: Contiguous; filled with the output.
@@ -52,9 +54,9 @@ def decode_attention(
         window: A query sees the last `window` tokens only.
         softcap: Scores become softcap * tanh(score / softcap).
     """
-    num_sequences, num_heads, key_size = q_BNH.shape
-    num_kv_heads, value_size = values_CKW.shape[1:]
-    assert q_BNH.stride(2) == keys_CKH.stride(2) == values_CKW.stride(2) == index_BS.stride(1) == 1
+    num_sequences, num_heads, _ = q_BNH.shape
+    num_kv_heads, key_size, value_size = log.format.shape
+    assert q_BNH.stride(2) == index_BS.stride(1) == 1
     heads_per_kv = num_heads // num_kv_heads
     wanted = _PROGRAMS_PER_PROCESSOR * num_processors(q_BNH.device) // (num_sequences * num_kv_heads)
     num_splits = max(1, min(wanted, triton.cdiv(max_length, 4 * _BLOCK_TOKENS)))
@@ -63,10 +65,10 @@ def decode_attention(
     if num_splits > 1:
         out_BNZW = q_BNH.new_empty(num_sequences, num_heads, num_splits, value_size, dtype=torch.float32)
         lse_BNZ = q_BNH.new_empty(num_sequences, num_heads, num_splits, dtype=torch.float32)
+    source = _source(log)
     _decode_kernel[(num_sequences, num_kv_heads, num_splits)](
         q_BNH,
-        keys_CKH,
-        values_CKW,
+        *source.tensors,
         index_BS,
         lengths_B,
         out_BNZW,
@@ -77,13 +79,15 @@ def decode_attention(
         key_size,
         value_size,
         *q_BNH.stride()[:2],
-        *keys_CKH.stride()[:2],
-        *values_CKW.stride()[:2],
+        *source.strides,
         index_BS.stride(0),
         HEADS_PER_KV=heads_per_kv,
         HEADS=max(16, triton.next_power_of_2(heads_per_kv)),
-        KEY_SIZE=triton.next_power_of_2(max(16, key_size)),
-        VALUE_SIZE=triton.next_power_of_2(max(16, value_size)),
+        KEY_SIZE=_padded(key_size, source.group_size),
+        VALUE_SIZE=_padded(value_size, source.group_size),
+        BITS=source.bits,
+        GROUP_SIZE=source.group_size,
+        GROUP_ROOM=triton.next_power_of_2(source.group_size),
         TOKENS=_BLOCK_TOKENS if q_BNH.element_size() == 2 else _BLOCK_TOKENS // 2,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
@@ -103,11 +107,57 @@ def decode_attention(
         )
 
 
+class _Source(NamedTuple):
+    """What the kernel reads keys and values from."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Keys and values, or their codes; scales and minima of each."""
+    strides: tuple[int, int, int, int]
+    """From token to token and from head to head: of the first two tensors, and of the last two."""
+    bits: int
+    """Of a code; 0 where there are none."""
+    group_size: int
+    """Numbers that share a scale; 1 where there are none."""
+
+
+def _source(log: KVLog) -> _Source:
+    num_heads, key_size, value_size = log.format.shape
+    if isinstance(log.format, PlainFormat):
+        keys, values = log.format.views(log.data_CB)
+        token_stride, head_stride, _ = keys.stride()
+        return _Source((keys, values, keys, values), (token_stride, head_stride, 0, 0), 0, 1)
+    assert isinstance(log.format, CodedFormat)
+    codec, data_CB = log.format.codec, log.data_CB
+    codes = codec.num_code_bytes(log.format.shape.num_values)
+    affine = data_CB[:, codes:].view(torch.float16)
+    head_bytes, head_groups = codes // num_heads, (key_size + value_size) // codec.group_size
+    return _Source(
+        (
+            data_CB,
+            data_CB[:, codec.num_code_bytes(key_size) :],
+            affine,
+            affine[:, 2 * key_size // codec.group_size :],
+        ),
+        (data_CB.stride(0), head_bytes, affine.stride(0), 2 * head_groups),
+        codec.bits,
+        codec.group_size,
+    )
+
+
+def _padded(size: int, group_size: int) -> int:
+    """Numbers of a key or value in a program: where there are groups, a power of two of them and of numbers in each."""
+    least = 16  # of a product on tensor cores
+    num_groups, in_group = triton.next_power_of_2(size // group_size), triton.next_power_of_2(group_size)
+    return int(max(num_groups, triton.cdiv(least, in_group)) * in_group)
+
+
 @triton.jit
 def _decode_kernel(
     q,
     keys,
     values,
+    key_affine,
+    value_affine,
     index,
     lengths,
     out,
@@ -119,15 +169,18 @@ def _decode_kernel(
     value_size,
     query_sequence_stride,
     query_head_stride,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
+    token_stride,
+    head_stride,
+    affine_token_stride,
+    affine_head_stride,
     index_stride,
     HEADS_PER_KV: tl.constexpr,
     HEADS: tl.constexpr,
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_ROOM: tl.constexpr,
     TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -136,13 +189,13 @@ def _decode_kernel(
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads, num_splits = tl.num_programs(1), tl.num_programs(2)
     head = tl.arange(0, HEADS)
-    key_place = tl.arange(0, KEY_SIZE)
-    value_place = tl.arange(0, VALUE_SIZE)
+    key_place, is_key = places_of(key_size, KEY_SIZE, BITS, GROUP_SIZE, GROUP_ROOM)
+    value_place, is_value = places_of(value_size, VALUE_SIZE, BITS, GROUP_SIZE, GROUP_ROOM)
     is_head = head < HEADS_PER_KV
     query_head = kv_head * HEADS_PER_KV + head
     queries = tl.load(
         q + sequence * query_sequence_stride + query_head[:, None] * query_head_stride + key_place[None, :],
-        mask=is_head[:, None] & (key_place < key_size)[None, :],
+        mask=is_head[:, None] & is_key[None, :],
         other=0.0,
     )
     length = tl.load(lengths + sequence)
@@ -159,13 +212,26 @@ def _decode_kernel(
         token = block + tl.arange(0, TOKENS)
         is_token = token < stop
         place = tl.load(index + sequence.to(tl.int64) * index_stride + token, mask=is_token, other=0).to(tl.int64)
-        key_base = place * key_token_stride + kv_head * key_head_stride
-        value_base = place * value_token_stride + kv_head * value_head_stride
-        block_keys = tl.load(
-            keys + key_base[None, :] + key_place[:, None],
-            mask=is_token[None, :] & (key_place < key_size)[:, None],
-            other=0.0,
-        )
+        base = place * token_stride + kv_head * head_stride
+        affine_base = place * affine_token_stride + kv_head * affine_head_stride
+        if BITS == 0:
+            block_keys = tl.load(
+                keys + base[None, :] + key_place[:, None], mask=is_token[None, :] & is_key[:, None], other=0.0
+            )
+        else:
+            block_keys = tl.trans(
+                unpacked(
+                    keys + base,
+                    key_affine + affine_base,
+                    is_token,
+                    key_size,
+                    KEY_SIZE,
+                    BITS,
+                    GROUP_SIZE,
+                    GROUP_ROOM,
+                    TOKENS,
+                ).to(queries.dtype)
+            )
         scores = tl.dot(queries, block_keys, input_precision="ieee") * scale
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
@@ -173,11 +239,22 @@ def _decode_kernel(
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp(highest - new_highest)
         weights = tl.exp(scores - new_highest[:, None])
-        block_values = tl.load(
-            values + value_base[:, None] + value_place[None, :],
-            mask=is_token[:, None] & (value_place < value_size)[None, :],
-            other=0.0,
-        )
+        if BITS == 0:
+            block_values = tl.load(
+                values + base[:, None] + value_place[None, :], mask=is_token[:, None] & is_value[None, :], other=0.0
+            )
+        else:
+            block_values = unpacked(
+                values + base,
+                value_affine + affine_base,
+                is_token,
+                value_size,
+                VALUE_SIZE,
+                BITS,
+                GROUP_SIZE,
+                GROUP_ROOM,
+                TOKENS,
+            ).to(queries.dtype)
         sums = sums * shrink[:, None]
         sums = tl.dot(weights.to(block_values.dtype), block_values, sums, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
@@ -189,7 +266,7 @@ def _decode_kernel(
     tl.store(
         out + target[:, None].to(tl.int64) * value_size + value_place[None, :],
         (sums / divisor[:, None]).to(out.dtype.element_ty),
-        mask=is_head[:, None] & (value_place < value_size)[None, :],
+        mask=is_head[:, None] & is_value[None, :],
     )
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.attention import Context, KeysValues
+from flexeval.engine.codecs.kv_format import KeysValues, KVLog
+from flexeval.engine.compute.attention import Context
 from flexeval.engine.compute.partial import merge_into, partial_attention
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
@@ -109,7 +110,7 @@ class HostAttention:
         """Attention output `[T, N, W]` of the row's new tokens, whose KV `context` already holds."""
         assert row.decode and not row.fresh, "prompts are the GPU's"
         logs = [context.own_log(decode) for decode in row.decode]
-        out_TNW = torch.empty(*q_TNH.shape[:2], logs[0].values_CKW.shape[-1], dtype=torch.float32)
+        out_TNW = torch.empty(*q_TNH.shape[:2], logs[0].format.shape.value_size, dtype=torch.float32)
         lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32)
         for decode, log in zip(row.decode, logs, strict=True):
             tokens = slice(decode.span.start, decode.span.start + decode.num_sequences)
@@ -122,11 +123,9 @@ class HostAttention:
             out_TNW *= torch.sigmoid(lse_TN - options.sinks_N.float())[..., None]
         return out_TNW.to(q_TNH.dtype)
 
-    def _own(
-        self, q_BNH: Tensor, options: AttentionOptions, span: DecodeSpan, log: KeysValues
-    ) -> tuple[Tensor, Tensor]:
+    def _own(self, q_BNH: Tensor, options: AttentionOptions, span: DecodeSpan, log: KVLog) -> tuple[Tensor, Tensor]:
         """Output `[B, N, W]` and log-sum-exp `[B, N]` of one query per sequence over its own context."""
-        num_kv_heads, value_size = log.values_CKW.shape[1:]
+        num_kv_heads, _, value_size = log.format.shape
         q_BKMH = q_BNH.unflatten(1, (num_kv_heads, -1))
         group = self._group(span)
         parts = group.parts(options.window)
@@ -135,7 +134,7 @@ class HostAttention:
         lse_PBKM = torch.full(out_PBKMW.shape[:-1], -torch.inf)
 
         def attend(part: _Part) -> None:
-            k_CKH, v_CKW = log.keys_CKH[part.places], log.values_CKW[part.places]
+            k_CKH, v_CKW = log.at(part.places)
             partial = partial_attention(
                 q_BKMH[part.sequence][None],
                 k_CKH.transpose(0, 1)[None],
@@ -151,10 +150,11 @@ class HostAttention:
             mask_BR = rest.age_BR > 0
             if options.window is not None:
                 mask_BR &= rest.age_BR <= options.window
+            own = log.at(rest.index_BR)
             partial = partial_attention(
                 q_BKMH[rest.sequence_B],
-                log.keys_CKH[rest.index_BR].transpose(1, 2),
-                log.values_CKW[rest.index_BR].transpose(1, 2),
+                own.keys_CKH.transpose(1, 2),
+                own.values_CKW.transpose(1, 2),
                 scale=options.scale,
                 mask_BQS=mask_BR[:, None],
                 softcap=options.softcap,

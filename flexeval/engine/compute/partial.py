@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexeval.engine.compute.kernels import has_triton
+from flexeval.engine.kernels import has_triton
 
 
 class Partial(NamedTuple):

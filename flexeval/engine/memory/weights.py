@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flexeval.engine.checkpoint import Checkpoint
+from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.memory.loading import load_layers

@@ -1,8 +1,8 @@
-"""Triton kernels for group-wise 4-bit integers: unpack a run, multiply a few tokens by a matrix as it rests.
+"""Triton kernels that multiply a few tokens by a matrix of 4-bit integers as it rests.
 
-Knows the bytes of `Int4Codec`, which its docstring describes. Needs Triton: import it only where a GPU computes.
+Knows the bytes of `IntegerCodec`, which its docstring describes. Needs Triton: import it only where a GPU computes.
 
-Shapes: R runs, G groups, E numbers of a group, P = E / 2 bytes of its codes, T tokens, I inputs, O outputs.
+Shapes: G groups, E numbers of a group, P = E / 2 bytes of its codes, T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -12,68 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexeval.engine.compute.kernels import num_processors
+from flexeval.engine.kernels import num_processors
 
-_UNPACK_GROUPS = 64
-"""Groups of one program of the unpacking kernel."""
 MAX_TOKENS = 128
 """Up to so many tokens a product with a matrix as it rests is faster than one with an unpacked matrix."""
 _OUTPUTS = 128
 """Outputs of one program of the product."""
 _PROGRAMS_PER_PROCESSOR, _MAX_PARTS = 6, 8
 """A product is split along its inputs until so many programs run on each multiprocessor."""
-
-
-def unpack(packed_RGP: Tensor, affine_RG2: Tensor, out_RGE: Tensor) -> None:
-    """Write minimum + scale * code, for R runs that may lie apart (each of them is contiguous).
-
-    Args:
-        packed_RGP: uint8 codes, the first half of a group in the low nibbles.
-        affine_RG2: float16 scale and minimum of each group.
-        out_RGE: Where the numbers go; any float type.
-    """
-    num_runs, num_groups, num_bytes = packed_RGP.shape
-    affine_RG1 = affine_RG2.view(torch.int32)
-    if num_runs and num_groups:
-        _unpack_kernel[(triton.cdiv(num_groups, _UNPACK_GROUPS), num_runs)](
-            packed_RGP,
-            affine_RG1,
-            out_RGE,
-            packed_RGP.stride(0),
-            affine_RG1.stride(0),
-            out_RGE.stride(0),
-            num_groups,
-            HALF=num_bytes,
-            GROUPS=_UNPACK_GROUPS,
-        )
-
-
-@triton.jit
-def _unpack_kernel(
-    codes,
-    affine,
-    out,
-    codes_stride,
-    affine_stride,
-    out_stride,
-    num_groups,
-    HALF: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    run = tl.program_id(1).to(tl.int64)
-    codes += run * codes_stride
-    affine += run * affine_stride
-    out += run * out_stride
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    place = tl.arange(0, HALF)
-    is_group = group < num_groups
-    packed = tl.load(codes + group[:, None] * HALF + place[None, :], mask=is_group[:, None])
-    scale, minimum = _scale_and_minimum(tl.load(affine + group, mask=is_group, other=0))
-    low = minimum[:, None] + scale[:, None] * (packed & 15).to(tl.float32)
-    high = minimum[:, None] + scale[:, None] * (packed >> 4).to(tl.float32)
-    target = out + group[:, None] * (2 * HALF) + place[None, :]
-    tl.store(target, low.to(out.dtype.element_ty), mask=is_group[:, None])
-    tl.store(target + HALF, high.to(out.dtype.element_ty), mask=is_group[:, None])
 
 
 def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tensor | None) -> Tensor:
