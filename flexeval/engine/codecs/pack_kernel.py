@@ -28,8 +28,7 @@ def unpack(codes_RGP: Tensor, affine_RG2: Tensor, out_RGE: Tensor, *, bits: int)
     """
     num_runs, num_groups, num_bytes = codes_RGP.shape
     if num_runs and num_groups:
-        # Runs come first: there may be more of them than a grid's second dimension takes.
-        _unpack_kernel[(num_runs, triton.cdiv(num_groups, _GROUPS))](
+        _unpack_kernel[(num_runs * triton.cdiv(num_groups, _GROUPS),)](
             codes_RGP,
             affine_RG2,
             out_RGE,
@@ -58,8 +57,9 @@ def _unpack_kernel(
     BYTES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    run = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    num_blocks = tl.cdiv(num_groups, GROUPS)
+    run, block = tl.program_id(0).to(tl.int64) // num_blocks, tl.program_id(0) % num_blocks
+    group = block.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     byte = tl.arange(0, BYTES)
     is_group = group < num_groups
     is_byte = is_group[:, None] & (byte < num_bytes)[None, :]
@@ -174,53 +174,86 @@ def _pack_kernel(
 
 
 @triton.jit
-def places_of(size, SIZE: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, GROUP_ROOM: tl.constexpr):
-    """Which number of a key or value each of a program's is, in the order of `unpacked`; and whether it is one."""
+def numbers_of(
+    size, part: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROOM: tl.constexpr
+):
+    """Which numbers of a key or value the codes in one part of its bytes are, as `codes_of` loads them.
+
+    Returns:
+        Their places, and whether each is one.
+    """
     place = tl.arange(0, SIZE)
-    if BITS == 0:
-        return place, place < size
-    PARTS: tl.constexpr = 8 // BITS
-    BYTES: tl.constexpr = GROUP_SIZE // PARTS
-    GROUP_BYTES: tl.constexpr = GROUP_ROOM // PARTS
-    byte, part = place // PARTS, place % PARTS
-    group, of_group = byte // GROUP_BYTES, byte % GROUP_BYTES
-    number = group * GROUP_SIZE + part * BYTES + of_group
-    return number, (of_group < BYTES) & (number < size)
+    PART: tl.constexpr = GROUP * BITS // 8
+    number = place // ROOM * GROUP + part * PART + place % ROOM
+    return number, (place % ROOM < PART) & (number < size)
 
 
 @triton.jit
-def unpacked(
+def codes_of(
     codes,
     affine,
     is_token,
     size,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_ROOM: tl.constexpr,
-    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
-    """Numbers `[TOKENS, SIZE]` of one head of some tokens, float32: those of a byte side by side."""
-    PARTS: tl.constexpr = 8 // BITS
-    BYTES: tl.constexpr = GROUP_SIZE // PARTS
-    GROUP_BYTES: tl.constexpr = GROUP_ROOM // PARTS
-    GROUPS: tl.constexpr = SIZE // (GROUP_BYTES * PARTS)
-    TOP: tl.constexpr = (1 << BITS) - 1
-    group, byte = tl.arange(0, GROUPS), tl.arange(0, GROUP_BYTES)
-    is_group = is_token[:, None] & (group < size // GROUP_SIZE)[None, :]
-    source = codes[:, None, None] + (group * BYTES)[None, :, None] + byte[None, None, :]
-    packed = tl.load(source, mask=is_group[:, :, None] & (byte < BYTES)[None, None, :], other=0)
+    """Bytes `[tokens, groups, ROOM]` of one head of some tokens, and each group's scale and minimum, float16."""
+    PART: tl.constexpr = GROUP * BITS // 8
+    group, byte = tl.arange(0, SIZE // ROOM), tl.arange(0, ROOM)
+    is_group = is_token[:, None] & (group < size // GROUP)[None, :]
+    source = codes[:, None, None] + (group * PART)[None, :, None] + byte[None, None, :]
+    packed = tl.load(source, mask=is_group[:, :, None] & (byte < PART)[None, None, :], other=0)
     pair = affine[:, None] + 2 * group[None, :]
-    scale = tl.load(pair, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
-    minimum = tl.load(pair + 1, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
-    first = minimum + scale * (packed & TOP).to(tl.float32)
-    if PARTS == 1:
-        numbers = first
-    elif PARTS == 2:
-        numbers = tl.join(first, minimum + scale * (packed >> BITS).to(tl.float32))
+    scale = tl.load(pair, mask=is_group, other=0.0)
+    minimum = tl.load(pair + 1, mask=is_group, other=0.0)
+    return packed, scale, minimum
+
+
+@triton.jit
+def part_of(packed, scale, minimum, part: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """The numbers in one part of the bytes, rounded once."""
+    code = (packed >> (part * BITS)) & ((1 << BITS) - 1)
+    numbers = minimum[:, :, None].to(tl.float32) + scale[:, :, None].to(tl.float32) * code.to(tl.float32)
+    return numbers.to(dtype)
+
+
+@triton.jit
+def nibbles_of(packed, scale, minimum, dtype: tl.constexpr):
+    """Both parts of bytes with two codes, rounded once.
+
+    In float16 two numbers at a time: bits 0x6400 + code are the number 1024 + code, which a subtraction makes exact.
+    """
+    if dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, bias;
+            mov.b32 bias, 0x64006400;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shr.u32 c, a, 4;
+            shr.u32 d, b, 4;
+            lop3.b32 a, a, 0x000f000f, bias, 0xea;
+            lop3.b32 b, b, 0x000f000f, bias, 0xea;
+            lop3.b32 c, c, 0x000f000f, bias, 0xea;
+            lop3.b32 d, d, 0x000f000f, bias, 0xea;
+            sub.f16x2 a, a, bias;
+            sub.f16x2 b, b, bias;
+            sub.f16x2 c, c, bias;
+            sub.f16x2 d, d, bias;
+            fma.rn.f16x2 $0, a, $5, $7;
+            fma.rn.f16x2 $1, b, $6, $8;
+            fma.rn.f16x2 $2, c, $5, $7;
+            fma.rn.f16x2 $3, d, $6, $8;
+            }""",
+            "=r,=r,=r,=r,r,r,r,r,r",
+            [packed, scale[:, :, None], minimum[:, :, None]],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
     else:
-        second = minimum + scale * ((packed >> BITS) & TOP).to(tl.float32)
-        third = minimum + scale * ((packed >> 2 * BITS) & TOP).to(tl.float32)
-        fourth = minimum + scale * (packed >> 3 * BITS).to(tl.float32)
-        numbers = tl.join(tl.join(first, third), tl.join(second, fourth))
-    return tl.reshape(numbers, (TOKENS, SIZE))
+        low = part_of(packed, scale, minimum, 0, 4, dtype)
+        high = part_of(packed, scale, minimum, 1, 4, dtype)
+    return low, high

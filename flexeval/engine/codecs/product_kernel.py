@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexeval.engine.codecs.pack_kernel import nibbles_of
 from flexeval.engine.kernels import num_processors
 
 MAX_TOKENS = 128
@@ -103,7 +104,9 @@ def _multiply_kernel(
         source = codes + ((row[:, None] + group[None, :]) * HALF)[:, :, None] + place[None, None, :]
         packed = tl.load(source, mask=is_group[None, :, None], other=0)
         pair = tl.load(affine + row[:, None] + group[None, :], mask=is_group[None, :], other=0)
-        low, high = _dequantize(packed, pair, x.dtype.element_ty)
+        scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        low, high = nibbles_of(packed, scale, minimum, x.dtype.element_ty)
         inputs = step * (2 * HALF) + byte // HALF * (2 * HALF) + byte % HALF
         x_source = x + token[:, None] * num_inputs + inputs[None, :]
         x_low = tl.load(x_source, mask=is_token[:, None] & (inputs < num_inputs)[None, :], other=0.0)
@@ -128,54 +131,3 @@ def _sum_kernel(
     if HAS_BIAS:
         total += tl.load(bias + value % num_outputs, mask=is_value, other=0.0).to(tl.float32)
     tl.store(y + value, total.to(y.dtype.element_ty), mask=is_value)
-
-
-@triton.jit
-def _scale_and_minimum(pair):
-    """Two float16 side by side in 32 bits, as float32."""
-    scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, minimum
-
-
-@triton.jit
-def _dequantize(packed, pair, dtype: tl.constexpr):
-    """Numbers of the low and of the high nibbles, rounded once.
-
-    In float16 two at a time: bits 0x6400 + code are the number 1024 + code, which a subtraction makes exact.
-    """
-    if dtype == tl.float16:
-        scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)[:, :, None]
-        minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)[:, :, None]
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c, d, bias;
-            mov.b32 bias, 0x64006400;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shr.u32 c, a, 4;
-            shr.u32 d, b, 4;
-            lop3.b32 a, a, 0x000f000f, bias, 0xea;
-            lop3.b32 b, b, 0x000f000f, bias, 0xea;
-            lop3.b32 c, c, 0x000f000f, bias, 0xea;
-            lop3.b32 d, d, 0x000f000f, bias, 0xea;
-            sub.f16x2 a, a, bias;
-            sub.f16x2 b, b, bias;
-            sub.f16x2 c, c, bias;
-            sub.f16x2 d, d, bias;
-            fma.rn.f16x2 $0, a, $5, $7;
-            fma.rn.f16x2 $1, b, $6, $8;
-            fma.rn.f16x2 $2, c, $5, $7;
-            fma.rn.f16x2 $3, d, $6, $8;
-            }""",
-            "=r,=r,=r,=r,r,r,r,r,r",
-            [packed, scale, minimum],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-        return low, high
-    scale, minimum = _scale_and_minimum(pair)
-    low = minimum[:, :, None] + scale[:, :, None] * (packed & 15).to(tl.float32)
-    high = minimum[:, :, None] + scale[:, :, None] * (packed >> 4).to(tl.float32)
-    return low.to(dtype), high.to(dtype)

@@ -18,11 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flexeval.engine.codecs.kv_format import CodedFormat, KVLog, PlainFormat
-from flexeval.engine.codecs.pack_kernel import places_of, unpacked
+from flexeval.engine.codecs.pack_kernel import codes_of, nibbles_of, numbers_of, part_of
 from flexeval.engine.kernels import num_processors
 
 _BLOCK_TOKENS = 64
 """Context tokens of one step of a program."""
+_CODED_TOKENS = 32
+"""The same where they rest coded; a single warp unpacks them without waiting for others."""
 _PROGRAMS_PER_PROCESSOR = 4
 """The context is split until about so many programs run on each multiprocessor."""
 
@@ -66,6 +68,7 @@ def decode_attention(
         out_BNZW = q_BNH.new_empty(num_sequences, num_heads, num_splits, value_size, dtype=torch.float32)
         lse_BNZ = q_BNH.new_empty(num_sequences, num_heads, num_splits, dtype=torch.float32)
     source = _source(log)
+    block_tokens = _CODED_TOKENS if log.format.is_lossy else _BLOCK_TOKENS
     _decode_kernel[(num_sequences, num_kv_heads, num_splits)](
         q_BNH,
         *source.tensors,
@@ -83,15 +86,15 @@ def decode_attention(
         index_BS.stride(0),
         HEADS_PER_KV=heads_per_kv,
         HEADS=max(16, triton.next_power_of_2(heads_per_kv)),
-        KEY_SIZE=_padded(key_size, source.group_size),
-        VALUE_SIZE=_padded(value_size, source.group_size),
+        KEY_SIZE=_padded(key_size, source),
+        VALUE_SIZE=_padded(value_size, source),
         BITS=source.bits,
-        GROUP_SIZE=source.group_size,
-        GROUP_ROOM=triton.next_power_of_2(source.group_size),
-        TOKENS=_BLOCK_TOKENS if q_BNH.element_size() == 2 else _BLOCK_TOKENS // 2,
+        GROUP=source.group_size,
+        ROOM=source.room,
+        TOKENS=block_tokens if q_BNH.element_size() == 2 else block_tokens // 2,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
-        num_warps=4,
+        num_warps=1 if log.format.is_lossy and q_BNH.element_size() == 2 else 4,
         num_stages=2,
     )
     if num_splits > 1:
@@ -114,10 +117,15 @@ class _Source(NamedTuple):
     """Keys and values, or their codes; scales and minima of each."""
     strides: tuple[int, int, int, int]
     """From token to token and from head to head: of the first two tensors, and of the last two."""
-    bits: int
-    """Of a code; 0 where there are none."""
-    group_size: int
-    """Numbers that share a scale; 1 where there are none."""
+    bits: int = 8
+    """Of a code."""
+    group_size: int = 1
+    """Numbers that share a scale; 1 where nothing is coded."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of a group in a program: a power of two."""
+        return int(triton.next_power_of_2(self.group_size * self.bits // 8))
 
 
 def _source(log: KVLog) -> _Source:
@@ -125,7 +133,7 @@ def _source(log: KVLog) -> _Source:
     if isinstance(log.format, PlainFormat):
         keys, values = log.format.views(log.data_CB)
         token_stride, head_stride, _ = keys.stride()
-        return _Source((keys, values, keys, values), (token_stride, head_stride, 0, 0), 0, 1)
+        return _Source((keys, values, keys, values), (token_stride, head_stride, 0, 0))
     assert isinstance(log.format, CodedFormat)
     codec, data_CB = log.format.codec, log.data_CB
     codes = codec.num_code_bytes(log.format.shape.num_values)
@@ -144,11 +152,10 @@ def _source(log: KVLog) -> _Source:
     )
 
 
-def _padded(size: int, group_size: int) -> int:
-    """Numbers of a key or value in a program: where there are groups, a power of two of them and of numbers in each."""
+def _padded(size: int, source: _Source) -> int:
+    """Bytes (where nothing is coded, numbers) of a key or value in a program: a power of two of groups."""
     least = 16  # of a product on tensor cores
-    num_groups, in_group = triton.next_power_of_2(size // group_size), triton.next_power_of_2(group_size)
-    return int(max(num_groups, triton.cdiv(least, in_group)) * in_group)
+    return int(source.room * triton.next_power_of_2(max(size // source.group_size, triton.cdiv(least, source.room))))
 
 
 @triton.jit
@@ -179,25 +186,28 @@ def _decode_kernel(
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     BITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_ROOM: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROOM: tl.constexpr,
     TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """The query heads of one KV head of one sequence over one split of its context."""
+    """The query heads of one KV head of one sequence over one split of its context.
+
+    Bytes that hold several codes are several parts of a key: its product with the query is the sum of theirs.
+    """
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads, num_splits = tl.num_programs(1), tl.num_programs(2)
     head = tl.arange(0, HEADS)
-    key_place, is_key = places_of(key_size, KEY_SIZE, BITS, GROUP_SIZE, GROUP_ROOM)
-    value_place, is_value = places_of(value_size, VALUE_SIZE, BITS, GROUP_SIZE, GROUP_ROOM)
     is_head = head < HEADS_PER_KV
     query_head = kv_head * HEADS_PER_KV + head
-    queries = tl.load(
-        q + sequence * query_sequence_stride + query_head[:, None] * query_head_stride + key_place[None, :],
-        mask=is_head[:, None] & is_key[None, :],
-        other=0.0,
-    )
+    q += sequence * query_sequence_stride + query_head[:, None] * query_head_stride
+    queries = _query_part(q, is_head, key_size, 0, KEY_SIZE, BITS, GROUP, ROOM)
+    if BITS < 8:
+        queries_1 = _query_part(q, is_head, key_size, 1, KEY_SIZE, BITS, GROUP, ROOM)
+    if BITS < 4:
+        queries_2 = _query_part(q, is_head, key_size, 2, KEY_SIZE, BITS, GROUP, ROOM)
+        queries_3 = _query_part(q, is_head, key_size, 3, KEY_SIZE, BITS, GROUP, ROOM)
     length = tl.load(lengths + sequence)
     first = 0
     if HAS_WINDOW:
@@ -205,69 +215,137 @@ def _decode_kernel(
     per_split = tl.cdiv(length - first, num_splits)
     start = first + split * per_split
     stop = tl.minimum(start + per_split, length)
+    key_place, value_place = tl.arange(0, KEY_SIZE), tl.arange(0, VALUE_SIZE)
     highest = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     sums = tl.zeros((HEADS, VALUE_SIZE), tl.float32)
+    if BITS < 8:
+        sums_1 = tl.zeros((HEADS, VALUE_SIZE), tl.float32)
+    if BITS < 4:
+        sums_2 = tl.zeros((HEADS, VALUE_SIZE), tl.float32)
+        sums_3 = tl.zeros((HEADS, VALUE_SIZE), tl.float32)
+    index += sequence.to(tl.int64) * index_stride
+    ahead = start + tl.arange(0, TOKENS)
+    place_ahead = tl.load(index + ahead, mask=ahead < stop, other=0)
     for block in range(start, stop, TOKENS):
         token = block + tl.arange(0, TOKENS)
         is_token = token < stop
-        place = tl.load(index + sequence.to(tl.int64) * index_stride + token, mask=is_token, other=0).to(tl.int64)
+        if GROUP == 1:
+            place = tl.load(index + token, mask=is_token, other=0).to(tl.int64)
+        else:  # nothing is loaded ahead by itself: what waits for memory goes first
+            place = place_ahead.to(tl.int64)
+            affine_base = place * affine_token_stride + kv_head * affine_head_stride
         base = place * token_stride + kv_head * head_stride
-        affine_base = place * affine_token_stride + kv_head * affine_head_stride
-        if BITS == 0:
-            block_keys = tl.load(
-                keys + base[None, :] + key_place[:, None], mask=is_token[None, :] & is_key[:, None], other=0.0
-            )
+        if GROUP == 1:
+            is_number = is_token[None, :] & (key_place < key_size)[:, None]
+            block_keys = tl.load(keys + base[None, :] + key_place[:, None], mask=is_number, other=0.0)
+            scores = tl.dot(queries, block_keys, input_precision="ieee")
         else:
-            block_keys = tl.trans(
-                unpacked(
-                    keys + base,
-                    key_affine + affine_base,
-                    is_token,
-                    key_size,
-                    KEY_SIZE,
-                    BITS,
-                    GROUP_SIZE,
-                    GROUP_ROOM,
-                    TOKENS,
-                ).to(queries.dtype)
+            packed, steps, lows = codes_of(
+                keys + base, key_affine + affine_base, is_token, key_size, KEY_SIZE, BITS, GROUP, ROOM
             )
-        scores = tl.dot(queries, block_keys, input_precision="ieee") * scale
+            value_packed, value_steps, value_lows = codes_of(
+                values + base, value_affine + affine_base, is_token, value_size, VALUE_SIZE, BITS, GROUP, ROOM
+            )
+            place_ahead = tl.load(index + token + TOKENS, mask=token + TOKENS < stop, other=0)
+            if BITS == 4:
+                low, high = nibbles_of(packed, steps, lows, queries.dtype)
+                scores = _scores(queries, low, KEY_SIZE) + _scores(queries_1, high, KEY_SIZE)
+            else:
+                scores = _scores(queries, part_of(packed, steps, lows, 0, BITS, queries.dtype), KEY_SIZE)
+            if BITS == 2:
+                scores += _scores(queries_1, part_of(packed, steps, lows, 1, BITS, queries.dtype), KEY_SIZE)
+                scores += _scores(queries_2, part_of(packed, steps, lows, 2, BITS, queries.dtype), KEY_SIZE)
+                scores += _scores(queries_3, part_of(packed, steps, lows, 3, BITS, queries.dtype), KEY_SIZE)
+        scores *= scale
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         scores = tl.where(is_token[None, :], scores, -float("inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp(highest - new_highest)
         weights = tl.exp(scores - new_highest[:, None])
-        if BITS == 0:
-            block_values = tl.load(
-                values + base[:, None] + value_place[None, :], mask=is_token[:, None] & is_value[None, :], other=0.0
-            )
-        else:
-            block_values = unpacked(
-                values + base,
-                value_affine + affine_base,
-                is_token,
-                value_size,
-                VALUE_SIZE,
-                BITS,
-                GROUP_SIZE,
-                GROUP_ROOM,
-                TOKENS,
-            ).to(queries.dtype)
-        sums = sums * shrink[:, None]
-        sums = tl.dot(weights.to(block_values.dtype), block_values, sums, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
         highest = new_highest
+        weights = weights.to(queries.dtype)
+        sums *= shrink[:, None]
+        if BITS < 8:
+            sums_1 *= shrink[:, None]
+        if BITS < 4:
+            sums_2 *= shrink[:, None]
+            sums_3 *= shrink[:, None]
+        if GROUP == 1:
+            is_number = is_token[:, None] & (value_place < value_size)[None, :]
+            block_values = tl.load(values + base[:, None] + value_place[None, :], mask=is_number, other=0.0)
+            sums = tl.dot(weights, block_values, sums, input_precision="ieee")
+        elif BITS == 4:
+            low, high = nibbles_of(value_packed, value_steps, value_lows, queries.dtype)
+            sums = _sums(weights, low, sums, VALUE_SIZE)
+            sums_1 = _sums(weights, high, sums_1, VALUE_SIZE)
+        else:
+            part = part_of(value_packed, value_steps, value_lows, 0, BITS, queries.dtype)
+            sums = _sums(weights, part, sums, VALUE_SIZE)
+        if BITS == 2:
+            part = part_of(value_packed, value_steps, value_lows, 1, BITS, queries.dtype)
+            sums_1 = _sums(weights, part, sums_1, VALUE_SIZE)
+            part = part_of(value_packed, value_steps, value_lows, 2, BITS, queries.dtype)
+            sums_2 = _sums(weights, part, sums_2, VALUE_SIZE)
+            part = part_of(value_packed, value_steps, value_lows, 3, BITS, queries.dtype)
+            sums_3 = _sums(weights, part, sums_3, VALUE_SIZE)
     is_seen = total > 0.0
     divisor = tl.where(is_seen, total, 1.0)
     target = (sequence * num_kv_heads * HEADS_PER_KV + query_head) * num_splits + split
     tl.store(lse + target, tl.where(is_seen, highest + tl.log(divisor), -float("inf")), mask=is_head)
-    tl.store(
-        out + target[:, None].to(tl.int64) * value_size + value_place[None, :],
-        (sums / divisor[:, None]).to(out.dtype.element_ty),
-        mask=is_head[:, None] & is_value[None, :],
-    )
+    out += target[:, None].to(tl.int64) * value_size
+    _store_part(out, sums / divisor[:, None], is_head, value_size, 0, VALUE_SIZE, BITS, GROUP, ROOM)
+    if BITS < 8:
+        _store_part(out, sums_1 / divisor[:, None], is_head, value_size, 1, VALUE_SIZE, BITS, GROUP, ROOM)
+    if BITS < 4:
+        _store_part(out, sums_2 / divisor[:, None], is_head, value_size, 2, VALUE_SIZE, BITS, GROUP, ROOM)
+        _store_part(out, sums_3 / divisor[:, None], is_head, value_size, 3, VALUE_SIZE, BITS, GROUP, ROOM)
+
+
+@triton.jit
+def _query_part(
+    q,
+    is_head,
+    size,
+    part: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROOM: tl.constexpr,
+):
+    """The numbers of queries that meet one part of the keys."""
+    number, is_number = numbers_of(size, part, SIZE, BITS, GROUP, ROOM)
+    return tl.load(q + number[None, :], mask=is_head[:, None] & is_number[None, :], other=0.0)
+
+
+@triton.jit
+def _scores(queries, part, SIZE: tl.constexpr):
+    """Queries times a part of the keys, `[tokens, groups, ROOM]`."""
+    return tl.dot(queries, tl.trans(tl.reshape(part, (part.shape[0], SIZE))), input_precision="ieee")
+
+
+@triton.jit
+def _sums(weights, part, sums, SIZE: tl.constexpr):
+    """Weights times a part of the values, `[tokens, groups, ROOM]`."""
+    return tl.dot(weights, tl.reshape(part, (part.shape[0], SIZE)), sums, input_precision="ieee")
+
+
+@triton.jit
+def _store_part(
+    out,
+    numbers,
+    is_head,
+    size,
+    part: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROOM: tl.constexpr,
+):
+    number, is_number = numbers_of(size, part, SIZE, BITS, GROUP, ROOM)
+    tl.store(out + number[None, :], numbers.to(out.dtype.element_ty), mask=is_head[:, None] & is_number[None, :])
 
 
 @triton.jit
