@@ -163,7 +163,14 @@ class Executor:
                 rows = self._make_rows(maker, plans, on_host)
                 num_fresh = sum(bool(plan.fresh) for plan in plans)
                 with closing(self._make_hidden(len(plans) - num_fresh, num_fresh)) as hidden:
-                    outcomes = self._sweeper.sweep(rows, cache, hidden, on_host, expects_more=scheduler.expects_more)
+                    outcomes = self._sweeper.sweep(
+                        rows,
+                        cache,
+                        hidden,
+                        on_host,
+                        for_later=maker.for_later,
+                        expects_more=scheduler.expects_more,
+                    )
                     for row, hidden_1TD in zip(rows, outcomes, strict=True):
                         with self.trace.phase("head"), self._watch.running():
                             readout = read_row(
@@ -186,6 +193,8 @@ class Executor:
             cache.flush()
         finally:
             drain(self._lanes["host_attention"])  # it reads logs where they rest
+            if self._replay is not None:
+                self._replay.forget_logs()
             cache.close()
             for name, lane in self._lanes.items():
                 drain(lane)

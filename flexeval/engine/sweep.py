@@ -51,20 +51,20 @@ class Sweeper:
         hidden: HiddenStore,
         on_host: Sequence[Collection[int]],
         *,
+        for_later: Callable[[Row], Row],
         expects_more: bool,
     ) -> Iterator[Tensor]:
         """Run all rows through all layers; yield each row's hidden states `[1, T, D]` after the last one, in order.
 
         The next layer's weights, the next row's KV and the next row's hidden states are always on their way while the
         current row is computed; where another sweep is expected, its first layer's weights too. At layer l the CPU
-        attends for the rows `on_host[l]`, while all others are computed.
+        attends for the rows `on_host[l]`, while all others are computed. `for_later` is `RowMaker.for_later`.
         """
         layers = range(self.anatomy.num_layers)
-        cells = [(layer, row) for layer in layers for row in rows if row.index not in on_host[layer]]
         moving = [row.index for row in rows if not hidden.stays(row.index)]
         num_tokens = sum(row.plan.num_tokens for row in rows)
+        is_moving = any(row.compactions for row in rows)
         slabs = self.weights.stream(num_tokens, expects_more=expects_more)
-        context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
         hidden_ahead = ahead(hidden.lane, hidden.load, moving * len(layers), depth=1 if len(moving) > 1 else 0)
         calls: dict[int, list[LayerCall]] = {}
@@ -72,11 +72,15 @@ class Sweeper:
             for row in rows:
                 with self.watch.running():
                     embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
+                    hidden_1TD = embedded.hidden_1TD
                     if row.is_replayed:
                         assert self.replay is not None
-                        self.replay.begin(row.index, embedded.hidden_1TD, embedded.calls)
+                        attend_at = None if is_moving else partial(self._attend_in_place, for_later(row), cache)
+                        hidden_1TD = self.replay.begin(row, embedded, attend_at)
                 calls[row.index] = embedded.calls
-                hidden.save(row.index, embedded.hidden_1TD)
+                hidden.save(row.index, hidden_1TD)
+        cells = [(layer, row) for layer in layers for row in rows if self._is_cell(layer, row, on_host)]
+        context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         with self.trace.phase("layers"):
             for layer in layers:
                 slab = next(slabs)
@@ -91,7 +95,7 @@ class Sweeper:
                     for row in apart
                 ]
                 for row in rows:
-                    if row.index in on_host[layer]:
+                    if not self._is_cell(layer, row, on_host):
                         continue
                     hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)
                     attend = self._attend(layer, row, cache, next(context_ahead))
@@ -108,7 +112,7 @@ class Sweeper:
         with self.watch.running():
             if row.is_replayed:
                 assert self.replay is not None
-                return self.replay.run(layer, row.index, row.plan, hidden_1TD, attend, bind=partial(bind, row))
+                return self.replay.run(layer, row, hidden_1TD, attend, bind=partial(bind, row))
             bind(row)
             return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
 
@@ -125,6 +129,16 @@ class Sweeper:
             inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
             context = cache.store_for_host(layer, row, inputs.k_TKH, inputs.v_TKW)
         return self.host.submit(row, inputs.q_TNH, inputs.options, context)
+
+    def _is_cell(self, layer: int, row: Row, on_host: Sequence[Collection[int]]) -> bool:
+        """Whether a row is run at a layer, and in one go: not in two halves, nor from a recording that goes past it."""
+        if row.is_replayed:
+            assert self.replay is not None
+            return self.replay.attends(row, layer)
+        return row.index not in on_host[layer]
+
+    def _attend_in_place(self, row: Row, cache: KVCache, layer: int) -> Attend | None:
+        return self._attend(layer, row, cache, cache.load(layer, row)) if cache.is_in_place(layer) else None
 
     def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:

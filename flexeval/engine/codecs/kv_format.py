@@ -70,6 +70,10 @@ class KVFormat(Protocol):
         """Fill the bytes of tokens, uint8."""
         ...
 
+    def append(self, keys_TKH: Tensor, values_TKW: Tensor, data_CB: Tensor, places_T: Tensor) -> None:
+        """Fill the bytes of tokens of a log that lie at `places_T`, known to the device alone."""
+        ...
+
     def read(self, data_CB: Tensor, places: Places) -> KeysValues:
         """Keys and values of the tokens at `places`; views where neither places nor bytes ask for more."""
         ...
@@ -101,6 +105,10 @@ class PlainFormat:
         """One copy."""
         torch.cat([keys_TKH, values_TKW], dim=-1, out=self._numbers(out_TB))
 
+    def append(self, keys_TKH: Tensor, values_TKW: Tensor, data_CB: Tensor, places_T: Tensor) -> None:
+        """Put them side by side, and there."""
+        self._numbers(data_CB).index_copy_(0, places_T, torch.cat([keys_TKH, values_TKW], dim=-1))
+
     def read(self, data_CB: Tensor, places: Places) -> KeysValues:
         """Views of a slice."""
         return _split(self._numbers(data_CB)[places], self.shape)
@@ -128,15 +136,16 @@ class CodedFormat:
     def write(self, keys_TKH: Tensor, values_TKW: Tensor, out_TB: Tensor) -> None:
         """Quantize; infinities and NaN come back as NaN."""
         if has_triton(out_TB.device):
-            from flexeval.engine.codecs import pack_kernel
+            return self._pack(keys_TKH, values_TKW, out_TB, None)
+        for part, coded in zip(self.codec.split(out_TB), self._encode(keys_TKH, values_TKW), strict=True):
+            part.copy_(coded)
 
-            bits, group_size = self.codec.bits, self.codec.group_size
-            return pack_kernel.pack(keys_TKH, values_TKW, out_TB, bits=bits, group_size=group_size)
-        numbers_TKX = torch.cat([keys_TKH, values_TKW], dim=-1)
-        codes, affine = self.codec.encode_groups(numbers_TKX.view(-1, self.codec.group_size))
-        codes_TGP, affine_TG2 = self.codec.split(out_TB)
-        codes_TGP.copy_(codes.view(codes_TGP.shape))
-        affine_TG2.copy_(affine.view(affine_TG2.shape))
+    def append(self, keys_TKH: Tensor, values_TKW: Tensor, data_CB: Tensor, places_T: Tensor) -> None:
+        """Quantize to there."""
+        if has_triton(data_CB.device):
+            return self._pack(keys_TKH, values_TKW, data_CB, places_T)
+        for part, coded in zip(self.codec.split(data_CB), self._encode(keys_TKH, values_TKW), strict=True):
+            part.index_copy_(0, places_T, coded)
 
     def read(self, data_CB: Tensor, places: Places) -> KeysValues:
         """Unpack them."""
@@ -148,6 +157,18 @@ class CodedFormat:
         self.codec.decode(found_CB, numbers_CV)
         numbers = numbers_CV.view(*(leading or [len(found_CB)]), self.shape.num_heads, -1)
         return _split(numbers, self.shape)
+
+    def _pack(self, keys_TKH: Tensor, values_TKW: Tensor, data_CB: Tensor, places_T: Tensor | None) -> None:
+        from flexeval.engine.codecs import pack_kernel
+
+        bits, group_size = self.codec.bits, self.codec.group_size
+        pack_kernel.pack(keys_TKH, values_TKW, data_CB, places_T, bits=bits, group_size=group_size)
+
+    def _encode(self, keys_TKH: Tensor, values_TKW: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[T, G, P]`, scales and minima `[T, G, 2]`."""
+        groups = torch.cat([keys_TKH, values_TKW], dim=-1).view(-1, self.codec.group_size)
+        codes, affine = self.codec.encode_groups(groups)
+        return codes.unflatten(0, (len(keys_TKH), -1)), affine.unflatten(0, (len(keys_TKH), -1))
 
 
 def make_format(shape: KVShape, dtype: torch.dtype, coding: KVCoding | None) -> KVFormat:

@@ -74,38 +74,43 @@ def _unpack_kernel(
         tl.store(target + part * num_bytes, number.to(out.dtype.element_ty), mask=is_byte)
 
 
-def pack(keys_TKH: Tensor, values_TKW: Tensor, out_TB: Tensor, *, bits: int, group_size: int) -> None:
+def pack(
+    keys_TKH: Tensor, values_TKW: Tensor, out_CB: Tensor, places_T: Tensor | None, *, bits: int, group_size: int
+) -> None:
     """Code keys and values: a run of each token, its heads in order, of each the key and then the value.
 
     Args:
         keys_TKH: Keys of any float type; a head's numbers lie side by side, as do a value's.
         values_TKW: Values.
-        out_TB: uint8, where the bytes go; tokens may lie apart.
+        out_CB: uint8, where the bytes go; tokens may lie apart.
+        places_T: int64, at which of its tokens; None fills them in order.
         bits: 8, 4 or 2.
         group_size: Numbers of a group; it divides H and W.
     """
     num_tokens, num_heads, key_size = keys_TKH.shape
     value_size = values_TKW.shape[2]
-    assert keys_TKH.stride(2) == values_TKW.stride(2) == out_TB.stride(1) == 1
+    assert keys_TKH.stride(2) == values_TKW.stride(2) == out_CB.stride(1) == 1
     num_groups = num_tokens * num_heads * (key_size + value_size) // group_size
     if num_groups:
         num_bytes = group_size * bits // 8
         num_code_bytes = num_heads * (key_size + value_size) * bits // 8
-        affine = out_TB[:, num_code_bytes:].view(torch.float16)
+        affine = out_CB[:, num_code_bytes:].view(torch.float16)
         _pack_kernel[(triton.cdiv(num_groups, _GROUPS),)](
             keys_TKH,
             values_TKW,
-            out_TB,
+            out_CB,
             affine,
+            places_T,
             *keys_TKH.stride()[:2],
             *values_TKW.stride()[:2],
-            out_TB.stride(0),
+            out_CB.stride(0),
             affine.stride(0),
             num_groups,
             num_heads,
             key_size // group_size,
             value_size // group_size,
             num_bytes,
+            HAS_PLACES=places_T is not None,
             BITS=bits,
             BYTES=triton.next_power_of_2(num_bytes),
             GROUPS=_GROUPS,
@@ -118,6 +123,7 @@ def _pack_kernel(
     values,
     codes,
     affine,
+    places,
     key_token_stride,
     key_head_stride,
     value_token_stride,
@@ -129,6 +135,7 @@ def _pack_kernel(
     key_groups,
     value_groups,
     num_bytes,
+    HAS_PLACES: tl.constexpr,
     BITS: tl.constexpr,
     BYTES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -166,9 +173,12 @@ def _pack_kernel(
         steps = tl.minimum(tl.maximum(steps, 0.0), TOP)
         rounded = (steps + 12582912.0) - 12582912.0  # 1.5 * 2^23: adding it rounds to the nearest even whole number
         packed |= rounded.to(tl.int32) << (BITS * part)
-    target = codes + token * codes_stride + of_token * num_bytes
+    place = token
+    if HAS_PLACES:
+        place = tl.load(places + token, mask=is_group, other=0)
+    target = codes + place * codes_stride + of_token * num_bytes
     tl.store(target[:, None] + byte[None, :], packed.to(tl.uint8), mask=is_byte)
-    pair = affine + token * affine_stride + 2 * of_token
+    pair = affine + place * affine_stride + 2 * of_token
     tl.store(pair, scale, mask=is_group)
     tl.store(pair + 1, minimum, mask=is_group)
 

@@ -60,7 +60,7 @@ class PackedAttention:
             for fresh in row.fresh:
                 self._fresh(q_TNH, k_TKH, v_TKW, options, fresh, out_TNW, lse_TN)
         for decode in row.decode:
-            self._decode(q_TNH, options, row, decode, context.own_log(decode), out_TNW, lse_TN)
+            self._decode(q_TNH, options, decode, context.own_log(decode), out_TNW, lse_TN)
         for span in row.ancestors:
             in_row = span.source.row_start
             if in_row is None:
@@ -105,7 +105,6 @@ class PackedAttention:
     def _decode(
         q_TNH: Tensor,
         options: AttentionOptions,
-        row: Row,
         batch: DecodeBatch,
         log: KVLog,
         out_TNW: Tensor,
@@ -123,14 +122,14 @@ class PackedAttention:
                 batch.lengths_B,
                 out_TNW[tokens],
                 lse_TN[tokens],
-                max_length=batch.max_length,
+                max_length=batch.room,
                 scale=options.scale,
                 window=options.window,
                 softcap=options.softcap,
             )
         mask_BS = batch.is_context_BS
         if options.window is not None:
-            mask_BS = mask_BS & (row.positions_1T[0, tokens, None] - batch.key_position_BS < options.window)
+            mask_BS = mask_BS & (batch.steps_S >= batch.lengths_B[:, None] - options.window)
         own = log.at(batch.index_BS)
         partial = partial_attention(
             q_TNH[tokens][:, :, None],

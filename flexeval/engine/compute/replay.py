@@ -1,8 +1,9 @@
-"""Decode steps in one launch a layer beside attention: what layers launch is recorded, and replayed.
+"""Decode steps in few launches: what layers launch is recorded, and replayed.
 
 A layer is some forty launches from Python; for few tokens they take the host longer than the device. So they are
-recorded once, as CUDA graphs, for rows filled up to a size that recurs. Attention lies between two recordings and stays
-as it is: whom a row attends to changes from step to step. A recording reaches from one layer's attention to the next's.
+recorded once, as CUDA graphs, for rows filled up to a size that recurs. A recording reaches from one layer's attention
+to the next's, for whom a row attends to changes from step to step. Where the same row comes again and again, reading
+and writing its KV in the same places, a second recording takes attention in as well: then a step is one launch.
 Knows how layers are called; neither where weights rest (they may be recorded only where they stay) nor what attention
 does.
 
@@ -11,7 +12,8 @@ Shapes: T tokens of a row, filled up; D model, N query heads, K KV heads, H size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,13 +21,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flexeval.engine.compute.anatomy import Anatomy, LayerCall
+from flexeval.engine.compute.anatomy import Anatomy, Embedded, LayerCall
 from flexeval.engine.compute.port import Attend, AttentionOptions
+from flexeval.engine.compute.row import Row
 from flexeval.engine.compute.tape import Tape, Tapes
 from flexeval.planning.rows import RowPlan
 
 SIZES = (8, 16, 32, 64, 128)
 """Tokens that rows are filled up to; longer rows keep the device busy by themselves."""
+STEADY_STEPS = 4
+"""A row that has come so often is recorded with its attention: that takes the host about as long as ten steps."""
+MAX_STEADY = 8
+"""Such recordings of one row and size that are kept."""
+
+AttendAt = Callable[[int], Attend | None]
+"""The attention of a row at a layer, on places that stay the same as long as `Row.steady` does; None where they do not.
+"""
 
 
 class _Places(NamedTuple):
@@ -42,6 +53,16 @@ class _Stop(NamedTuple):
 
     places: _Places
     options: AttentionOptions
+    next: Tape
+
+
+class _Recording(NamedTuple):
+    """A row's way through all layers."""
+
+    first: Tape
+    """Up to the first stop."""
+    stops: dict[int, _Stop]
+    """By layer."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,10 +79,12 @@ class _Frame:
     """By shape."""
     has_run: set[int] = field(default_factory=set)
     """Layers that ran once as they are to be recorded: their kernels are compiled."""
-    tapes: list[Tape] = field(default_factory=list)
-    """Up to the first attention, from each to the next, and from the last on; empty until all layers have run."""
-    stops: list[_Stop] = field(default_factory=list)
-    """The attention of each layer."""
+    recording: _Recording | None = None
+    """With a stop at every layer; None until all layers have run."""
+    num_seen: Counter[Hashable] = field(default_factory=Counter)
+    """How often a row has come, by what makes rows the same."""
+    steady: dict[Hashable, _Recording] = field(default_factory=dict)
+    """Recordings with attention in them, the one used last at the end."""
 
 
 class Replay:
@@ -80,6 +103,7 @@ class Replay:
         self._bind = bind
         self._tapes: dict[int, Tapes] = {}
         self._frames: dict[tuple[int, int], _Frame] = {}
+        self._current: dict[int, _Recording | None] = {}
         self._is_possible = True
 
     @staticmethod
@@ -87,85 +111,145 @@ class Replay:
         """Tokens that a row is filled up to; None for one that is not for here: too long, or with prompts in it."""
         return None if plan.fresh else next((size for size in SIZES if size >= plan.num_tokens), None)
 
-    def begin(self, row: int, hidden_1TD: Tensor, calls: Sequence[LayerCall]) -> None:
-        """Before the first layer: bring what goes into a row's layers to where they read it."""
-        key = (row, hidden_1TD.shape[1])
-        if row not in self._tapes:
-            self._tapes[row] = self._new_tapes()
+    def begin(self, row: Row, embedded: Embedded, attend_at: AttendAt | None) -> Tensor:
+        """Before the first layer: bring what goes into a row's layers to where they read it, and start.
+
+        Args:
+            row: The row.
+            embedded: What goes into its layers.
+            attend_at: Its attention, which may be recorded; None in a sweep that moves what it reads.
+
+        Returns:
+            Where the row's hidden states are from now on.
+        """
+        key = (row.index, embedded.hidden_1TD.shape[1])
+        if row.index not in self._tapes:
+            self._tapes[row.index] = self._new_tapes()
         if (frame := self._frames.get(key)) is None:
-            frame = self._frames[key] = _make_frame(hidden_1TD, calls)
-        leaves = {layer: tree_flatten(calls[layer])[0] for layer in {layer for layer, _, _ in frame.tensors}}
+            frame = self._frames[key] = _make_frame(embedded.hidden_1TD, embedded.calls)
+        leaves = {layer: tree_flatten(embedded.calls[layer])[0] for layer in {layer for layer, _, _ in frame.tensors}}
         for layer, index, tensor in frame.tensors:
             tensor.copy_(leaves[layer][index])
-        frame.hidden_1TD.copy_(hidden_1TD)
-        layers = range(self._anatomy.num_layers)
-        has_run = len(frame.has_run) == len(layers)
-        if not frame.tapes and has_run and self._is_possible and all(self._bind(layer) for layer in layers):
-            self._record(frame, self._tapes[row])
+        frame.hidden_1TD.copy_(embedded.hidden_1TD)
+        self._current[row.index] = recording = self._recording(frame, row, attend_at)
+        if recording is not None:
+            recording.first.replay()
+        return frame.hidden_1TD
 
-    def run(
-        self, layer: int, row: int, plan: RowPlan, hidden_1TD: Tensor, attend: Attend, *, bind: Callable[[], bool]
-    ) -> Tensor:
+    def attends(self, row: Row, layer: int) -> bool:
+        """Whether a row that has begun will ask for its attention at a layer: it is not in a recording."""
+        recording = self._current[row.index]
+        return recording is None or layer in recording.stops
+
+    def run(self, layer: int, row: Row, hidden_1TD: Tensor, attend: Attend, *, bind: Callable[[], bool]) -> Tensor:
         """One layer on one row, after the layer before it; what comes out is overwritten by the next one.
 
         Args:
-            layer: Which.
-            row: Index of the row in its sweep.
-            plan: Its plan.
+            layer: Which; one at which the row attends.
+            row: The row.
             hidden_1TD: What goes in.
             attend: Attention of the row's tokens, without those that only fill it up.
             bind: Lets the layer compute with its weights, and says whether they will lie where they lie now for ever.
         """
-        frame, num_tokens = self._frames[row, hidden_1TD.shape[1]], plan.num_tokens
-        if not frame.tapes:
-            return self._run(layer, row, hidden_1TD, attend, num_tokens, stays=bind())
-        if layer == 0:
-            frame.tapes[0].replay()
-        else:
-            assert hidden_1TD is frame.hidden_1TD, (layer, row, "has not come from the layer before")
-        places, options = frame.stops[layer]
-        q_TNH, k_TKH, v_TKW, out_TNW = (place[:num_tokens] for place in places)
-        out_TNW.copy_(attend(q_TNH, k_TKH, v_TKW, options))
-        frame.tapes[layer + 1].replay()
+        frame, recording = self._frames[row.index, hidden_1TD.shape[1]], self._current[row.index]
+        if recording is None:
+            return self._run(frame, layer, row, hidden_1TD, attend, stays=bind())
+        stop = recording.stops[layer]
+        q_TNH, k_TKH, v_TKW, out_TNW = (place[: row.plan.num_tokens] for place in stop.places)
+        out_TNW.copy_(attend(q_TNH, k_TKH, v_TKW, stop.options))
+        stop.next.replay()
         return frame.hidden_1TD
 
-    def _run(self, layer: int, row: int, hidden_1TD: Tensor, attend: Attend, num_tokens: int, *, stays: bool) -> Tensor:
+    def forget_logs(self) -> None:
+        """The logs that rows attended to are no more."""
+        for frame in self._frames.values():
+            frame.steady.clear()
+            frame.num_seen.clear()
+        self._current.clear()
+
+    def _run(self, frame: _Frame, layer: int, row: Row, hidden_1TD: Tensor, attend: Attend, *, stays: bool) -> Tensor:
         """The layer as it is."""
-        frame = self._frames[row, hidden_1TD.shape[1]]
 
         def attend_to_tokens(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            out_TNW = _places(frame, q_TNH, k_TKH, v_TKW).out_TNW
-            out_TNW[:num_tokens] = attend(q_TNH[:num_tokens], k_TKH[:num_tokens], v_TKW[:num_tokens], options)
-            return out_TNW
+            return _attend_within(frame, row.plan.num_tokens, attend, q_TNH, k_TKH, v_TKW, options)
 
         if not stays or layer in frame.has_run or not self._is_possible:
             return self._anatomy.run_layer(layer, hidden_1TD, frame.calls[layer], attend_to_tokens)
-        with self._tapes[row].waits() as waits:
+        with self._tapes[row.index].waits() as waits:
             hidden_1TD = self._anatomy.run_layer(layer, hidden_1TD, frame.calls[layer], attend_to_tokens)
         self._is_possible = not waits
         frame.has_run.add(layer)
         return hidden_1TD
 
-    def _record(self, frame: _Frame, tapes: Tapes) -> None:
-        layers = range(self._anatomy.num_layers)
-        recorded = [tapes.new() for _ in range(len(layers) + 1)]
-        stops: list[_Stop] = []
+    def _recording(self, frame: _Frame, row: Row, attend_at: AttendAt | None) -> _Recording | None:
+        """The recording to run a row from, made where it is time to."""
+        if frame.recording is None:
+            layers = range(self._anatomy.num_layers)
+            has_run = len(frame.has_run) == len(layers)
+            if has_run and self._is_possible and all(self._bind(layer) for layer in layers):
+                frame.recording = self._record(frame, row, lambda layer: None)
+            return frame.recording
+        if attend_at is None or (key := row.steady) is None:
+            return frame.recording
+        frame.num_seen[key] += 1
+        if key in frame.steady:
+            frame.steady[key] = frame.steady.pop(key)
+        elif frame.num_seen[key] > STEADY_STEPS:
+            stops = frame.recording.stops
+            has_window = {layer for layer in stops if row.ancestors and stops[layer].options.window is not None}
+            steady = self._record(frame, row, lambda layer: None if layer in has_window else attend_at(layer))
+            frame.steady[key] = steady
+            for oldest in list(frame.steady)[:-MAX_STEADY]:
+                del frame.steady[oldest], frame.num_seen[oldest]
+        return frame.steady.get(key, frame.recording)
 
-        def stop(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            places, layer = _places(frame, q_TNH, k_TKH, v_TKW), len(stops)
-            for place, tensor in zip(places, (q_TNH, k_TKH, v_TKW), strict=False):
-                place.copy_(tensor)
-            recorded[layer].end()
-            recorded[layer + 1].begin()
-            stops.append(_Stop(places, options))
-            return places.out_TNW
-
+    def _record(self, frame: _Frame, row: Row, attend_at: AttendAt) -> _Recording:
+        tapes = self._tapes[row.index]
+        first = tape = tapes.new()
+        stops: dict[int, _Stop] = {}
         with tapes.recording():
-            recorded[0].begin()
-            for layer in layers:
+            tape.begin()
+            for layer in range(self._anatomy.num_layers):
+                attend = attend_at(layer)
+
+                def stop(
+                    q_TNH: Tensor,
+                    k_TKH: Tensor,
+                    v_TKW: Tensor,
+                    options: AttentionOptions,
+                    layer: int = layer,
+                    attend: Attend | None = attend,
+                ) -> Tensor:
+                    nonlocal tape
+                    if attend is not None:
+                        return _attend_within(frame, row.plan.num_tokens, attend, q_TNH, k_TKH, v_TKW, options)
+                    places = _places(frame, q_TNH, k_TKH, v_TKW)
+                    for place, tensor in zip(places, (q_TNH, k_TKH, v_TKW), strict=False):
+                        place.copy_(tensor)
+                    tape.end()
+                    tape = tapes.new()
+                    tape.begin()
+                    stops[layer] = _Stop(places, options, tape)
+                    return places.out_TNW
+
                 frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], stop))
-            recorded[-1].end()
-        frame.tapes, frame.stops = recorded, stops
+            tape.end()
+        return _Recording(first, stops)
+
+
+def _attend_within(
+    frame: _Frame,
+    num_tokens: int,
+    attend: Attend,
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKW: Tensor,
+    options: AttentionOptions,
+) -> Tensor:
+    """Attention of a row's own tokens, without those that only fill it up."""
+    out_TNW = _places(frame, q_TNH, k_TKH, v_TKW).out_TNW
+    out_TNW[:num_tokens] = attend(q_TNH[:num_tokens], k_TKH[:num_tokens], v_TKW[:num_tokens], options)
+    return out_TNW
 
 
 def _make_frame(hidden_1TD: Tensor, calls: Sequence[LayerCall]) -> _Frame:

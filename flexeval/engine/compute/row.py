@@ -7,8 +7,9 @@ Shapes: T tokens of the row, B sequences, L longest of them, S longest context.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,8 @@ PADDING_LIMIT = 1.25
 """Fresh spans share a padded batch while the longest is at most this times the shortest ..."""
 PADDING_TOKENS = 16
 """... or at most this many tokens longer."""
-SPARE_STEPS = 64
-"""Steps that a group's contexts have room for on the device before they are laid out anew."""
+SPARE_STEPS, ROOM_STEPS = 64, 256
+"""Steps that a group's contexts have room for on the device at least, and of what their room is a multiple."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,70 +47,107 @@ class Runs(NamedTuple):
     """Tokens of the longest."""
 
 
+@dataclass(frozen=True, kw_only=True)  # without slots, which leave nothing to cache in
 class DecodeBatch:
     """One new token for each sequence of a group."""
 
-    def __init__(self, span: DecodeSpan, contexts: _Contexts):
-        self.span = span
-        """Which log and which tokens of the row."""
-        self.max_length = contexts.max_length
-        """S, the longest context."""
-        self.index_BS = contexts.index_BS[:, : contexts.max_length]
-        """int32: place of each context token in the log, the new token included; padding repeats place 0."""
-        self.lengths_B = contexts.lengths_B
-        """int32: tokens of each context."""
-        self._first_positions_B1 = contexts.first_positions_B1
-        self._is_context_BS: Tensor | None = None
+    span: DecodeSpan
+    """Which log and which tokens of the row."""
+    index_BS: Tensor
+    """int32: place of each context token in the log, the new token included; padding repeats place 0."""
+    lengths_B: Tensor
+    """int32: tokens of each context."""
+    last_place_B: Tensor
+    """int64: place of each new token."""
+    room: int
+    """Tokens that contexts have room for where they lie now: in so far, the tensors stay the same from step to step."""
+    address: int
+    """Equal for tensors that lie in the same place."""
 
     @property
     def num_sequences(self) -> int:
         """B."""
         return self.index_BS.shape[0]
 
-    @property
+    @cached_property
     def is_context_BS(self) -> Tensor:
         """False where `index_BS` is padding."""
-        if self._is_context_BS is None:
-            self._is_context_BS = self._steps_S < self.lengths_B[:, None]
-        return self._is_context_BS
+        return self.steps_S < self.lengths_B[:, None]
 
     @property
-    def key_position_BS(self) -> Tensor:
-        """Position of each context token."""
-        return self._first_positions_B1 + self._steps_S
-
-    @property
-    def _steps_S(self) -> Tensor:
-        return torch.arange(self.max_length, device=self.index_BS.device)
+    def steps_S(self) -> Tensor:
+        """Which token of a context stands at each place of `index_BS`."""
+        return torch.arange(self.index_BS.shape[1], device=self.index_BS.device)
 
 
 class _Contexts:
-    """The contexts of a group's sequences on the device: kept from sweep to sweep, one column longer each time."""
+    """The contexts of a group's sequences on the device: kept from sweep to sweep, one column longer each time.
 
-    def __init__(self, span: DecodeSpan, device: torch.device):
-        lengths = np.array([len(tokens) for tokens in span.own_tokens])
-        self.version = span.version
-        self.max_length = int(lengths.max())
-        index_BS = np.zeros((len(lengths), self.max_length + SPARE_STEPS), dtype=np.int32)
-        for row, tokens in zip(index_BS, span.own_tokens, strict=True):
+    They are laid out anew where sequences have come or gone, in the same place as long as there is room.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._version: int | None = None
+        self._num_sequences = self._max_length = 0
+        self._address = 0
+        self._index = self._lengths = torch.zeros(0, 0, dtype=torch.int32, device=device)
+        self._last_place = self._order = torch.zeros(0, dtype=torch.int64, device=device)
+
+    def batch(self, span: DecodeSpan) -> DecodeBatch:
+        """A step of the group."""
+        if span.version == self._version and self._max_length < self._index.shape[1]:
+            self._append(span)
+        else:
+            self._lay_out(span)
+        num = self._num_sequences
+        return DecodeBatch(
+            span=span,
+            index_BS=self._index[:num, : self._max_length],
+            lengths_B=self._lengths[:num],
+            last_place_B=self._last_place[:num],
+            room=self._index.shape[1],
+            address=self._address,
+        )
+
+    def whole(self, batch: DecodeBatch) -> DecodeBatch:
+        """The same with all the room that there is: it holds for later steps as well."""
+        return replace(batch, index_BS=self._index[: batch.num_sequences])
+
+    def _lay_out(self, span: DecodeSpan) -> None:
+        lengths = np.array([len(tokens) for tokens in span.own_tokens], dtype=np.int32)
+        num, longest = len(lengths), int(lengths.max())
+        if num > self._index.shape[0] or longest > self._index.shape[1]:
+            self._make_room(num, longest)
+        index = np.zeros((num, longest), dtype=np.int32)
+        for row, tokens in zip(index, span.own_tokens, strict=True):
             row[: len(tokens)] = tokens
-        self.index_BS = _move(index_BS, device)
-        self.lengths_B = _move(lengths.astype(np.int32), device)
-        self.first_positions_B1 = _move(np.array(span.first_own_positions)[:, None], device)
-        self._last_B1 = _move(lengths[:, None] - 1, device)
-        self._sequence_B1 = torch.arange(len(lengths), dtype=torch.int32, device=device)[:, None]
+        self._version, self._num_sequences, self._max_length = span.version, num, longest
+        self._index.zero_()  # padding that whoever gathers can read
+        self._index[:num, :longest].copy_(torch.from_numpy(index), non_blocking=True)
+        self._lengths[:num].copy_(torch.from_numpy(lengths), non_blocking=True)
+        places = np.array([tokens[-1] for tokens in span.own_tokens], dtype=np.int64)
+        self._last_place[:num].copy_(torch.from_numpy(places), non_blocking=True)
 
-    def can_append(self, span: DecodeSpan) -> bool:
-        """Whether the group's next step adds nothing but one token to each context, and there is room for it."""
-        return span.version == self.version and self.max_length < self.index_BS.shape[1]
-
-    def append(self, span: DecodeSpan) -> None:
+    def _append(self, span: DecodeSpan) -> None:
         """Add the step's tokens, which lie at the end of the log in the order of the sequences."""
-        self.max_length += 1
-        assert self.max_length == max(map(len, span.own_tokens)), (span.group, self.max_length)
-        self._last_B1 += 1
-        self.lengths_B += 1
-        self.index_BS.scatter_(1, self._last_B1, self._sequence_B1 + span.log_length)
+        num = self._num_sequences
+        self._max_length += 1
+        assert self._max_length == max(map(len, span.own_tokens)), (span.group, self._max_length)
+        torch.add(self._order[:num], span.log_length, out=self._last_place[:num])
+        place_B1 = self._lengths[:num, None].long()
+        self._index[:num].scatter_(1, place_B1, self._last_place[:num, None].int())
+        self._lengths[:num] += 1
+
+    def _make_room(self, num_sequences: int, length: int) -> None:
+        """Larger tensors than before; those before stay as they are for whoever still has them."""
+        rows = max(num_sequences, self._index.shape[0])
+        columns = -(-(length + SPARE_STEPS) // ROOM_STEPS) * ROOM_STEPS
+        self._address += 1
+        self._index = torch.zeros(rows, columns, dtype=torch.int32, device=self._device)
+        self._lengths = torch.zeros(rows, dtype=torch.int32, device=self._device)
+        self._last_place = torch.zeros(rows, dtype=torch.int64, device=self._device)
+        self._order = torch.arange(rows, device=self._device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +189,18 @@ class Row:
     def ancestors(self) -> tuple[AncestorSpan, ...]:
         """What tokens see before their own context."""
         return self.plan.ancestors
+
+    @property
+    def steady(self) -> Hashable:
+        """Equal for rows that decode from the same places: their launches are the same. None where there are none such.
+
+        Positions are left out: only windows over ancestors ask for them.
+        """
+        if self.fresh or self.compactions:
+            return None
+        own = tuple((batch.span.group, batch.span.start, batch.num_sequences, batch.address) for batch in self.decode)
+        above = tuple((span.start, span.length, span.num_keys, span.source) for span in self.ancestors)
+        return own, above
 
 
 class RowMaker:
@@ -202,13 +252,15 @@ class RowMaker:
         assert (np.diff(bounds) == lengths).all(), (bounds, lengths, "fresh spans lie back to back")
         return Runs(_move(bounds, self._device), max(lengths))
 
+    def for_later(self, row: Row) -> Row:
+        """The row with contexts that hold for its next steps as well, as far as they have room."""
+        decode = tuple(self._contexts[batch.span.group].whole(batch) for batch in row.decode)
+        return replace(row, decode=decode)
+
     def _decode(self, span: DecodeSpan) -> DecodeBatch:
-        contexts = self._contexts.get(span.group)
-        if contexts is not None and contexts.can_append(span):
-            contexts.append(span)
-        else:
-            contexts = self._contexts[span.group] = _Contexts(span, self._device)
-        return DecodeBatch(span, contexts)
+        if span.group not in self._contexts:
+            self._contexts[span.group] = _Contexts(self._device)
+        return self._contexts[span.group].batch(span)
 
 
 def _move(values: Integers, device: torch.device) -> Tensor:

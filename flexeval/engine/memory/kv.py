@@ -138,7 +138,7 @@ class KVCache:
         for compaction in row.compactions:
             held[compaction.group] = self._compact(logs[compaction.group], compaction, rooms.get(compaction.group, 0))
         for batch in row.decode:
-            if batch.span.group not in held and batch.span.group in logs:
+            if batch.span.group in logs and batch.span.group not in held:
                 log, span = logs[batch.span.group], batch.span
                 held[span.group] = self._read(log, 0, span.log_length, room=batch.num_sequences)
         ancestors: dict[KeySource, KVLog] = {}
@@ -171,14 +171,19 @@ class KVCache:
         for span in row.plan.scratch:
             tokens = slice(span.start, span.start + span.length)
             self._scratch[span.node] = KeysValues(*(part[tokens] for part in seen))
+        places = {batch.span.group: batch.last_place_B for batch in row.decode}
         for keep in row.plan.keeps:
-            self._append(layer, keep, given, coded_TB, context)
+            self._append(layer, keep, given, coded_TB, places.get(keep.group), context)
         return seen
 
     def store_for_host(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor) -> HostContext:
         """The same for a row that nothing was loaded for; where the CPU finds what the row reads."""
         self.store(layer, row, keys_TKH, values_TKW, LoadedContext({}, {}, {}))
         return HostContext({group: self._logs[layer, group] for group in self._groups(row)})
+
+    def is_in_place(self, layer: int) -> bool:
+        """Whether a layer's logs lie, for as long as this cache, where the compute device reads and writes them."""
+        return self._tiers[layer].is_addressable
 
     def end_layer(self) -> None:
         """Forget the scratch: the sweep moves on to the next layer."""
@@ -205,9 +210,9 @@ class KVCache:
         return groups | {span.source.group for span in row.ancestors if span.source.group is not None}
 
     def _read(self, log: _Log, start: int, num_tokens: int, *, room: int) -> Tensor:
-        """Tokens of a log on the device, with room for more behind them; in place where that is possible."""
+        """Tokens of a log on the device, with room for more behind them; in place, where that is possible."""
         if (view := log.extent.view()) is not None:
-            return log.tokens(view)[start : start + num_tokens + room]
+            return log.tokens(view)[start:] if room else log.tokens(view)[start : start + num_tokens]
         if log.last_write is not None:
             log.last_write.wait()
         token_bytes = log.format.token_bytes
@@ -231,10 +236,23 @@ class KVCache:
         return tokens_CB[: num_tokens + room]
 
     def _append(
-        self, layer: int, keep: Keep, given: KeysValues, coded_TB: Tensor | None, context: LoadedContext
+        self,
+        layer: int,
+        keep: Keep,
+        given: KeysValues,
+        coded_TB: Tensor | None,
+        places_B: Tensor | None,
+        context: LoadedContext,
     ) -> None:
+        """Add tokens to a log; those of sequences that decode, `places_B`, where the device's own index says."""
         log = self._log(layer, keep.group, given)
         own, view = context.own.get(keep.group), log.extent.view()
+        if view is not None and places_B is not None:
+            [(start, length)] = keep.spans
+            row = slice(start, start + length)
+            log.format.append(given.keys_CKH[row], given.values_CKW[row], log.tokens(view), places_B)
+            context.own[keep.group] = KVLog(log.format, log.tokens(view))
+            return
         place = slice(keep.log_start, keep.log_start + keep.num_tokens)
         if view is not None:
             tokens_CB = log.tokens(view)[place]
