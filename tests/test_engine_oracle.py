@@ -170,15 +170,16 @@ def answers_on_coded_kv(family: str, coding: KVCoding) -> list[TokenResult]:
 def check_kv(family: str, policy: Policy, coding: KVCoding, folder: Path, device: torch.device) -> None:
     """Prompts that are only scored see coded keys and values as well.
 
-    A number in a hundred thousand lies so near the edge between two codes that float32's rounding decides; so what
-    differs is held against what coding does.
+    A number in a hundred thousand lies so near the edge between two codes that float32's rounding decides, and a router
+    may choose another expert then; so what differs is held against what coding does.
     """
     expected, plain = answers_on_coded_kv(family, coding), tiny_case(family).expected
     measured = run(family, policy, tiny_case(family).requests, folder, kv_coding=coding, device=device)
     assert [result.token_ids for result in measured] == [result.token_ids for result in expected]
     difference = prompt_logprobs(measured) - prompt_logprobs(expected)
     effect = prompt_logprobs(expected) - prompt_logprobs(plain)
-    assert difference.norm() < (0.1 if coding.bits == 8 else 0.02) * effect.norm()
+    share = 0.1 if coding.bits == 8 else 0.02 if device == CPU else 0.05
+    assert difference.norm() < share * effect.norm()
 
 
 def prompt_logprobs(results: list[TokenResult]) -> torch.Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from dispatch_tapes import DispatchTapes
+from test_engine_int4 import CodecWithoutUnpacking
 from test_engine_placement import coming_and_going
 from tiny_models import FAMILIES, assert_equal_results, dequantized, tiny_case, tiny_config, tiny_model
 from torch import Tensor
 
 from flexeval.backends.transformers import answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
-from flexeval.engine.codecs.codec import IntegerCodec
+from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.replay import SIZES, Replay
@@ -51,9 +52,10 @@ def run(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     *,
+    codec: Codec | None = None,
     kv_coding: KVCoding | None = None,
 ) -> list[TokenResult]:
-    """Without tapes nothing is replayed."""
+    """What is answered the second time. Without tapes nothing is replayed."""
     monkeypatch.setattr(
         Executor,
         "_make_replay",
@@ -66,12 +68,13 @@ def run(
         anatomy,
         checkpoint,
         policy,
-        codec=None,
+        codec=codec,
         kv_coding=kv_coding,
         device=device,
         disk_tier=DiskTier(folder),
         overlap=False,
     ) as executor:
+        executor.execute(requests)
         return executor.execute(requests)
 
 
@@ -103,11 +106,16 @@ STEADY_POLICIES = {
 }
 
 
-@pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=str)
+@pytest.mark.parametrize(("codec", "coding"), [(None, None), (CodecWithoutUnpacking(16), KVCoding(4, 64))])
 @pytest.mark.parametrize("policy", STEADY_POLICIES)
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "gemma3_text"])
 def test_rows_that_come_again_are_replayed_with_their_attention(
-    family: str, policy: str, coding: KVCoding | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    policy: str,
+    codec: Codec | None,
+    coding: KVCoding | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sequences under headers come and go, a few stay long."""
     requests = [
@@ -128,7 +136,8 @@ def test_rows_that_come_again_are_replayed_with_their_attention(
 
     monkeypatch.setattr(KVCache, "load", counting_load)
     monkeypatch.setattr(Replay, "begin", counting_begin)
-    measured = run(family, STEADY_POLICIES[policy], requests, DispatchTapes(), tmp_path, monkeypatch, kv_coding=coding)
+    coded = {"codec": codec, "kv_coding": coding}
+    measured = run(family, STEADY_POLICIES[policy], requests, DispatchTapes(), tmp_path, monkeypatch, **coded)
     on_disk = [1, 3] if policy == "half on disk" else []
     windowed = [0, 2] if family in ("gemma2", "gemma3_text") else []
     for layer in range(4):
@@ -138,17 +147,17 @@ def test_rows_that_come_again_are_replayed_with_their_attention(
             assert loads[layer] < 0.6 * steps.total(), (layer, loads, steps)
         else:
             assert loads[layer] >= steps[True] > loads[layer] / 2, "under a window it matters where an ancestor lies"
-    plain = run(family, STEADY_POLICIES[policy], requests, None, tmp_path, monkeypatch, kv_coding=coding)
+    plain = run(family, STEADY_POLICIES[policy], requests, None, tmp_path, monkeypatch, **coded)
     # Rows that are filled up round differently, which moves a code now and then.
     assert_equal_results(measured, plain, tolerance=1e-4 if coding is None else 3e-3)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=str)
+@pytest.mark.parametrize(("codec", "coding"), [(None, None), (IntegerCodec(4, 32), KVCoding(4, 64))])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
 def test_on_a_gpu_rows_that_come_again_are_replayed_with_their_attention(
-    family: str, share: float, coding: KVCoding | None, monkeypatch: pytest.MonkeyPatch
+    family: str, share: float, codec: Codec | None, coding: KVCoding | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_replays, replay = 0, CudaTape.replay
 
@@ -171,7 +180,7 @@ def test_on_a_gpu_rows_that_come_again_are_replayed_with_their_attention(
         monkeypatch.setattr("flexeval.engine.compute.replay.STEADY_STEPS", num_steady)
         num_before = num_replays
         with Executor(
-            anatomy, checkpoint, policy, codec=None, kv_coding=coding, device=device, disk_tier=None
+            anatomy, checkpoint, policy, codec=codec, kv_coding=coding, device=device, disk_tier=None
         ) as executor:
             results.append(executor.execute(requests))
             results.append(executor.execute(requests))

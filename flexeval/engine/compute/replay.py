@@ -184,9 +184,7 @@ class Replay:
     def _recording(self, frame: _Frame, row: Row, attend_at: AttendAt | None) -> _Recording | None:
         """The recording to run a row from, made where it is time to."""
         if frame.recording is None:
-            layers = range(self._anatomy.num_layers)
-            has_run = len(frame.has_run) == len(layers)
-            if has_run and self._is_possible and all(self._bind(layer) for layer in layers):
+            if self._is_possible and len(frame.has_run) == self._anatomy.num_layers:
                 frame.recording = self._record(frame, row, lambda layer: None)
             return frame.recording
         if attend_at is None or (key := row.steady) is None:
@@ -198,12 +196,16 @@ class Replay:
             stops = frame.recording.stops
             has_window = {layer for layer in stops if row.ancestors and stops[layer].options.window is not None}
             steady = self._record(frame, row, lambda layer: None if layer in has_window else attend_at(layer))
+            assert steady is not None, "layers have been recorded before"
             frame.steady[key] = steady
             for oldest in list(frame.steady)[:-MAX_STEADY]:
                 del frame.steady[oldest], frame.num_seen[oldest]
         return frame.steady.get(key, frame.recording)
 
-    def _record(self, frame: _Frame, row: Row, attend_at: AttendAt) -> _Recording:
+    def _record(self, frame: _Frame, row: Row, attend_at: AttendAt) -> _Recording | None:
+        """Record all layers; None where the weights of one do not stay where they are."""
+        if not all(self._bind(layer) for layer in range(self._anatomy.num_layers)):
+            return None
         tapes = self._tapes[row.index]
         first = tape = tapes.new()
         stops: dict[int, _Stop] = {}
