@@ -201,8 +201,9 @@ def test_the_cpu_attends_in_stretches_too(
     family: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts here are short: with short stretches, cut in parts, all ways through the CPU's attention are taken."""
-    monkeypatch.setattr("flexeval.planning.stretches.MIN_TOKENS", 4)
-    monkeypatch.setattr("flexeval.engine.compute.host_attention.PART_TOKENS", 4)
+    for least, num_tokens in (("MIN_LENGTH", 2), ("MIN_TOKENS", 4), ("MIN_PART_TOKENS", 4)):
+        monkeypatch.setattr(f"flexeval.planning.stretches.{least}", num_tokens)
+    monkeypatch.setattr("flexeval.engine.compute.host_plan.SHARES_PER_THREAD", 40)
     policy = Policy(host_attention=share, row_tokens=40, group_sequences=2, num_groups=3)
     case = tiny_case(family)
     assert_equal_results(run(family, policy, case.requests, tmp_path, overlap=True), case.expected)

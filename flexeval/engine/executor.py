@@ -128,7 +128,6 @@ class Executor:
     def close(self) -> None:
         """Give back memory, threads and files."""
         self._close_lanes()
-        self._host.close()
         self._weights.close()
         self.tiers.close()
 

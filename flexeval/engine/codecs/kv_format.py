@@ -111,7 +111,10 @@ class PlainFormat:
 
     def read(self, data_CB: Tensor, places: Places) -> KeysValues:
         """Views of a slice."""
-        return _split(self._numbers(data_CB)[places], self.shape)
+        numbers = self._numbers(data_CB)
+        if isinstance(places, slice):
+            return _split(numbers[places], self.shape)
+        return _split(numbers.index_select(0, places.reshape(-1)).unflatten(0, places.shape), self.shape)
 
     def views(self, data_CB: Tensor) -> KeysValues:
         """All of them where they lie."""
