@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,19 +45,15 @@ class _Log:
         return data.view(-1, self.format.token_bytes)
 
 
-class LoadedContext:
-    """What one row reads at one layer, on the compute device."""
+class LoadedContext(NamedTuple):
+    """What one row reads at one layer, on the compute device. A tuple, so that its lane finds the tensors to lend."""
 
-    def __init__(
-        self,
-        own: dict[int, KVLog],
-        ancestors: dict[KeySource, KVLog],
-        scratch: dict[int, KeysValues],
-    ):
-        self.own = own
-        """By group, its log with room for the step's new tokens."""
-        self._ancestors = ancestors
-        self._scratch = scratch
+    own: dict[int, KVLog]
+    """By group, its log with room for the step's new tokens."""
+    ancestors: dict[KeySource, KVLog]
+    """What was read of other logs."""
+    scratch: Mapping[int, KeysValues]
+    """By node, what earlier rows of this sweep left."""
 
     def own_log(self, batch: DecodeBatch) -> KVLog:
         """The log of a decode batch."""
@@ -64,8 +62,8 @@ class LoadedContext:
     def ancestor(self, span: AncestorSpan) -> KeysValues:
         """An ancestor: from an earlier row of this sweep, or from a log."""
         if span.source.scratch_node is not None:
-            return self._scratch[span.source.scratch_node]
-        return self._ancestors[span.source].at(slice(None))
+            return self.scratch[span.source.scratch_node]
+        return self.ancestors[span.source].at(slice(None))
 
 
 class HostContext:
@@ -152,7 +150,7 @@ class KVCache:
                 tokens_CB = self._read(logs[source.group], source.log_start, ancestor.num_keys, room=0)
             ancestors[source] = KVLog(logs[source.group].format, tokens_CB)
         own = {group: KVLog(logs[group].format, held[group]) for group in rooms if group in held}
-        return LoadedContext(own, ancestors, self._scratch)
+        return LoadedContext(own, ancestors, MappingProxyType(self._scratch))  # which is not looked through
 
     def store(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> KeysValues:
         """Take the KV of a row's new tokens: into logs, and into the scratch for later rows of the sweep.
