@@ -159,7 +159,7 @@ class Executor:
                 plans = scheduler.plan_sweep()
                 self._begin_sweep(plans)
                 on_host = host_rows(plans, is_on_host=self._is_kv_on_host, share=self.policy.host_attention)
-                rows = self._make_rows(maker, plans, on_host)
+                rows = self._make_rows(maker, plans)
                 num_fresh = sum(bool(plan.fresh) for plan in plans)
                 with closing(self._make_hidden(len(plans) - num_fresh, num_fresh)) as hidden:
                     outcomes = self._sweeper.sweep(
@@ -209,18 +209,17 @@ class Executor:
         return peak
 
     def _make_replay(self) -> Replay | None:
-        """Recordings are of layers that lie on the device for good, and whose experts need not be fetched."""
+        """Recordings are of layers whose experts need not be fetched."""
         has_experts = any(experts is not None for experts in self._anatomy.experts)
-        if self._device.type != "cuda" or has_experts or not self.tiers.is_home(self.policy.weights):
+        if self._device.type != "cuda" or has_experts:
             return None
-        return Replay(self._anatomy, lambda: CudaTapes(self._device), self._weights.bind_in_place)
+        stream = torch.cuda.Stream(self._device)
+        return Replay(self._anatomy, lambda: CudaTapes(stream), self._weights.bind_in_place)
 
-    def _make_rows(self, maker: RowMaker, plans: Sequence[RowPlan], on_host: Sequence[frozenset[int]]) -> list[Row]:
-        """Rows that stop for the CPU are not replayed."""
+    def _make_rows(self, maker: RowMaker, plans: Sequence[RowPlan]) -> list[Row]:
         sizes = [None if self._replay is None else self._replay.size(plan) for plan in plans]
-        stopping = frozenset().union(*on_host)
         return [
-            maker.make(index, plan, replayed_size=None if index in stopping else size)
+            maker.make(index, plan, replayed_size=size)
             for index, (plan, size) in enumerate(zip(plans, sizes, strict=True))
         ]
 

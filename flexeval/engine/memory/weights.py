@@ -164,6 +164,11 @@ class WeightStore:
         self._bound, self._is_bound[layer] = bound, stays
         return stays
 
+    def place(self, layer: int, slab: Tensor, *, row_tokens: int) -> int | None:
+        """Where a layer's tensors lie for a row of so many tokens; None if they are unpacked first, over others."""
+        is_unpacked = self._layouts[layer].num_coded_values and row_tokens > self._few_tokens[layer]
+        return None if is_unpacked else slab.data_ptr()
+
     def bind_in_place(self, layer: int) -> bool:
         """Let a layer compute rows of few tokens with its tensors where they lie; False where they do not stay."""
         self.begin_layer()
