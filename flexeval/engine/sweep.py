@@ -107,8 +107,12 @@ class Sweeper:
                     call = calls[row.index][layer]
                     hidden.save(row.index, self._run(layer, row, hidden_1TD, call, attend, weights(row)))
                 for row, transfer in zip(apart, attended, strict=True):
-                    call, hidden_1TD = calls[row.index][layer], hidden.load(row.index)
-                    hidden.save(row.index, self._go_on(layer, row, hidden_1TD, call, transfer.wait(), weights(row)))
+                    out_TNW, hidden_1TD, call = (
+                        self.host.take(transfer),
+                        hidden.load(row.index),
+                        calls[row.index][layer],
+                    )
+                    hidden.save(row.index, self._go_on(layer, row, hidden_1TD, call, out_TNW, weights(row)))
                 cache.end_layer()
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
 

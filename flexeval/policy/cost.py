@@ -29,8 +29,8 @@ NUM_BUFFERS = 2
 """Staging buffers of anything that streams: one is used while the next is filled."""
 KERNELS_PER_CALL = 24
 """Kernels a decoder layer launches: 7 matrix products, 2 norms, rotary, attention, activation, residuals, KV append."""
-OPERATIONS_PER_LOAD = 800
-"""Small operations that take as long as Python from one load of KV to the next: 3 to 4 ms, measured on a GPU."""
+OPERATIONS_PER_LOAD = 400
+"""Small operations that take as long as Python from one load of KV to the next: about 2 ms beside a GPU's lanes."""
 LOGITS_CHUNK_BYTES = 256 * 2**20
 """Most bytes of 32-bit logits made at once."""
 LOGITS_COPIES = 3

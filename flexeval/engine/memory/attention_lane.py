@@ -31,8 +31,16 @@ class AttentionLane:
         give_spare_cores(lambda take: lane.submit(take).wait())
 
     def submit(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Transfer[Tensor]:
-        """Attend for a row, whose new tokens' KV has been stored: output `[T, N, W]` on the compute device."""
+        """Attend for a row, whose new tokens' KV has been stored: output `[T, N, W]`, for `take`."""
         return self._lane.submit(self._attend, row, q_TNH, options, context)
+
+    def take(self, attended: Transfer[Tensor]) -> Tensor:
+        """The output on the compute device.
+
+        It is sent for by whoever waits for it: on the lane's own stream it would stand behind gigabytes of weights and
+        KV in the link's queue, and the next row's queries behind it.
+        """
+        return attended.wait().to(self._device, non_blocking=True)
 
     def _attend(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Tensor:
         context.wait()
@@ -44,6 +52,4 @@ class AttentionLane:
             torch.cuda.current_stream().synchronize()
         out_TNW, num_keys = self._attention(q_TNH, options, row, context)
         self._trace.moved("host_attention", num_keys * context.token_bytes)
-        if self._device.type == "cuda":
-            out_TNW = out_TNW.pin_memory()
-        return out_TNW.to(self._device, non_blocking=True)
+        return out_TNW.pin_memory() if self._device.type == "cuda" else out_TNW
