@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexeval.engine.codecs.kv_format import CodedFormat, KeysValues, KVCoding, KVFormat, KVLog, KVShape, make_format
 from flexeval.engine.compute.attention import PackedAttention
+from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.port import AttentionOptions
-from flexeval.engine.compute.row import DecodeBatch, RowMaker
+from flexeval.engine.compute.row import RowMaker
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, KeySource, RowPlan
 from flexeval.planning.stretches import Layout, lay_out
 

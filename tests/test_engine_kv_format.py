@@ -126,7 +126,7 @@ def test_a_gpu_writes_the_same_bytes(shape: KVShape, coding: KVCoding, dtype: to
 def test_decode_attention_reads_tokens_as_they_lie(
     shape: KVShape, coding: KVCoding | None, dtype: torch.dtype, window: int | None
 ) -> None:
-    from flexeval.engine.compute.decode_kernel import decode_attention
+    from flexeval.engine.compute.decode import decode_attention
 
     log, _ = written(shape, coding, dtype, "cuda")
     q_BNH = torch.randn(3, 2 * shape.num_heads, shape.key_size, device="cuda").to(dtype)
@@ -150,7 +150,7 @@ def test_decode_attention_reads_tokens_as_they_lie(
 @pytest.mark.parametrize("coding", CODINGS[1:], ids=str)
 def test_large_logs_give_the_same_every_time(coding: KVCoding) -> None:
     """Large enough that every multiprocessor is at work: races show here."""
-    from flexeval.engine.compute.decode_kernel import decode_attention
+    from flexeval.engine.compute.decode import decode_attention
 
     shape = KVShape(56, 128, 128)
     form = CodedFormat(shape, torch.float16, coding)

@@ -18,7 +18,8 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.row import Row
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
-from flexeval.engine.memory.kv import KVCache, LoadedContext
+from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.memory.kv_context import LoadedContext
 from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, Transfer, ahead, drain
 from flexeval.policy.policy import Policy
 

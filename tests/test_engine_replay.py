@@ -25,7 +25,8 @@ from flexeval.engine.compute.row import Row
 from flexeval.engine.compute.tape import CudaTape
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
-from flexeval.engine.memory.kv import KVCache, LoadedContext
+from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.memory.kv_context import LoadedContext
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.planning.rows import DecodeSpan, FreshSpan, RowPlan
 from flexeval.policy.policy import Policy, Split

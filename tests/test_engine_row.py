@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
-from flexeval.engine.compute import row as rows
+from flexeval.engine.compute import contexts
+from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.readout import Readout, Tokens
-from flexeval.engine.compute.row import DecodeBatch, RowMaker
+from flexeval.engine.compute.row import RowMaker
 from flexeval.engine.scheduler import Scheduler
 from flexeval.planning.rows import RowPlan
 from flexeval.policy.policy import Policy
@@ -36,8 +37,8 @@ def assert_is(batch: DecodeBatch, plan: RowPlan) -> None:
 
 
 def test_contexts_stay_on_the_device_and_grow(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "SPARE_STEPS", 2)
-    monkeypatch.setattr(rows, "ROOM_STEPS", 3)
+    monkeypatch.setattr(contexts, "SPARE_STEPS", 2)
+    monkeypatch.setattr(contexts, "ROOM_STEPS", 3)
     rng = random.Random(0)
     requests = [
         TokenRequest(

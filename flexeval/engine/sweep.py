@@ -18,7 +18,8 @@ from flexeval.engine.compute.replay import LayerWeights, Replay
 from flexeval.engine.compute.row import Row
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.hidden import HiddenStore
-from flexeval.engine.memory.kv import KVCache, LoadedContext
+from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.memory.kv_context import LoadedContext
 from flexeval.engine.memory.lane import Transfer, ahead
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.stopwatch import Stopwatch

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexeval.engine.codecs.pack_kernel import nibbles_of
+from flexeval.engine.codecs.codes_kernel import nibbles_of
 from flexeval.engine.kernels import num_processors
 
 MAX_TOKENS = 128

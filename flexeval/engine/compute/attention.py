@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flexeval.engine.codecs.kv_format import KeysValues, KVLog
+from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.partial import (
     Partial,
     merge_into,
@@ -23,7 +24,7 @@ from flexeval.engine.compute.partial import (
     varlen_attention,
 )
 from flexeval.engine.compute.port import AttentionOptions
-from flexeval.engine.compute.row import DecodeBatch, FreshBatch, Row
+from flexeval.engine.compute.row import FreshBatch, Row
 from flexeval.engine.kernels import has_triton
 from flexeval.planning.rows import AncestorSpan
 
@@ -113,7 +114,7 @@ class PackedAttention:
         """One query per sequence over its own context, read where it lies or gathered from the log."""
         tokens = slice(batch.span.start, batch.span.start + batch.num_sequences)
         if has_triton(q_TNH.device):
-            from flexeval.engine.compute.decode_kernel import decode_attention
+            from flexeval.engine.compute.decode import decode_attention
 
             return decode_attention(
                 q_TNH[tokens],

@@ -21,6 +21,7 @@ from flexeval.engine.compute.anatomy import Anatomy, Embedded
 from flexeval.engine.compute.frame import Frame, Places
 from flexeval.engine.compute.port import Attend, AttentionInputs, AttentionOptions
 from flexeval.engine.compute.row import Row
+from flexeval.engine.compute.steady import AttendAt, Steady, leave, record_steady, within
 from flexeval.engine.compute.tape import Tape, Tapes
 from flexeval.planning.rows import RowPlan
 
@@ -30,10 +31,6 @@ STEADY_STEPS = 4
 """A row that has come so often is recorded with its attention: that takes the host about as long as ten steps."""
 MAX_STEADY = 8
 """Such recordings of one row and size that are kept."""
-
-AttendAt = Callable[[int], Attend | None]
-"""The attention of a row at a layer, on places that stay the same as long as `Row.steady` does; None where they do not.
-"""
 
 
 class LayerWeights(NamedTuple):
@@ -54,23 +51,6 @@ class _Halves(NamedTuple):
     options: AttentionOptions
 
 
-class _Stop(NamedTuple):
-    """Between two tapes: a layer's attention."""
-
-    places: Places
-    options: AttentionOptions
-    next: Tape
-
-
-class _Steady(NamedTuple):
-    """A row's way through all layers."""
-
-    first: Tape
-    """Up to the first stop."""
-    stops: dict[int, _Stop]
-    """By layer."""
-
-
 class _Records:
     """What was recorded for one row of a sweep and one size."""
 
@@ -85,7 +65,7 @@ class _Records:
         """Whose first half has been launched."""
         self.num_seen: Counter[Hashable] = Counter()
         """How often a row has come, by what makes rows the same."""
-        self.steady: dict[Hashable, _Steady] = {}
+        self.steady: dict[Hashable, Steady] = {}
         """By the same; the one used last at the end."""
 
 
@@ -105,7 +85,7 @@ class Replay:
         self._bind = bind
         self._tapes: dict[int, Tapes] = {}
         self._records: dict[tuple[int, int], _Records] = {}
-        self._steady: dict[int, _Steady | None] = {}  # by row, in this sweep
+        self._steady: dict[int, Steady | None] = {}  # by row, in this sweep
         self._is_possible = self._stays = True
 
     @staticmethod
@@ -203,7 +183,7 @@ class Replay:
         frame = records.frame
 
         def run() -> None:
-            attend_within = _within(frame, row, attend)
+            attend_within = within(frame, row.plan.num_tokens, attend)
             frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], attend_within))
 
         if weights.place is None or layer in records.has_run or not self._is_possible:
@@ -230,7 +210,7 @@ class Replay:
         reached: list[_Halves] = []
 
         def stop(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            places = _leave(frame, q_TNH, k_TKH, v_TKW)
+            places = leave(frame, q_TNH, k_TKH, v_TKW)
             before.end()
             after.begin()
             reached.append(_Halves(before, after, places, options))
@@ -242,7 +222,7 @@ class Replay:
             after.end()
         return reached[0]
 
-    def _find_steady(self, records: _Records, row: Row, attend_at: AttendAt) -> _Steady | None:
+    def _find_steady(self, records: _Records, row: Row, attend_at: AttendAt) -> Steady | None:
         """The recording of a row that has come often, made where it is time to."""
         key = row.steady
         if key is None or not self._stays:
@@ -255,60 +235,19 @@ class Replay:
             has_window = {layer for (layer, _), halves in records.halves.items() if halves.options.window is not None}
             if not self._stays or len(records.halves) < self._anatomy.num_layers:
                 return None
-            records.steady[key] = self._record_steady(
-                records, row, lambda layer: None if row.ancestors and layer in has_window else attend_at(layer)
+            records.steady[key] = record_steady(
+                self._anatomy,
+                records.frame,
+                records.tapes,
+                lambda layer: None if row.ancestors and layer in has_window else attend_at(layer),
+                row.plan.num_tokens,
             )
             for oldest in list(records.steady)[:-MAX_STEADY]:
                 del records.steady[oldest], records.num_seen[oldest]
         return records.steady.get(key)
-
-    def _record_steady(self, records: _Records, row: Row, attend_at: AttendAt) -> _Steady:
-        frame, tapes = records.frame, records.tapes
-        first = tape = tapes.new()
-        stops: dict[int, _Stop] = {}
-        with tapes.recording():
-            tape.begin()
-            for layer in range(self._anatomy.num_layers):
-                attend = attend_at(layer)
-
-                def stop(
-                    q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions, layer: int = layer
-                ) -> Tensor:
-                    nonlocal tape
-                    places = _leave(frame, q_TNH, k_TKH, v_TKW)
-                    tape.end()
-                    tape = tapes.new()
-                    tape.begin()
-                    stops[layer] = _Stop(places, options, tape)
-                    return places.out_TNW
-
-                attend = stop if attend is None else _within(frame, row, attend)
-                frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], attend))
-            tape.end()
-        return _Steady(first, stops)
 
 
 def _inputs(places: Places, options: AttentionOptions, row: Row) -> AttentionInputs:
     """What attention takes of a row's own tokens, without those that only fill it up."""
     num_tokens = row.plan.num_tokens
     return AttentionInputs(places.q_TNH[:num_tokens], places.k_TKH[:num_tokens], places.v_TKW[:num_tokens], options)
-
-
-def _leave(frame: Frame, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor) -> Places:
-    """Bring what attention takes to where it will be found."""
-    places = frame.places(q_TNH, k_TKH, v_TKW)
-    for place, tensor in zip(places, (q_TNH, k_TKH, v_TKW), strict=False):
-        place.copy_(tensor)
-    return places
-
-
-def _within(frame: Frame, row: Row, attend: Attend) -> Attend:
-    """Attention of a row's own tokens, and of those that fill it up any."""
-    num_tokens = row.plan.num_tokens
-
-    def attend_within(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-        out_TNW = frame.places(q_TNH, k_TKH, v_TKW).out_TNW
-        out_TNW[:num_tokens] = attend(q_TNH[:num_tokens], k_TKH[:num_tokens], v_TKW[:num_tokens], options)
-        return out_TNW
-
-    return attend_within

@@ -13,7 +13,7 @@ from torch import Tensor
 from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
-from flexeval.engine.memory.kv import HostContext
+from flexeval.engine.memory.kv_context import HostContext
 from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.trace import Trace
 from flexeval.team import give_spare_cores

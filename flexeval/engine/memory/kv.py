@@ -14,90 +14,21 @@ Shapes: T new tokens of a row, C tokens of a log, B bytes of a token, K KV heads
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVFormat, KVLog, KVShape, make_format
-from flexeval.engine.compute.row import CompactionBatch, DecodeBatch, Row
+from flexeval.engine.compute.row import CompactionBatch, Row
+from flexeval.engine.memory.kv_context import HostContext, LoadedContext, Log
 from flexeval.engine.memory.lane import Lane, Transfer, drain
-from flexeval.engine.memory.tier import Extent, Tier
+from flexeval.engine.memory.tier import Tier
 from flexeval.engine.trace import Trace
-from flexeval.planning.rows import AncestorSpan, Keep, KeySource
+from flexeval.planning.rows import Keep, KeySource
 
 COMPACTED_TOKENS = 4096
 """Tokens of a log that move at a time."""
-
-
-@dataclass(slots=True)
-class _Log:
-    """One group's tokens at one layer."""
-
-    extent: Extent
-    format: KVFormat
-    last_write: Transfer[None] | None = None
-
-    def tokens(self, data: Tensor) -> Tensor:
-        """Bytes as tokens `[C, B]`."""
-        return data.view(-1, self.format.token_bytes)
-
-
-class LoadedContext(NamedTuple):
-    """What one row reads at one layer, on the compute device. A tuple, so that its lane finds the tensors to lend."""
-
-    own: dict[int, KVLog]
-    """By group, its log with room for the step's new tokens."""
-    ancestors: dict[KeySource, KVLog]
-    """What was read of other logs."""
-    scratch: Mapping[int, KeysValues]
-    """By node, what earlier rows of this sweep left."""
-
-    def own_log(self, batch: DecodeBatch) -> KVLog:
-        """The log of a decode batch."""
-        return self.own[batch.span.group]
-
-    def ancestor(self, span: AncestorSpan) -> KeysValues:
-        """An ancestor: from an earlier row of this sweep, or from a log."""
-        if span.source.scratch_node is not None:
-            return self.scratch[span.source.scratch_node]
-        return self.ancestors[span.source].at(slice(None))
-
-
-class HostContext:
-    """What one row reads at one layer, in host memory, where it rests."""
-
-    def __init__(self, logs: dict[int, _Log]):
-        self._logs = logs
-        self._writes = [log.last_write for log in logs.values() if log.last_write is not None]
-
-    @property
-    def token_bytes(self) -> int:
-        """Keys and values of one token."""
-        return next(iter(self._logs.values())).format.token_bytes
-
-    def wait(self) -> None:
-        """Have the caller's stream see all that was to be written when this was made; the host may be ahead of it."""
-        for write in self._writes:
-            write.wait()
-
-    def own_log(self, batch: DecodeBatch) -> KVLog:
-        """The log of a decode batch."""
-        return self._in_place(batch.span.group)
-
-    def ancestor(self, span: AncestorSpan) -> KeysValues:
-        """An ancestor of sequences that decode: always in a log."""
-        assert span.source.group is not None, span
-        places = slice(span.source.log_start, span.source.log_start + span.num_keys)
-        return self._in_place(span.source.group).at(places)
-
-    def _in_place(self, group: int) -> KVLog:
-        log = self._logs[group]
-        memory = log.extent.memory()
-        assert memory is not None and memory.device.type == "cpu", "the CPU attends in host memory only"
-        return KVLog(log.format, log.tokens(memory))
 
 
 class KVCache:
@@ -125,7 +56,7 @@ class KVCache:
         self._lane_out = lane_out
         self.lane_in = lane_in
         self._trace = trace
-        self._logs: dict[tuple[int, int], _Log] = {}
+        self._logs: dict[tuple[int, int], Log] = {}
         self._scratch: dict[int, KeysValues] = {}
 
     def load(self, layer: int, row: Row) -> LoadedContext:
@@ -207,7 +138,7 @@ class KVCache:
         groups = {batch.span.group for batch in row.decode} | {compaction.group for compaction in row.compactions}
         return groups | {span.source.group for span in row.ancestors if span.source.group is not None}
 
-    def _read(self, log: _Log, start: int, num_tokens: int, *, room: int) -> Tensor:
+    def _read(self, log: Log, start: int, num_tokens: int, *, room: int) -> Tensor:
         """Tokens of a log on the device, with room for more behind them; in place, where that is possible."""
         if (view := log.extent.view()) is not None:
             return log.tokens(view)[start:] if room else log.tokens(view)[start : start + num_tokens]
@@ -219,7 +150,7 @@ class KVCache:
         self._trace.moved("kv_in", num_tokens * token_bytes)
         return log.tokens(buffer)
 
-    def _compact(self, log: _Log, compaction: CompactionBatch, room: int) -> Tensor:
+    def _compact(self, log: Log, compaction: CompactionBatch, room: int) -> Tensor:
         """Rewrite a log, where it rests and as it is read: a part at a time, so that no second copy is needed.
 
         Tokens only move up, and in their order: what a part overwrites has been moved before.
@@ -271,18 +202,18 @@ class KVCache:
         if keep.log_start == 0 and own is None:  # a log that there was not when the row was loaded
             context.own[keep.group] = KVLog(log.format, tokens_CB)
 
-    def _write(self, log: _Log, before: Transfer[None] | None, start: int, tokens_CB: Tensor) -> None:
+    def _write(self, log: Log, before: Transfer[None] | None, start: int, tokens_CB: Tensor) -> None:
         if before is not None:
             before.wait()  # done long since, on this very lane: a failure is handed on to whoever reads the log
         log.extent.write(tokens_CB.reshape(-1), start * log.format.token_bytes)
         self._trace.moved("kv_out", tokens_CB.numel())
 
-    def _log(self, layer: int, group: int, given: KeysValues) -> _Log:
+    def _log(self, layer: int, group: int, given: KeysValues) -> Log:
         """The log, made when its first tokens arrive: only then is the layer's shape known."""
         if (layer, group) not in self._logs:
             form = _format_of(given, self._coding)
             extent = self._tiers[layer].allocate(self._capacities[group] * form.token_bytes)
-            self._logs[layer, group] = _Log(extent, form)
+            self._logs[layer, group] = Log(extent, form)
         return self._logs[layer, group]
 
 
