@@ -10,6 +10,7 @@ import pytest
 from tiny_directory import write_tiny_model
 
 from flexeval.backends.accelerate import AccelerateBackend
+from flexeval.backends.deepspeed import DeepSpeedBackend
 from flexeval.backends.loading import open_model
 from flexeval.bench.engine import EngineJob, measure_engine
 from flexeval.bench.peers import PEERS, PeerJob, check_peers, measure_peer
@@ -168,8 +169,23 @@ def test_deepspeed_answers_what_transformers_answers(source: ModelSource) -> Non
 
 def test_peers_are_checked_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    check_peers(PEERS[:2])
+    check_peers(PEERS[:2], "cpu")
     with pytest.raises(ConfigError, match=r"pip install 'flexeval\[deepspeed\]'"):
-        check_peers(["deepspeed"])
+        check_peers(["deepspeed"], "cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+    with pytest.raises(ConfigError, match="deepspeed needs a GPU"):
+        check_peers(["deepspeed"], "cpu")
     with pytest.raises(ConfigError, match="transformers, accelerate, deepspeed"):
-        check_peers(["vllm"])
+        check_peers(["vllm"], "cpu")
+
+
+def test_deepspeed_says_what_it_lacks_before_weights_are_loaded(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setattr("flexeval.backends.offloaded.load_whole", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match="deepspeed needs a GPU"):
+        DeepSpeedBackend(source, device="cpu")
+    monkeypatch.setattr("flexeval.backends.deepspeed.check_usable", lambda device: None)
+    with pytest.raises(CapacityError, match="--cpu-memory"):
+        DeepSpeedBackend(source, device="cpu", limits=Limits(cpu_bytes=100_000))

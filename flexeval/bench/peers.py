@@ -28,15 +28,15 @@ _WARM_UP_TOKENS = 2
 """A warm-up generates so many: a prompt's pass and a step after it."""
 
 
-def check_peers(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a peer that there is not, or that is not installed."""
+def check_peers(names: Sequence[str], device: str) -> None:
+    """Raise `ConfigError` for a peer that there is not, or that cannot run on `device` here."""
     for name in names:
         if name not in PEERS:
             raise ConfigError(f"unknown peer {name!r}", where="--peer", mend=f"Peers are: {', '.join(PEERS)}")
         if name == "deepspeed":
-            from flexeval.backends.deepspeed import check_installed
+            from flexeval.backends.deepspeed import check_usable
 
-            check_installed()
+            check_usable(pick_device(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,7 +128,7 @@ def _check(options: BenchOptions) -> None:
     if options.scale and not isinstance(options.work, SyntheticWork):
         raise ConfigError("a suite has only so many questions", where="--scale", mend="Leave out --suite")
     Engine.check_options(**_engine_options(options))
-    check_peers(options.peers)
+    check_peers(options.peers, options.device)
 
 
 def _choose(
