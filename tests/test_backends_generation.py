@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from policy_cases import OPT_30B
 from tiny_directory import write_tiny_model
-from tiny_models import assert_equal_results, ragged_requests, tiny_case, tiny_model
+from tiny_models import FAMILIES, assert_equal_results, ragged_requests, tiny_case, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
 
 from flexeval.backends import generation
 from flexeval.backends.batching import batch_bytes, largest_batch
 from flexeval.backends.generation import BatchAnswer, answer_batch, top_logprobs
-from flexeval.backends.transformers import TransformersBackend
+from flexeval.backends.transformers import TransformersBackend, _fill_buffers
 from flexeval.errors import CapacityError
 from flexeval.request import Request, TokenRequest
 
@@ -79,6 +81,17 @@ def test_a_batch_that_runs_out_of_memory_is_halved_for_good(model: Path, monkeyp
     assert [a.token_ids for a in tight.generate(REQUESTS[:3])] == [a.token_ids for a in expected.generate(REQUESTS[:3])]
     assert tight.generator.batch_size == 1, "three ran out of memory: half of three"
     assert sizes[:2] == [3, 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_buffers_that_no_checkpoint_holds_are_transformers_own(family: str) -> None:
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(copy.deepcopy(tiny_config(family)))
+    _fill_buffers(built)
+    expected = dict(tiny_model(family).named_buffers())
+    for name, buffer in built.named_buffers():
+        if name not in built.state_dict():
+            assert torch.equal(buffer, expected[name]), name
 
 
 def test_not_even_one_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

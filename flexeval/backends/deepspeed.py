@@ -6,7 +6,6 @@ A peer to measure the engine against, set up as DeepSpeed's own example does (De
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ class DeepSpeedBackend(OffloadedBackend):
             torch.distributed.destroy_process_group()
 
     def _check(self, opened: OpenModel) -> None:
-        check_usable(self._device)
+        check_gpu(self._device)
         num_bytes = opened.anatomy.resident_bytes + self._shape.num_layers * self._shape.layer_compute_bytes
         if self._limits.cpu_bytes is not None and num_bytes > self._limits.cpu_bytes:
             what = f"deepspeed holds all weights ({format_size(num_bytes)}) in host memory"
@@ -57,11 +56,8 @@ class DeepSpeedBackend(OffloadedBackend):
         return size
 
 
-def check_usable(device: torch.device) -> None:
-    """Raise `ConfigError` where the package or a GPU is missing."""
-    if importlib.util.find_spec("deepspeed") is None:
-        mend = "Run pip install 'flexeval[deepspeed]'"
-        raise ConfigError("the peer deepspeed is not installed", where="--peer", mend=mend)
+def check_gpu(device: torch.device) -> None:
+    """Raise `ConfigError` where there is no GPU to compute on."""
     if device.type != "cuda":
         raise ConfigError("the peer deepspeed needs a GPU", where="--peer", mend="Leave it out")
 

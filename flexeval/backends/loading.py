@@ -68,7 +68,7 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
         anatomy=anatomy,
         checkpoint=RandomCheckpoint(anatomy) if source.is_dummy else SafetensorsCheckpoint(anatomy, source.directory),
         text=TextHalf(
-            source.tokenizer_dir,
+            lambda: source.tokenizer_dir,  # a dummy's is fetched, if it is needed at all
             vocab_size=config.get_text_config().vocab_size,
             context_length=anatomy.context_length,
             eos_ids=_eos_ids(source, config),

@@ -5,6 +5,7 @@ Knows which peers there are and how each is loaded.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from flexeval.backends.backend import Backend
+from flexeval.backends.deepspeed import check_gpu
 from flexeval.backends.generation import Generator
 from flexeval.backends.loading import cap_gpu_memory, pick_device
 from flexeval.bench.figures import PhaseFigures, SystemFigures, TokenFigures
@@ -33,10 +35,10 @@ def check_peers(names: Sequence[str], device: str) -> None:
     for name in names:
         if name not in PEERS:
             raise ConfigError(f"unknown peer {name!r}", where="--peer", mend=f"Peers are: {', '.join(PEERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"the peer {name} is not installed", where="--peer", mend=f"Run pip install {name}")
         if name == "deepspeed":
-            from flexeval.backends.deepspeed import check_usable
-
-            check_usable(pick_device(device))
+            check_gpu(pick_device(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,7 @@ class SyntheticWork:
                 max_tokens=0 if self.is_scoring else self.gen_len,
                 echo=self.is_scoring,
                 ignore_eos=True,
+                detokenize=False,
             )
             for _ in range(num_requests)
         ]
