@@ -88,6 +88,7 @@ def test_a_suite_s_own_prompts_are_measured(
         (["--suite", "demo", "--scale", "1,4"], "--scale"),
         (["--scale", "four"], "--scale 1,4,16"),
         (["--gpu-memory", "lots"], "16GiB"),
+        (["--gpu-memory", "16GiB", "--device", "cpu"], "computed on the CPU"),
         (["--model", "dummy:opt-31b"], "opt-30b"),
         (["--prompt-len", "0"], "--prompt-len"),
     ],

@@ -91,6 +91,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
 
 
+def check_gpu_limit(limits: Limits, device: torch.device) -> None:
+    """Raise `ConfigError` for a limit on a GPU's memory where nothing is computed on one: it would limit nothing."""
+    if device.type != "cuda" and limits.gpu_bytes is not None:
+        raise ConfigError(
+            "layers are computed on the CPU, which has no GPU memory to limit",
+            where="--gpu-memory",
+            mend="Leave it out, or compute on a GPU with --device cuda",
+        )
+
+
 def cap_gpu_memory(limits: Limits, device: torch.device) -> None:
     """Let this process take no more of a GPU than was given: a bound, not a wish."""
     if device.type == "cuda" and limits.gpu_bytes is not None:
