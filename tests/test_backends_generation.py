@@ -14,10 +14,11 @@ from tiny_models import FAMILIES, assert_equal_results, ragged_requests, tiny_ca
 from transformers import AutoModelForCausalLM
 
 from flexeval.backends import generation
-from flexeval.backends.batching import batch_bytes, largest_batch
-from flexeval.backends.generation import BatchAnswer, answer_batch, top_logprobs
+from flexeval.backends.batching import batch_bytes, largest_batch, streamed_bytes
+from flexeval.backends.padded_batch import BatchAnswer, answer_batch, top_logprobs
 from flexeval.backends.transformers import TransformersBackend, _fill_buffers
 from flexeval.errors import CapacityError
+from flexeval.policy.hardware import GPU_USABLE_SHARE
 from flexeval.request import Request, TokenRequest
 
 CPU = torch.device("cpu")
@@ -27,8 +28,12 @@ CPU = torch.device("cpu")
 def test_ragged_sequences_answer_together_as_alone(family: str) -> None:
     answered = answer_batch(tiny_model(family), ragged_requests(), device=CPU)
     assert_equal_results(answered.results, tiny_case(family).expected)
-    assert answered.num_steps == 8, "as many as the longest needs after its first token"
-    assert answered.prefill_s > 0 and answered.decode_s > 0
+    trace = answered.trace
+    assert trace.num_steps == 8, "as many as the longest needs after its first token"
+    assert trace.prefill_s > 0 and trace.decode_s > 0
+    assert trace.num_prompt_tokens == sum(len(request.prompt_ids) for request in ragged_requests())
+    assert trace.num_generated_tokens == sum(len(result.token_ids) for result in answered.results)
+    assert trace.num_decode_tokens == trace.num_generated_tokens - 6, "six of nine generate"
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +113,11 @@ def token_requests(count: int, num_prompt: int = 512, num_generated: int = 32) -
 
 
 def test_the_largest_batch_is_what_was_found_by_hand() -> None:
-    """OPT-30B, prompt 512, generate 32, in 24 GiB: 16 sequences ran and 32 did not."""
-    room = 24 * 2**30 - 2 * OPT_30B.layer_compute_bytes - OPT_30B.resident_bytes
-    assert largest_batch(OPT_30B, token_requests(64), room) == 16
-    assert largest_batch(OPT_30B, token_requests(5), room) == 4, "no larger than there are requests"
+    """OPT-30B, prompt 512, generate 32, in 24 GiB: 20 sequences ran under ZeRO-Inference and 32 did not."""
+    room = int(GPU_USABLE_SHARE * 24 * 2**30) - streamed_bytes(OPT_30B)
+    assert largest_batch(OPT_30B, token_requests(64), room) == 20
+    assert largest_batch(OPT_30B, token_requests(7), room) == 7, "no larger than there are requests"
+    assert largest_batch(OPT_30B, token_requests(64), 3 * batch_bytes(OPT_30B, token_requests(1), 1)) == 3
 
 
 def test_scoring_prompts_takes_room_for_their_logits() -> None:

@@ -1,4 +1,4 @@
-"""`flexeval bench` where there is a GPU and little else: no HELM, no network, nothing that random tokens do without."""
+"""`flexeval bench` where there is a GPU and little else: no HELM, no network, nothing that only suites need."""
 
 from __future__ import annotations
 

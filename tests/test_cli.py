@@ -224,6 +224,7 @@ def test_options_stay_what_they_are() -> None:
             "--out",
             "--peer",
             "--peer-batch-size",
+            "--peer-gen-len",
             "--peer-requests",
             "--policy",
             "--prompt-len",

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from accelerate import dispatch_model, infer_auto_device_map
+from transformers import PreTrainedModel
 
 from flexeval.backends.batching import batch_bytes, gpu_room, largest_batch, streamed_bytes
 from flexeval.backends.offloaded import OffloadedBackend
@@ -17,6 +19,15 @@ from flexeval.config import format_size
 from flexeval.errors import CapacityError
 from flexeval.policy.memory import free_host_bytes
 from flexeval.request import TokenRequest
+
+
+class Share(NamedTuple):
+    """What a batch and weights get of the memory."""
+
+    batch_size: int
+    """Sequences computed together."""
+    max_memory: dict[int | str, int]
+    """Bytes for weights by device, as Accelerate wants them."""
 
 
 class AccelerateBackend(OffloadedBackend):
@@ -32,43 +43,42 @@ class AccelerateBackend(OffloadedBackend):
             self._folder.cleanup()
 
     def _spread(self, asked: Sequence[TokenRequest]) -> int:
-        """Dispatch the modules.
-
-        On a GPU what a batch needs comes first: more sequences a pass matter more than weights that stay.
-        """
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._model.parameters())
-        is_on_gpu = self._device.type == "cuda"
-        streamed = streamed_bytes(self._shape)
-        cpu_bytes = self._limits.cpu_bytes
-        if is_on_gpu:
-            room = gpu_room(self._limits, self._device)
+        """Dispatch the modules: what a batch needs comes first, for more sequences a pass matter more than weights."""
+        if self._device.type == "cuda":
+            size, max_memory = self._share_gpu(asked)
         else:
-            room = free_host_bytes() if cpu_bytes is None else cpu_bytes - min(num_bytes, cpu_bytes - streamed)
-        size = self._batch_size or largest_batch(self._shape, asked, room - (streamed if is_on_gpu else 0))
-        batch = batch_bytes(self._shape, asked, size)
-        # The weights are in host memory already: what is free is beside them.
-        weights_room = num_bytes + free_host_bytes() if cpu_bytes is None else cpu_bytes
-        max_memory: dict[int | str, int] = {"cpu": weights_room if is_on_gpu else max(0, weights_room - batch)}
-        if is_on_gpu:
-            max_memory[self._device.index] = max(0, room - batch)
-        device_map = infer_auto_device_map(
-            self._model,
-            max_memory=max_memory,
-            no_split_module_classes=list(self._model._no_split_modules or []),
-            dtype=self._model.dtype,
-            clean_result=False,  # {"": "disk"}, the whole model at once, could not be dispatched
-        )
+            size, max_memory = self._share_host(asked)
+        device_map = map_modules(self._model, max_memory)
         if "disk" in device_map.values():
-            self._folder = self._make_folder(num_bytes)
+            self._folder = self._make_folder()
         folder = None if self._folder is None else self._folder.name
         dispatch_model(self._model, device_map, offload_dir=folder, skip_keys=self._model._skip_keys_device_placement)
         return size
 
-    def _make_folder(self, num_bytes: int) -> TemporaryDirectory[str]:
+    def _share_gpu(self, asked: Sequence[TokenRequest]) -> Share:
+        room, streamed = gpu_room(self._limits, self._device), streamed_bytes(self._shape)
+        size = self._batch_size or largest_batch(self._shape, asked, room - streamed)
+        batch = batch_bytes(self._shape, asked, min(size, len(asked)))
+        # A batch that was asked for may be too large: it becomes smaller when it runs out of memory, not before.
+        return Share(size, {self._device.index: max(streamed, room - batch), "cpu": self._weights_room()})
+
+    def _share_host(self, asked: Sequence[TokenRequest]) -> Share:
+        cpu_bytes, streamed = self._limits.cpu_bytes, streamed_bytes(self._shape)
+        room = free_host_bytes() if cpu_bytes is None else cpu_bytes - min(self._num_bytes, cpu_bytes - streamed)
+        size = self._batch_size or largest_batch(self._shape, asked, room)
+        batch = batch_bytes(self._shape, asked, min(size, len(asked)))
+        return Share(size, {"cpu": max(0, self._weights_room() - batch)})
+
+    def _weights_room(self) -> int:
+        """Host memory that weights may take; they are there already: what is free is beside them."""
+        cpu_bytes = self._limits.cpu_bytes
+        return self._num_bytes + free_host_bytes() if cpu_bytes is None else cpu_bytes
+
+    def _make_folder(self) -> TemporaryDirectory[str]:
         """A folder for weights that fit nowhere else. Raises `CapacityError`."""
         folder = self._limits.disk_dir
         if folder is None:
-            what = f"accelerate has no room for weights of {format_size(num_bytes)}"
+            what = f"accelerate has no room for weights of {format_size(self._num_bytes)}"
             raise CapacityError(what, mend="Raise --cpu-memory, or name a folder with --disk")
         folder.mkdir(parents=True, exist_ok=True)
         return TemporaryDirectory(prefix="accelerate-", dir=folder)
@@ -78,3 +88,15 @@ class AccelerateBackend(OffloadedBackend):
         if self._folder is not None:
             peak["disk"] = sum(path.stat().st_size for path in Path(self._folder.name).rglob("*") if path.is_file())
         return peak
+
+
+def map_modules(model: PreTrainedModel, max_memory: dict[int | str, int]) -> dict[str, int | str]:
+    """The device of each module, GPUs first; what is brought to a GPU has room there for the largest layer."""
+    device_map: dict[str, int | str] = infer_auto_device_map(
+        model,
+        max_memory=max_memory,
+        no_split_module_classes=list(model._no_split_modules or []),
+        dtype=model.dtype,
+        clean_result=False,  # {"": "disk"}, the whole model at once, could not be dispatched
+    )
+    return device_map

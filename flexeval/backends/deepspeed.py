@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from flexeval.backends.batching import gpu_room, largest_batch, streamed_bytes
-from flexeval.backends.loading import OpenModel
 from flexeval.backends.offloaded import OffloadedBackend
 from flexeval.config import format_size
 from flexeval.errors import CapacityError, ConfigError
@@ -32,11 +31,11 @@ class DeepSpeedBackend(OffloadedBackend):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    def _check(self, opened: OpenModel) -> None:
+    def _check(self) -> None:
+        super()._check()
         check_gpu(self._device)
-        num_bytes = opened.anatomy.resident_bytes + self._shape.num_layers * self._shape.layer_compute_bytes
-        if self._limits.cpu_bytes is not None and num_bytes > self._limits.cpu_bytes:
-            what = f"deepspeed holds all weights ({format_size(num_bytes)}) in host memory"
+        if self._limits.cpu_bytes is not None and self._num_bytes > self._limits.cpu_bytes:
+            what = f"deepspeed holds all weights ({format_size(self._num_bytes)}) in host memory"
             raise CapacityError(what, mend="Raise --cpu-memory")
 
     def _spread(self, asked: Sequence[TokenRequest]) -> int:

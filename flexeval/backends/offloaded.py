@@ -5,6 +5,7 @@ Knows how large a batch may be; how weights are spread, and brought to where the
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,11 +14,14 @@ import torch
 
 from flexeval.backends.backend import OnCompletions, Usage
 from flexeval.backends.generation import Generator
-from flexeval.backends.loading import OpenModel, open_model
+from flexeval.backends.loading import open_model
 from flexeval.backends.transformers import load_whole
-from flexeval.config import Limits
+from flexeval.config import Limits, format_size
+from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.sizes import model_shape
+from flexeval.errors import CapacityError
 from flexeval.models import ModelSource
+from flexeval.policy.memory import free_host_bytes
 from flexeval.request import Completion, Request, TokenRequest
 
 
@@ -54,7 +58,8 @@ class OffloadedBackend(ABC):
         self._limits = limits or Limits()
         self._batch_size = batch_size
         self._shape = model_shape(opened.anatomy, None, opened.device)
-        self._check(opened)
+        self._num_bytes = _weight_bytes(opened.anatomy)
+        self._check()
         self._model = load_whole(opened, attention=None)
         self._generator: Generator | None = None
         self._load_s = time.perf_counter() - start
@@ -89,8 +94,12 @@ class OffloadedBackend(ABC):
         self._generator = None
         del self._model
 
-    def _check(self, opened: OpenModel) -> None:  # noqa: B027 (a peer that runs anywhere has nothing to check)
+    def _check(self) -> None:
         """Raise `FlexevalError` where this peer cannot run, before any weight is loaded."""
+        free = free_host_bytes()
+        if self._num_bytes > free:
+            what = f"{self.name} loads all weights ({format_size(self._num_bytes)}) into host memory"
+            raise CapacityError(f"{what}, of which {format_size(free)} is free", mend="Choose a smaller model")
 
     @abstractmethod
     def _spread(self, asked: Sequence[TokenRequest]) -> int:
@@ -99,3 +108,9 @@ class OffloadedBackend(ABC):
     def _peak_bytes(self) -> dict[str, int]:
         """The largest use of each tier that can be told."""
         return {"gpu": torch.cuda.max_memory_allocated(self._device)} if self._device.type == "cuda" else {}
+
+
+def _weight_bytes(anatomy: Anatomy) -> int:
+    """Bytes of all weights; tied tensors count once."""
+    specs = [spec for layer in range(anatomy.num_layers) for spec in anatomy.layer_specs(layer)]
+    return anatomy.resident_bytes + sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexeval.backends.backend import OnCompletions, Usage
 from flexeval.backends.coded_attention import register_coded_attention
-from flexeval.backends.generation import Generator, answer_batch
+from flexeval.backends.generation import Generator
 from flexeval.backends.loading import OpenModel, open_model
+from flexeval.backends.padded_batch import answer_batch
 from flexeval.config import Setting
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.errors import ConfigError
