@@ -185,7 +185,10 @@ def bench(
         typer.Option(metavar="N", min=1, help="A peer's batch.", show_default="1 for transformers, else what fits"),
     ] = None,
     peer_requests: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Ask peers the first N only.", show_default="all")
+        int | None, typer.Option(metavar="N", min=1, help="Ask peers N only, spread evenly.", show_default="all")
+    ] = None,
+    peer_gen_len: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Let peers generate N tokens only.", show_default="all")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write every figure here.")] = None,
 ) -> None:
@@ -223,6 +226,7 @@ def bench(
         peers=tuple(peer or []),
         peer_batch_size=peer_batch_size,
         peer_requests=peer_requests,
+        peer_gen_len=peer_gen_len,
         command=shlex.join(["flexeval", *sys.argv[1:]]),
     )
     results = run_bench(options, choose_progress(console))

@@ -68,7 +68,7 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
         anatomy=anatomy,
         checkpoint=RandomCheckpoint(anatomy) if source.is_dummy else SafetensorsCheckpoint(anatomy, source.directory),
         text=TextHalf(
-            source.tokenizer_dir,
+            lambda: source.tokenizer_dir,  # a dummy's is fetched, if it is needed at all
             vocab_size=config.get_text_config().vocab_size,
             context_length=anatomy.context_length,
             eos_ids=_eos_ids(source, config),
@@ -89,6 +89,16 @@ def pick_device(name: str) -> torch.device:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when CUDA is first used
     # Asking for the current device would take hundreds of megabytes of it; before it is used, it is the first.
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+
+
+def check_gpu_limit(limits: Limits, device: torch.device) -> None:
+    """Raise `ConfigError` for a limit on a GPU's memory where nothing is computed on one: it would limit nothing."""
+    if device.type != "cuda" and limits.gpu_bytes is not None:
+        raise ConfigError(
+            "layers are computed on the CPU, which has no GPU memory to limit",
+            where="--gpu-memory",
+            mend="Leave it out, or compute on a GPU with --device cuda",
+        )
 
 
 def cap_gpu_memory(limits: Limits, device: torch.device) -> None:
