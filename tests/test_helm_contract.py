@@ -100,7 +100,7 @@ def test_a_file_that_is_not_there_is_missing_data_and_a_bug_is_not(tmp_path: Pat
     assert diagnose(KeyError("answer")) is None
 
 
-@pytest.mark.parametrize("name", ["demo", "helm-lite", "helm-lite-full", "helm-lite-instruct"])
+@pytest.mark.parametrize("name", ["demo", "helm-lite", "helm-lite-full", "helm-lite-instruct", "perplexity"])
 def test_helm_reads_our_suite_files(name: str) -> None:
     suite = load_suite(name)
     entries = read_run_entries([str(suite.path)]).entries

@@ -68,6 +68,16 @@ def test_the_comment_escapes_what_markdown_would_act_on():
     assert "@user" not in plain("ping @user")
 
 
+def test_a_metric_that_a_good_model_makes_small_is_named_with_its_direction():
+    task = replace(TASKS[0], name="text", metric="bits_per_byte", higher_is_better=False)
+    results = synthetic(settings=["none", "w4"], tasks=[task])
+    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    print_table(results, console)
+    head = console.file.getvalue().partition("none")[0]
+    assert "bits_per_byte" in head and "lower is better" in head
+    assert r"| setting | quality (bits\_per\_byte, lower is better) |" in summary(compare(results))
+
+
 def test_the_terminal_shows_the_answer_and_a_row_per_setting(four):
     console = Console(width=100, file=io.StringIO(), force_terminal=False)
     print_table(synthetic(), console)

