@@ -38,8 +38,8 @@ class LayerWeights(NamedTuple):
 
     place: Hashable
     """Where they lie, now and whenever this is the same; None where nothing can be said."""
-    bind: Callable[[], object]
-    """Lets the layer compute with them."""
+    bind: Callable[[], bool]
+    """Lets the layer compute with them; whether they are there, not unpacked elsewhere for an earlier row."""
 
 
 class _Halves(NamedTuple):
@@ -179,14 +179,13 @@ class Replay:
 
     def _run(self, records: _Records, layer: int, row: Row, attend: Attend, weights: LayerWeights) -> Tensor:
         """The layer as it is."""
-        weights.bind()
-        frame = records.frame
+        is_there, frame = weights.bind(), records.frame
 
         def run() -> None:
             attend_within = within(frame, row.plan.num_tokens, attend)
             frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], attend_within))
 
-        if weights.place is None or layer in records.has_run or not self._is_possible:
+        if weights.place is None or not is_there or layer in records.has_run or not self._is_possible:
             run()
             return frame.hidden_1TD
         with records.tapes.waits() as waits:
@@ -200,10 +199,9 @@ class Replay:
         if weights.place is None or layer not in records.has_run or not self._is_possible:
             return None
         key = (layer, weights.place)
-        if key not in records.halves:
-            weights.bind()
+        if key not in records.halves and weights.bind():
             records.halves[key] = self._record_halves(records, layer)
-        return records.halves[key]
+        return records.halves.get(key)
 
     def _record_halves(self, records: _Records, layer: int) -> _Halves:
         frame, before, after = records.frame, records.tapes.new(), records.tapes.new()
