@@ -50,6 +50,9 @@ def test_a_dummy_is_measured_from_end_to_end(
         call(monkeypatch, "--model", dummy, *work, *place, "--peer", "transformers", "--warm-up", 0, "--out", out) == 0
     )
     shown = " ".join(capsys.readouterr().out.split())
+    table = shown.index("random tokens")
+    for system in ("flexeval none", "transformers"):
+        assert 0 < shown.index(f"{system}: prefill") < table, "told as soon as it is measured"
     for word in ("flexeval none", "transformers", "240 prompt tokens asked", "kv_out", "disk_read"):
         assert word in shown, word
     assert "to the power" in shown and "100% of the answers are equal" in shown

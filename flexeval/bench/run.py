@@ -12,7 +12,7 @@ from flexeval.backends.native import Engine, read_limits
 from flexeval.bench.child import ChildFailure, run_in_child
 from flexeval.bench.comparison import hold_against
 from flexeval.bench.engine import EngineJob, measure_engine
-from flexeval.bench.figures import BenchResults
+from flexeval.bench.figures import BenchResults, SystemFigures
 from flexeval.bench.peers import PeerJob, check_peers, measure_peer
 from flexeval.bench.sizing import Chosen, SizingJob, choose_num_requests
 from flexeval.bench.timing import Measured
@@ -22,6 +22,7 @@ from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError, FlexevalError
 from flexeval.models import ModelSource, resolve
 from flexeval.progress import Progress
+from flexeval.report import format as show
 from flexeval.request import Request
 
 
@@ -170,7 +171,9 @@ def _measure_engine(
         num_warm_up=len(requests) if options.num_warm_up is None else options.num_warm_up,
         more_requests=more,
     )
-    return run_in_child(measure_engine, job, progress, what=f"flexeval {setting}")
+    measured = run_in_child(measure_engine, job, progress, what=f"flexeval {setting}")
+    _tell(f"flexeval {setting}", measured.figures, progress)
+    return measured
 
 
 def _measure_peer(
@@ -199,7 +202,17 @@ def _measure_peer(
     measured = run_in_child(measure_peer, job, progress, what=peer)
     ours = [one for one in ours if one.figures.system == Engine.name]
     figures = hold_against(measured, ours, requests, asked=asked, max_tokens=options.peer_gen_len)
+    _tell(peer, figures, progress)
     return measured._replace(figures=figures)
+
+
+def _tell(system: str, figures: SystemFigures, progress: Progress) -> None:
+    """Say at once what was measured: what comes after it may take long, or be stopped."""
+    words = [f"prefill {show.digits(figures.prefill_tokens_per_s)} tok/s"]
+    if figures.decode_s_per_sweep is not None:
+        words.append(f"decode {show.digits(figures.decode_s_per_sweep)} s a sweep")
+    words.append(f"{show.digits(figures.requests_per_s)} requests/s")
+    progress.say(f"{system}: {', '.join(words)}")
 
 
 def _engine_options(options: BenchOptions) -> dict[str, Any]:
