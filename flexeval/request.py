@@ -11,10 +11,17 @@ import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from flexeval.errors import RequestError
+
+if TYPE_CHECKING:  # this vocabulary is imported where numpy is not wanted yet
+    import numpy as np
+    import numpy.typing as npt
+
+_SHORT_HASH_DIGITS = 16
 
 
 class FinishReason(StrEnum):
@@ -50,6 +57,8 @@ class Request:
     """Put the prompt's tokens, with their log-probabilities, before the generated ones."""
     top_logprobs: int = 0
     """How many of the most probable tokens to report at each position."""
+    keep_top: int = 0
+    """How many of them to keep by their ids, for comparing what settings hold probable: see `distributions`."""
     ignore_eos: bool = False
     """Generate on past end-of-text (benchmarks of speed)."""
 
@@ -68,6 +77,7 @@ class Request:
             ("temperature", 0, math.inf),
             ("num_completions", 1, math.inf),
             ("top_logprobs", 0, math.inf),
+            ("keep_top", 0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value < high:
@@ -82,6 +92,10 @@ class Request:
     def content_hash(self) -> str:
         """Sha256 over every field: equal hashes may share an answer."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def short_hash(self) -> str:
+        """The beginning of `content_hash`, which tells the requests of a run apart."""
+        return self.content_hash()[:_SHORT_HASH_DIGITS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +122,9 @@ class Completion:
     """This request's share of the engine's time; over a batch they add up to the batch's time."""
     alternatives: tuple[Completion, ...] = ()
     """The second and further completions, where `num_completions` > 1."""
+    distributions: npt.NDArray[np.void] | None = field(default=None, compare=False, repr=False)
+    """Rows of `distributions.row_type`, one per position scored or drawn, perhaps without those that another completion
+    of the batch has; None unless `keep_top` asked for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ def test_every_field_is_part_of_the_hash() -> None:
         "seed": 1,
         "echo": True,
         "top_logprobs": 1,
+        "keep_top": 1,
         "ignore_eos": True,
     }
     assert set(changes) == {field.name for field in dataclasses.fields(Request)}

@@ -7,13 +7,15 @@ beginning-of-text token already; token ids are taken as they are.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from flexeval.distributions import Rows, read_off
 from flexeval.errors import ModelError, RequestError
 from flexeval.request import Completion, FinishReason, Request, TokenRequest, TokenResult, TopLogprobs
 
@@ -49,6 +51,12 @@ class TextHalf:
         self._eos_ids = eos_ids
         self._byte_of_char = {char: byte for byte, char in enumerate(_byte_level_alphabet())}
         self.token_text: Callable[[int], str] = cache(self._token_text)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """A number that stands for the tokenizer: equal for equal vocabularies."""
+        tokens = sorted(self.tokenizer.get_vocab().items())
+        return int.from_bytes(hashlib.sha256(json.dumps(tokens).encode()).digest()[:8])
 
     def encode(self, request: Request, *, where: str) -> tuple[int, ...]:
         """The prompt's tokens as the model shall see them.
@@ -93,7 +101,7 @@ class TextHalf:
                 top_p=request.top_p,
                 seed=_stream(request.seed, index),
                 score_prompt=request.echo,
-                num_top_logprobs=request.top_logprobs,
+                num_top_logprobs=max(request.top_logprobs, request.keep_top),
                 eos_ids=frozenset() if request.ignore_eos else self._eos_ids,
                 is_stopped=self._stop_check(request.stop) if request.stop else None,
             )
@@ -137,9 +145,15 @@ class TextHalf:
             finish_reason=FinishReason.STOP if cuts else result.finish_reason,
             num_prompt_tokens=len(prompt_ids),
             num_generated_tokens=len(result.token_ids),
-            top_logprobs=tuple(map(self._named, tops)),
+            top_logprobs=tuple(self._named(top[: request.top_logprobs]) for top in tops)
+            if request.top_logprobs
+            else (),
             elapsed_s=result.elapsed_s,
+            distributions=self._distributions(prompt_ids, result, request.keep_top) if request.keep_top else None,
         )
+
+    def _distributions(self, prompt_ids: Sequence[int], result: TokenResult, num_top: int) -> Rows:
+        return read_off(prompt_ids, result, num_top, vocabulary=self.vocabulary)
 
     def _named(self, top: TopLogprobs) -> dict[str, float]:
         """The most probable tokens by their text; where two have the same, the more probable one."""

@@ -21,6 +21,7 @@ from flexeval.report.render.questions import drill_down
 from flexeval.report.statistics import SIGNIFICANT, Estimate
 from flexeval.report.tables import Comparison, TaskRow
 from flexeval.report.verdict import scale, tolerated, verdicts
+from flexeval.results import QUANTILES
 
 
 def page(comparison: Comparison) -> str:
@@ -50,6 +51,7 @@ def page(comparison: Comparison) -> str:
         per=per,
         unit=unit,
         nothing=show.NOTHING,
+        quantiles=QUANTILES,
         significant=SIGNIFICANT,
         overall_scale=_scale(row.difference.estimate for row in comparison.settings if row.difference),
         task_scales=_task_scales(comparison),
