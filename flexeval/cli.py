@@ -44,7 +44,8 @@ def run(
         typer.Option(metavar="REF", help="HF directory, hub name, GGUF file, smollm2, or dummy:NAME (random weights)."),
     ] = "smollm2",
     setting: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Compression to compare: none, w4. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Compression to compare: none, w8, w4, kv4, w4kv4, ... Repeatable."),
     ] = None,
     max_eval_instances: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
@@ -168,7 +169,8 @@ def bench(
     ] = None,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")] = False,
     setting: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Compression to measure: none, w4. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Compression to measure: none, w8, w4, kv4, w4kv4, ... Repeatable."),
     ] = None,
     policy: Annotated[
         str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")
@@ -193,7 +195,10 @@ def bench(
         typer.Option(metavar="N", min=1, help="A peer's batch.", show_default="1 for transformers, else what fits"),
     ] = None,
     peer_requests: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Ask peers the first N only.", show_default="all")
+        int | None, typer.Option(metavar="N", min=1, help="Ask peers N only, spread evenly.", show_default="all")
+    ] = None,
+    peer_gen_len: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Let peers generate N tokens only.", show_default="all")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write every figure here.")] = None,
 ) -> None:
@@ -231,6 +236,7 @@ def bench(
         peers=tuple(peer or []),
         peer_batch_size=peer_batch_size,
         peer_requests=peer_requests,
+        peer_gen_len=peer_gen_len,
         command=shlex.join(["flexeval", *sys.argv[1:]]),
     )
     results = run_bench(options, choose_progress(console))

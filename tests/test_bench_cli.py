@@ -11,6 +11,7 @@ import pytest
 from tiny_directory import write_tiny_model
 from tiny_models import tiny_config
 
+from flexeval.bench.child import ChildFailure
 from flexeval.cli import main
 from flexeval.models import ModelSource
 
@@ -60,10 +61,42 @@ def test_a_dummy_is_measured_from_end_to_end(
     assert [point["num_requests"] for point in ours["scale"]] == [6, 12]
     assert ours["phases"]["decode"]["lanes"]["weights"]["num_bytes"] > 0
     assert peer["same_answers"] == 1.0
-    assert peer["speedups"] == {"none": pytest.approx(ours["requests_per_s"] / peer["requests_per_s"])}
+    assert peer["whole"] is None
+    assert peer["speedups"]["none"]["requests"] == pytest.approx(ours["requests_per_s"] / peer["requests_per_s"])
     assert not any(path.is_file() and "flexeval-" in str(path) for path in disk.rglob("*")), (
         "nothing of the run is left"
     )
+
+
+def test_a_peer_is_measured_on_a_part_of_the_work(
+    dummy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "figures.json"
+    work = ["--prompt-len", 40, "--gen-len", 6, "--num-requests", 8, "--device", "cpu", "--dtype", "float32"]
+    part = ["--peer", "accelerate", "--peer-requests", 2, "--peer-gen-len", 3]
+    assert call(monkeypatch, "--model", dummy, *work, *part, "--warm-up", 0, "--out", out) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "accelerate: 2 of 8 requests asked, 6 of 48 tokens generated" in shown
+    _, peer = figures(out)["systems"]
+    assert peer["same_answers"] == 1.0
+    assert (peer["num_requests"], peer["batch_size"], peer["whole"]["batch_size"]) == (2, 2, 8)
+    assert peer["requests_per_s"] == pytest.approx(8 / peer["whole"]["elapsed_s"])
+
+
+def test_a_peer_that_breaks_is_left_out(
+    dummy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_peers(function: Any, job: Any, progress: Any, *, what: str) -> Any:
+        if what == "transformers":
+            raise ChildFailure("Traceback\n  ...\nRuntimeError: it broke")
+        return function(job, progress)
+
+    monkeypatch.setattr("flexeval.bench.run.run_in_child", break_peers)
+    work = ["--prompt-len", 8, "--gen-len", 2, "--num-requests", 2, "--device", "cpu", "--warm-up", 0]
+    assert call(monkeypatch, "--model", dummy, *work, "--peer", "transformers") == 0
+    shown = capsys.readouterr().out
+    assert "transformers was not measured: it failed: RuntimeError: it broke" in shown
+    assert "Traceback" in shown and "flexeval none" in shown
 
 
 def test_a_suite_s_own_prompts_are_measured(
@@ -82,12 +115,15 @@ def test_a_suite_s_own_prompts_are_measured(
     ("arguments", "words"),
     [
         (["--peer", "vllm"], "transformers, accelerate, deepspeed"),
-        (["--setting", "w3"], "none, w4"),
+        (["--peer-gen-len", "33"], "--peer-gen-len"),
+        (["--peer-gen-len", "1"], "--peer-gen-len"),
+        (["--setting", "w3"], "none, w8, w4"),
         (["--setting", "w4", "--setting", "w4"], "twice"),
         (["--suite", "demo", "--prompt-len", "8"], "--prompt-len"),
         (["--suite", "demo", "--scale", "1,4"], "--scale"),
         (["--scale", "four"], "--scale 1,4,16"),
         (["--gpu-memory", "lots"], "16GiB"),
+        (["--gpu-memory", "16GiB", "--device", "cpu"], "computed on the CPU"),
         (["--model", "dummy:opt-31b"], "opt-30b"),
         (["--prompt-len", "0"], "--prompt-len"),
     ],

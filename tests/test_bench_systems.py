@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_directory import write_tiny_model
+from transformers import AutoModelForCausalLM
 
+from flexeval.backends import accelerate, offloaded
 from flexeval.backends.accelerate import AccelerateBackend
+from flexeval.backends.batching import batch_bytes
+from flexeval.backends.deepspeed import DeepSpeedBackend
 from flexeval.backends.loading import open_model
 from flexeval.bench.engine import EngineJob, measure_engine
 from flexeval.bench.peers import PEERS, PeerJob, check_peers, measure_peer
@@ -19,14 +25,22 @@ from flexeval.config import Limits
 from flexeval.engine.sizes import model_shape
 from flexeval.errors import CapacityError, ConfigError
 from flexeval.models import ModelSource, resolve
+from flexeval.policy.hardware import GPU_USABLE_SHARE
 from flexeval.progress import LineProgress
-from flexeval.request import Request
+from flexeval.request import Request, TokenRequest
 
+GIB = 2**30
 PROGRESS = LineProgress(lambda text: None)
 VOCAB_SIZE = 640
 WORK = SyntheticWork(prompt_len=70, gen_len=6, shared_prefix=50)
 NUM_REQUESTS = 12
 POLICY = "disk-weights=0.5,disk-kv=1,row-tokens=64,sweep-tokens=300,group-sequences=4"
+
+
+@pytest.fixture(autouse=True)
+def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up tokens become no text: nobody opens a tokenizer for them."""
+    monkeypatch.setattr("flexeval.backends.text.open_tokenizer", lambda folder: pytest.fail("a tokenizer was opened"))
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +58,18 @@ def engine(source: ModelSource, disk: Path, asked: list[Request], **changes: Any
     return measure_engine(EngineJob(source=source, options=options, requests=asked, **job), PROGRESS)
 
 
-def peer(source: ModelSource, name: str, asked: list[Request], **changes: Any) -> Measured:
-    job: dict[str, Any] = {"limits": Limits(), "batch_size": None, "num_repeats": 1, "is_warmed_up": True} | changes
-    job = {"device": "cpu", "dtype": "float32"} | job
-    return measure_peer(PeerJob(source=source, peer=name, requests=asked, **job), PROGRESS)
+def peer(source: ModelSource, name: str, work: list[Request], **changes: Any) -> Measured:
+    job: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "limits": Limits(),
+        "batch_size": None,
+        "asked": range(len(work)),
+        "max_tokens": None,
+        "num_repeats": 1,
+        "is_warmed_up": True,
+    }
+    return measure_peer(PeerJob(source=source, peer=name, requests=work, **(job | changes)), PROGRESS)
 
 
 def test_every_byte_is_the_policy_s(source: ModelSource, tmp_path: Path) -> None:
@@ -129,11 +151,20 @@ def test_peers_answer_what_the_engine_answers(
     figures = theirs.figures
     assert (figures.tokens.num_asked, figures.tokens.num_computed) == (12 * 70, 12 * 70), "nothing is shared"
     assert figures.tokens.num_generated == ours.figures.tokens.num_generated
-    expected = {"transformers": 1, "accelerate": 8} | ({name: changes["batch_size"]} if "batch_size" in changes else {})
-    assert figures.batch_size == expected[name]
+    assert figures.batch_size == changes.get("batch_size", {"transformers": 1, "accelerate": 12}[name])
     num_batches = -(-12 // figures.batch_size)
     assert (figures.phases["prefill"].num_sweeps, figures.phases["decode"].num_sweeps) == (num_batches, num_batches * 5)
     assert sum(phase.elapsed_s for phase in figures.phases.values()) <= figures.elapsed_s
+
+
+@pytest.mark.parametrize("name", ["transformers", "accelerate"])
+def test_a_peer_answers_the_part_that_it_is_asked(source: ModelSource, name: str) -> None:
+    whole, part = peer(source, name, requests()), peer(source, name, requests(), asked=[0, 4, 8], max_tokens=2)
+    assert part.answers == [whole.answers[index][:2] for index in (0, 4, 8)]
+    assert part.figures.batch_size == whole.figures.batch_size, "room is made for all of the work"
+    assert part.figures.tokens.num_generated == 3 * 2
+    assert part.figures.phases["prefill"].num_fresh_tokens == 3 * 70
+    assert part.figures.phases["decode"].num_decode_tokens == 3
 
 
 def test_accelerate_keeps_on_disk_what_exceeds_the_limit(source: ModelSource, tmp_path: Path) -> None:
@@ -145,6 +176,31 @@ def test_accelerate_keeps_on_disk_what_exceeds_the_limit(source: ModelSource, tm
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
     with pytest.raises(CapacityError, match="--disk"):
         peer(source, "accelerate", asked, limits=Limits(cpu_bytes=500_000), batch_size=1)
+
+
+def test_accelerate_fills_a_gpu_with_weights_beside_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT-30B in 24 GiB, prompt 512, generate 32. Nothing is loaded: the device map is made from sizes alone."""
+    opened = open_model("dummy:opt-30b", setting="none", device="cpu", dtype="float16")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(
+            copy.deepcopy(opened.anatomy.config), dtype=torch.float16, attn_implementation="sdpa"
+        )
+    device_map: dict[str, int | str] = {}
+    monkeypatch.setattr(offloaded, "load_whole", lambda opened, attention: empty)
+    monkeypatch.setattr(offloaded, "free_host_bytes", lambda: 128 * GIB)
+    monkeypatch.setattr(accelerate, "gpu_room", lambda limits, device: int(limits.gpu_bytes * GPU_USABLE_SHARE))
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda model, chosen, **_: device_map.update(chosen))
+    backend = AccelerateBackend("dummy:opt-30b", device="cpu", dtype="float16", limits=Limits(gpu_bytes=24 * GIB))
+    backend._device = torch.device("cuda", 0)
+    work = SyntheticWork(prompt_len=512, gen_len=32)
+    assert backend.place(work.requests(64, vocab_size=VOCAB_SIZE)).batch_size == 20
+    on_gpu = [name for name, device in device_map.items() if device == 0]
+    assert {"model.decoder.embed_tokens", "lm_head"} <= set(on_gpu)
+    shape = model_shape(opened.anatomy, None, opened.device)
+    num_layers = sum(name.startswith("model.decoder.layers.") for name in on_gpu)
+    assert 2 <= num_layers <= 8 and set(device_map.values()) == {0, "cpu"}
+    resting = shape.resident_bytes + num_layers * shape.layer_bytes
+    assert batch_bytes(shape, [TokenRequest(prompt_ids=(1,) * 512, max_tokens=32)], 20) + resting < 23 * GIB
 
 
 @pytest.mark.gpu
@@ -167,9 +223,23 @@ def test_deepspeed_answers_what_transformers_answers(source: ModelSource) -> Non
 
 
 def test_peers_are_checked_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    check_peers(PEERS[:2])
-    with pytest.raises(ConfigError, match=r"pip install 'flexeval\[deepspeed\]'"):
-        check_peers(["deepspeed"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else "found")
+    check_peers(PEERS[:2], "cpu")
+    with pytest.raises(ConfigError, match="pip install deepspeed"):
+        check_peers(["deepspeed"], "cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+    with pytest.raises(ConfigError, match="deepspeed needs a GPU"):
+        check_peers(["deepspeed"], "cpu")
     with pytest.raises(ConfigError, match="transformers, accelerate, deepspeed"):
-        check_peers(["vllm"])
+        check_peers(["vllm"], "cpu")
+
+
+def test_deepspeed_says_what_it_lacks_before_weights_are_loaded(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexeval.backends.offloaded.load_whole", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match="deepspeed needs a GPU"):
+        DeepSpeedBackend(source, device="cpu")
+    monkeypatch.setattr("flexeval.backends.deepspeed.check_gpu", lambda device: None)
+    with pytest.raises(CapacityError, match="--cpu-memory"):
+        DeepSpeedBackend(source, device="cpu", limits=Limits(cpu_bytes=100_000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flexeval.bench.work import SyntheticWork, choose_work, parse_scale
+from flexeval.bench.work import SyntheticWork, check_peer_gen_len, choose_work, parse_scale, pick_evenly
 from flexeval.errors import ConfigError
 
 
@@ -58,3 +58,22 @@ def test_multiples_are_read() -> None:
 def test_multiples_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--scale 1,4,16"):
         parse_scale(text)
+
+
+def test_a_part_is_spread_over_the_whole() -> None:
+    assert list(pick_evenly(10, 3)) == [0, 3, 6]
+    assert list(pick_evenly(3, 3)) == list(pick_evenly(3, None)) == list(pick_evenly(3, 9)) == [0, 1, 2]
+    assert len(set(pick_evenly(199, 40))) == 40
+
+
+def test_peers_may_generate_a_part_of_each_answer() -> None:
+    work = SyntheticWork(prompt_len=8, gen_len=4)
+    for gen_len in (None, 2, 4):
+        check_peer_gen_len(work, gen_len)
+    for other in ("demo", SyntheticWork(prompt_len=8, gen_len=4, is_scoring=True)):
+        with pytest.raises(ConfigError, match=r"random tokens.*--peer-gen-len"):
+            check_peer_gen_len(other, 2)
+    with pytest.raises(ConfigError, match=r"5 of 4 tokens \(--peer-gen-len\). Choose one from 2 to 4"):
+        check_peer_gen_len(work, 5)
+    with pytest.raises(ConfigError, match=r"2 of 1 tokens .*Leave it out"):
+        check_peer_gen_len(SyntheticWork(prompt_len=8, gen_len=1), 2)

@@ -56,12 +56,13 @@ def assert_mistake(
     ("option", "value", "words"),
     [
         ("--suite", "no-such-suite", ["no-such-suite", "demo", "helm-lite"]),
-        ("--setting", "w3", ["w3", "none, w4"]),
+        ("--setting", "w3", ["w3", "none, w8, w4"]),
         ("--model", "./no-such-model", ["no-such-model"]),
         ("--model", "dummy:opt-31b", ["opt-30b"]),
         ("--device", "tpu", ["tpu", "auto, cpu, cuda"]),
         ("--dtype", "float8", ["float8", "bfloat16"]),
         ("--gpu-memory", "lots", ["lots", "16GiB"]),
+        ("--gpu-memory", "16GiB", ["computed on the CPU", "--gpu-memory", "Leave it out"]),
         ("--cpu-memory", "-3GB", ["-3GB"]),
         ("--cpu-memory", "100KB", ["cpu", "lacks", "--cpu-memory"]),
         ("--policy", "gpu-weights=2", ["gpu=2"]),
@@ -79,7 +80,7 @@ def test_a_bad_option_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    options = {"--suite": suite, "--model": model, "--out": out} | {option: value}
+    options = {"--suite": suite, "--model": model, "--out": out, "--device": "cpu"} | {option: value}
     code = call(monkeypatch, "run", *(word for pair in options.items() for word in pair))
     assert_mistake(code, capsys, *words, out=out)
 
@@ -224,6 +225,7 @@ def test_options_stay_what_they_are() -> None:
             "--out",
             "--peer",
             "--peer-batch-size",
+            "--peer-gen-len",
             "--peer-requests",
             "--policy",
             "--prompt-len",

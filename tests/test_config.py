@@ -50,15 +50,28 @@ def test_sizes_for_people(num_bytes: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "group_size"), [("none", None, 64), ("w4", 4, 64), ("w4-g32", 4, 32), ("w4-g128", 4, 128)]
+    ("name", "weight_bits", "kv_bits", "group_size"),
+    [
+        ("none", None, None, 64),
+        ("w8", 8, None, 64),
+        ("w4", 4, None, 64),
+        ("w4-g32", 4, None, 32),
+        ("w4-g128", 4, None, 128),
+        ("kv8", None, 8, 64),
+        ("kv2-g32", None, 2, 32),
+        ("w8kv4", 8, 4, 64),
+        ("w4kv4-g128", 4, 4, 128),
+    ],
 )
-def test_settings_are_named_by_their_parts(name: str, bits: int | None, group_size: int) -> None:
-    assert Setting.parse(name) == Setting(name=name, weight_bits=bits, weight_group_size=group_size)
+def test_settings_are_named_by_their_parts(
+    name: str, weight_bits: int | None, kv_bits: int | None, group_size: int
+) -> None:
+    assert Setting.parse(name) == Setting(name=name, weight_bits=weight_bits, kv_bits=kv_bits, group_size=group_size)
 
 
-@pytest.mark.parametrize("name", ["", "None", "w3", "w4-g48", "w4-", "w4 ", "w4\n", "kv4"])
+@pytest.mark.parametrize("name", ["", "None", "w3", "w2", "w4-g48", "w4-", "w4 ", "w4\n", "kv3", "kv4w4", "-g64", "kv"])
 def test_an_unknown_setting_is_refused_with_those_there_are(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"unknown setting.*none, w4"):
+    with pytest.raises(ConfigError, match=r"unknown setting.*none, w8, w4, kv8"):
         Setting.parse(name)
 
 

@@ -14,7 +14,7 @@ import flexeval
 from flexeval import Engine, Request
 from flexeval.backends.backend import Backend
 from flexeval.backends.transformers import TransformersBackend
-from flexeval.errors import CapacityError, RequestError
+from flexeval.errors import CapacityError, ConfigError, RequestError
 from flexeval.files import write_json
 from flexeval.policy.policy import Policy
 from flexeval.request import Completion
@@ -74,6 +74,11 @@ def test_every_backend_gives_the_same_answers(name: str, setting: str, model: st
     usage = backend.usage()
     assert usage.num_generated_tokens > 0 and usage.load_s > 0
     backend.close()
+
+
+def test_a_limit_that_limits_nothing_is_refused(model: str) -> None:
+    with pytest.raises(ConfigError, match="computed on the CPU"):
+        Engine.load(model, device="cpu", gpu_memory="16GiB")
 
 
 def test_equal_requests_are_computed_once(model: str) -> None:

@@ -5,19 +5,24 @@ A row's plan is written down by hand; what each token sees is derived from its p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexeval.engine.compute.attention import KeysValues, PackedAttention
-from flexeval.engine.compute.host_attention import HostAttention, num_keys_read
+from flexeval.engine.codecs.kv_format import CodedFormat, KeysValues, KVCoding, KVFormat, KVLog, KVShape, make_format
+from flexeval.engine.compute.attention import PackedAttention
+from flexeval.engine.compute.contexts import DecodeBatch
+from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.port import AttentionOptions
-from flexeval.engine.compute.row import DecodeBatch, RowMaker
+from flexeval.engine.compute.row import RowMaker
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, KeySource, RowPlan
-from flexeval.workers import Workers
+from flexeval.planning.stretches import Layout, lay_out
 
 NUM_HEADS, NUM_KV_HEADS, KEY_SIZE = 4, 2, 16
 
@@ -32,6 +37,39 @@ class Tokens:
         self.q_TNH = torch.randn(ends[-1], NUM_HEADS, KEY_SIZE, generator=generator).to(device)
         self.k_TKH = torch.randn(ends[-1], NUM_KV_HEADS, KEY_SIZE, generator=generator).to(device)
         self.v_TKW = torch.randn(ends[-1], NUM_KV_HEADS, value_size, generator=generator).to(device)
+        self.given: KeysValues | None = None
+        """What rests in logs, where that is coded: `k_TKH` and `v_TKW` are what comes back."""
+
+    def turn(self, dtype: torch.dtype, coding: KVCoding | None) -> None:
+        """Numbers of another type, and keys and values as they come back from a log."""
+        self.q_TNH, self.k_TKH, self.v_TKW = (x.to(dtype) for x in (self.q_TNH, self.k_TKH, self.v_TKW))
+        self.given = KeysValues(self.k_TKH, self.v_TKW)
+        form = self.form(coding)
+        if isinstance(form, CodedFormat):
+            groups = (x.reshape(-1, form.codec.group_size).cpu() for x in self.given)
+            run = [form.codec.encode_groups(group) for group in groups]
+            back = [
+                (affine[:, 1:].float() + affine[:, :1].float() * unpacked(codes, form.codec.bits)).to(dtype)
+                for codes, affine in run
+            ]
+            self.k_TKH, self.v_TKW = (b.view(x.shape).to(x.device) for b, x in zip(back, self.given, strict=True))
+
+    def form(self, coding: KVCoding | None) -> KVFormat:
+        """How a log holds them."""
+        shape = KVShape(NUM_KV_HEADS, KEY_SIZE, self.v_TKW.shape[-1])
+        return make_format(shape, self.k_TKH.dtype, coding)
+
+    def log(self, tokens: list[int | None], coding: KVCoding | None) -> KVLog:
+        """Some tokens as they rest; NaN, which must never be read, where there is none."""
+        assert self.given is not None
+        index = torch.tensor([-1 if token is None else token for token in tokens])
+        parts = [part[index].clone() for part in self.given]
+        for part in parts:
+            part[index < 0] = torch.nan
+        form = self.form(coding)
+        data_CB = torch.empty(len(tokens), form.token_bytes, dtype=torch.uint8, device=self.k_TKH.device)
+        form.write(*parts, data_CB)
+        return KVLog(form, data_CB)
 
     def keys_values(self, tokens: list[int | None]) -> KeysValues:
         """KV of some tokens; NaN, which must never be read, where there is none."""
@@ -58,18 +96,31 @@ class Tokens:
 class HandMadeContext:
     """KV of earlier tokens, from literal tables."""
 
-    def __init__(self, tokens: Tokens, *, logs: dict[int, list[int | None]], scratch: dict[int, list[int]]):
-        self._tokens, self._logs, self._scratch = tokens, logs, scratch
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        logs: dict[int, list[int | None]],
+        scratch: dict[int, list[int]],
+        coding: KVCoding | None = None,
+    ):
+        self._tokens, self._logs, self._scratch, self.coding = tokens, logs, scratch, coding
 
-    def own_log(self, batch: DecodeBatch) -> KeysValues:
-        return self._tokens.keys_values(self._logs[batch.span.group])
+    def own_log(self, batch: DecodeBatch) -> KVLog:
+        return self._tokens.log(self._logs[batch.span.group], self.coding)
 
     def ancestor(self, span: AncestorSpan) -> KeysValues:
         source = span.source
         if source.scratch_node is not None:
             return self._tokens.keys_values(list(self._scratch[source.scratch_node]))
         assert source.group is not None and source.row_start is None
-        return self._tokens.keys_values(self._logs[source.group][source.log_start :][: span.num_keys])
+        places = slice(source.log_start, source.log_start + span.num_keys)
+        return self._tokens.log(self._logs[source.group], self.coding).at(places)
+
+
+def unpacked(codes_GP: Tensor, bits: int) -> Tensor:
+    """The codes themselves, one after the other."""
+    return torch.cat([codes_GP >> bits * part & 2**bits - 1 for part in range(8 // bits)], dim=1)
 
 
 OPTIONS = {
@@ -98,25 +149,25 @@ def options(request: pytest.FixtureRequest, device: str) -> AttentionOptions:
 
 def check(
     plan: RowPlan, tokens: Tokens, row: list[int], paths: list[list[int]], context: HandMadeContext, **how: object
-) -> None:
-    """Compare a row's attention with each of its tokens' own."""
+) -> int:
+    """Compare a row's attention with each of its tokens' own; how many keys the CPU read for it in host memory."""
     options, dtype = how["options"], how.get("dtype", torch.float32)
     assert isinstance(options, AttentionOptions) and isinstance(dtype, torch.dtype)
     assert [path[-1] for path in paths] == row
     index = torch.tensor(row)
-    for name in ("q_TNH", "k_TKH", "v_TKW"):
-        setattr(tokens, name, getattr(tokens, name).to(dtype))
+    tokens.turn(dtype, context.coding)
     made = RowMaker(tokens.q_TNH.device).make(0, plan)
     q_TNH, k_TKH, v_TKW = tokens.q_TNH[index], tokens.k_TKH[index], tokens.v_TKW[index]
     expected_TNW = torch.stack([tokens.attend(path, options) for path in paths])
-    outs = [PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)]
+    outs, num_read = [PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)], 0
     if plan.decode and q_TNH.device.type == "cpu":
-        with Workers(3) as workers:
-            outs.append(HostAttention(workers)(q_TNH, options, made, context))
+        out_TNW, num_read = HostAttention()(q_TNH, options, made, context)
+        outs.append(out_TNW)
     tolerance = 3e-6 if dtype == torch.float32 else 0.03
     for out_TNW in outs:
         assert out_TNW.dtype == dtype
         torch.testing.assert_close(out_TNW.cpu().double(), expected_TNW, atol=tolerance, rtol=0)
+    return num_read
 
 
 def upto(*runs: range) -> list[list[int]]:
@@ -217,17 +268,21 @@ DECODE = RowPlan(
 )
 
 
+CODINGS = [None, KVCoding(8, 64), KVCoding(4, 64), KVCoding(4, 6), KVCoding(2, 8)]
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value_size", [KEY_SIZE, 12])
+@pytest.mark.parametrize("value_size", [KEY_SIZE, 8])
 def test_sequences_that_decode_from_two_logs_under_a_shared_header(
-    options: AttentionOptions, value_size: int, dtype: torch.dtype, device: str
+    options: AttentionOptions, value_size: int, dtype: torch.dtype, coding: KVCoding | None, device: str
 ) -> None:
     """In the first log the sequences' tokens lie between each other's, as they were computed."""
     tokens = Tokens({"header": 9, "x": 5, "y": 6, "z": 2}, value_size=value_size, device=device)
     header, x, y, z = (list(run) for run in tokens.runs.values())
     logs = {0: [*x[:3], *y[:4], x[3], y[4], x[4], y[5], None], 1: [None] * 4 + header, 2: [*z, None]}
     paths = [header + x, header + y, z]
-    context = HandMadeContext(tokens, logs=logs, scratch={})
+    context = HandMadeContext(tokens, logs=logs, scratch={}, coding=coding)
     check(DECODE, tokens, [x[-1], y[-1], z[-1]], paths, context, options=options, dtype=dtype)
 
 
@@ -286,27 +341,99 @@ def lived_in(*, num_steps: int) -> tuple[RowPlan, dict[str, int], list[int | Non
     return plan, lengths, log
 
 
-@pytest.mark.parametrize("part_tokens", [7, 1024])
+@pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=str)
+@pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 100, 300])
 @pytest.mark.parametrize(
     ("dtype", "value_size"), [(torch.float32, KEY_SIZE), (torch.float32, 12), (torch.float16, KEY_SIZE)]
 )
 def test_long_contexts_are_read_where_they_lie(
-    dtype: torch.dtype, value_size: int, window: int | None, part_tokens: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    value_size: int,
+    window: int | None,
+    is_cut: bool,
+    coding: KVCoding | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Prompts and steps are long enough for stretches, which are cut into parts."""
-    monkeypatch.setattr("flexeval.engine.compute.host_attention.PART_TOKENS", part_tokens)
+    """Prompts and steps are long enough for stretches, which are cut into parts where many threads want to be busy."""
+    if is_cut:
+        monkeypatch.setattr("flexeval.planning.stretches.MIN_PART_TOKENS", 7)
+        monkeypatch.setattr("flexeval.engine.compute.host_plan.SHARES_PER_THREAD", 100)
     plan, lengths, log = lived_in(num_steps=180)
     tokens = Tokens(lengths, value_size=value_size, device="cpu")
     header, *own = (list(run) for run in tokens.runs.values())
-    context = HandMadeContext(tokens, logs={0: log, 1: [None, *header]}, scratch={})
+    context = HandMadeContext(tokens, logs={0: log, 1: [None, *header]}, scratch={}, coding=coding)
     options = AttentionOptions(scale=0.4, window=window, sinks_N=torch.tensor([0.5, -3.0, 2.0, 0.0]))
     paths = [header + run for run in own]
-    check(plan, tokens, [path[-1] for path in paths], paths, context, options=options, dtype=dtype)
-    num_read = num_keys_read(RowMaker(torch.device("cpu")).make(0, plan), options)
+    num_read = check(plan, tokens, [path[-1] for path in paths], paths, context, options=options, dtype=dtype)
     num_own = sum(min(len(run), window or len(run)) for run in own)
     seen = [min(90, max(0, (window or 9999) - len(run))) for run in own]
     assert num_read == num_own + max(seen), "nothing that a window hides"
+
+
+class Calls(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attends = self.num_others = 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.num_attends += "attention" in operator.name()
+        self.num_others += "attention" not in operator.name()
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("num_drawn", "most_others"), [(9, 24), (2, 32)], ids=["in place", "gathered"])
+@pytest.mark.parametrize("num_sequences", [10, 40])
+def test_contexts_that_lie_alike_take_few_calls(
+    num_sequences: int, num_drawn: int, most_others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts are one call, what was drawn is another; layers that see as far share one plan."""
+    num_plans = 0
+
+    def count(*args: Any, **kwargs: Any) -> Layout:
+        nonlocal num_plans
+        num_plans += 1
+        return lay_out(*args, **kwargs)
+
+    monkeypatch.setattr("flexeval.engine.compute.host_plan.lay_out", count)
+    starts, num_prompt = range(0, 70 * num_sequences, 70), 70 * num_sequences
+    own = [
+        [*range(start, start + 70), *range(num_prompt + index, num_prompt + num_sequences * num_drawn, num_sequences)]
+        for index, start in enumerate(starts)
+    ]
+    num_tokens = num_prompt + num_sequences * num_drawn
+    tokens = Tokens({"all": num_tokens}, value_size=KEY_SIZE, device="cpu")
+    tokens.turn(torch.float32, None)
+    span = DecodeSpan(
+        group=0,
+        start=0,
+        log_length=num_tokens - num_sequences,
+        own_tokens=own,
+        first_own_positions=[0] * num_sequences,
+        version=1,
+    )
+    positions = (69 + num_drawn,) * num_sequences
+    plan = RowPlan(token_ids=(0,) * num_sequences, positions=positions, decode=(span,))
+    row, attend = RowMaker(torch.device("cpu")).make(0, plan), HostAttention()
+    context = HandMadeContext(tokens, logs={0: list(range(num_tokens))}, scratch={})
+    log = context.own_log(row.decode[0])
+    monkeypatch.setattr(context, "own_log", lambda batch: log)
+    index = torch.tensor([places[-1] for places in own])
+    for window in (None, 30, None, 30):
+        options = AttentionOptions(scale=0.4, window=window)
+        with Calls() as calls:
+            out_TNW, _ = attend(tokens.q_TNH[index], options, row, context)
+        expected_TNW = torch.stack([tokens.attend(path, options) for path in own])
+        torch.testing.assert_close(out_TNW.double(), expected_TNW, atol=3e-6, rtol=0)
+    assert calls.num_attends == 2
+    assert calls.num_others <= most_others
+    assert num_plans == 2
+    attend(tokens.q_TNH[index], options, RowMaker(torch.device("cpu")).make(0, replace(plan)), context)
+    assert num_plans == 3, "another step"
 
 
 def test_spans_of_very_different_lengths_are_not_padded_to_the_longest() -> None:

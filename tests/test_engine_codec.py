@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexeval.engine.memory import codec as codec_module
-from flexeval.engine.memory.codec import Codec, Int4Codec
+from flexeval.engine.codecs import codec as codec_module
+from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.errors import ModelError
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Int4Codec(32), Int4Codec(64), Int4Codec(128))}
+CODECS: dict[str, Codec] = {
+    codec.name: codec for codec in (IntegerCodec(4, 32), IntegerCodec(4, 64), IntegerCodec(4, 128))
+}
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 
 
-def decode(codec: Codec, coded: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def decode(codec: IntegerCodec, coded: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     out = torch.full((coded.numel() * codec.group_size // codec.num_bytes(codec.group_size),), torch.nan, dtype=dtype)
     codec.decode(coded, out)
     return out
@@ -29,22 +31,23 @@ def float16_rounding(value: np.ndarray) -> np.ndarray:
     return 2.0 ** (exponent - 11)
 
 
-def int4_error_bound(groups: np.ndarray) -> np.ndarray:
-    """Half a step; or, at either end of the range, what float16 takes from the minimum and from 15 steps."""
+def error_bound(groups: np.ndarray, bits: int) -> np.ndarray:
+    """Half a step; or, at either end of the range, what float16 takes from the minimum and from all steps."""
+    top = 2**bits - 1
     low, high = groups.min(1), groups.max(1)
-    step = (high - low + float16_rounding(low)) / 15
-    at_ends = np.maximum(float16_rounding(low), 15 * float16_rounding(step))
+    step = (high - low + float16_rounding(low)) / top
+    at_ends = np.maximum(float16_rounding(low), top * float16_rounding(step))
     in_float32 = 2.0**-22 * np.abs(groups).max(1)
     return np.maximum((step + float16_rounding(step)) / 2, at_ends) + in_float32
 
 
 @every_codec
 @pytest.mark.parametrize("num_groups", [1, 3, 10])
-def test_stored_bytes_are_exact(codec: Codec, num_groups: int) -> None:
+def test_stored_bytes_are_exact(codec: IntegerCodec, num_groups: int) -> None:
     num_values = num_groups * codec.group_size
     coded = codec.encode(torch.randn(num_values))
     assert (coded.dtype, coded.shape) == (torch.uint8, (codec.num_bytes(num_values),))
-    assert codec.num_bytes(num_values) == num_values // 2 + num_groups * 4
+    assert codec.num_bytes(num_values) == num_values * codec.bits // 8 + num_groups * 4
 
 
 @every_codec
@@ -56,34 +59,37 @@ def test_stored_bytes_are_exact(codec: Codec, num_groups: int) -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_decoded_numbers_are_close(
-    codec: Codec, seed: int, offset: float, log2_spread: float | None, dtype: torch.dtype
+    codec: IntegerCodec, seed: int, offset: float, log2_spread: float | None, dtype: torch.dtype
 ) -> None:
     noise = np.random.default_rng(seed).uniform(-1, 1, 5 * codec.group_size)
     spread = 0.0 if log2_spread is None else 2.0**log2_spread
     values = torch.tensor(offset + spread * noise).to(dtype)
     groups = values.double().view(-1, codec.group_size).numpy()
     error = np.abs(decode(codec, codec.encode(values)).double().view(-1, codec.group_size).numpy() - groups)
-    assert (error.max(1) <= int4_error_bound(groups)).all()
+    assert (error.max(1) <= error_bound(groups, codec.bits)).all()
 
 
 @every_codec
-def test_numbers_that_are_a_whole_number_of_steps_apart_come_back_as_they_were(codec: Codec) -> None:
-    codes = torch.randint(0, 16, (7, codec.group_size), generator=torch.Generator().manual_seed(0))
-    codes[:, 0], codes[:, -1] = 0, 15
+def test_numbers_that_are_a_whole_number_of_steps_apart_come_back_as_they_were(codec: IntegerCodec) -> None:
+    top = 2**codec.bits - 1
+    codes = torch.randint(0, top + 1, (7, codec.group_size), generator=torch.Generator().manual_seed(0))
+    codes[:, 0], codes[:, -1] = 0, top
     values = (codes * 0.25 - 2.5).flatten()
     assert torch.equal(decode(codec, codec.encode(values)), values)
 
 
 @every_codec
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_types_are_float32_rounded_once(codec: Codec, dtype: torch.dtype) -> None:
+def test_other_types_are_float32_rounded_once(codec: IntegerCodec, dtype: torch.dtype) -> None:
     coded = codec.encode(torch.randn(9 * codec.group_size))
     assert torch.equal(decode(codec, coded, dtype), decode(codec, coded).to(dtype))
 
 
 @every_codec
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_in_chunks_changes_nothing(codec: Codec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_chunks_changes_nothing(
+    codec: IntegerCodec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     coded = codec.encode(torch.randn(10 * codec.group_size))
     whole = decode(codec, coded, dtype)
     monkeypatch.setattr(codec_module, "_CHUNK_VALUES", 3 * codec.group_size + 1)
@@ -100,11 +106,11 @@ def test_decoding_in_chunks_changes_nothing(codec: Codec, dtype: torch.dtype, mo
         ([1e5, 1e5], torch.float32),  # the minimum is beyond float16
         ([-1e5, 0], torch.bfloat16),
         ([0, 3e38], torch.float32),  # the step is
-        ([-65504, 65504], torch.float16),  # 15 steps, rounded up, end beyond the type that is decoded to
+        ([-65504, 65504], torch.float16),  # the steps, rounded up, end beyond the type that is decoded to
     ],
 )
 def test_what_cannot_be_decoded_to_finite_numbers_is_refused(
-    codec: Codec, values: list[float], dtype: torch.dtype
+    codec: IntegerCodec, values: list[float], dtype: torch.dtype
 ) -> None:
     run = torch.full((3 * codec.group_size,), values[-1], dtype=dtype)
     run[codec.group_size : codec.group_size + len(values)] = torch.tensor(values, dtype=dtype)
@@ -113,6 +119,7 @@ def test_what_cannot_be_decoded_to_finite_numbers_is_refused(
 
 
 @every_codec
-def test_numbers_beyond_float16_in_a_range_that_fits_survive(codec: Codec) -> None:
+def test_numbers_beyond_float16_in_a_range_that_fits_survive(codec: IntegerCodec) -> None:
     values = torch.linspace(0, 2**18, codec.group_size)
-    assert (decode(codec, codec.encode(values)) - values).abs().max() <= 2**18 / 15 / 2 * 1.001
+    half_step = 2**18 / (2**codec.bits - 1) / 2
+    assert (decode(codec, codec.encode(values)) - values).abs().max() <= half_step * (1.001 if codec.bits < 8 else 1.1)

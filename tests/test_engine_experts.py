@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flexeval.backends.transformers import answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.spec import TensorSpec
 from flexeval.engine.executor import Executor
-from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.memory.weights import neighbours
@@ -96,7 +96,7 @@ def test_answers_are_transformers(family: str, placement: str, overlap: bool, tm
 
 
 @pytest.mark.parametrize("family", CHANGES)
-@pytest.mark.parametrize("codec", [None, Int4Codec(32)], ids=["none", "w4"])
+@pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
 def test_a_short_sweep_moves_what_all_tokens_need_and_the_experts_that_were_chosen(
     family: str, codec: Codec | None, tmp_path: Path
 ) -> None:
@@ -119,11 +119,11 @@ def test_a_short_sweep_moves_what_all_tokens_need_and_the_experts_that_were_chos
         assert shape.num_layers * shape.layer_bytes * fetched_part(shape, 1) == pytest.approx(needed)
 
 
-class CountingCodec(Int4Codec):
+class CountingCodec(IntegerCodec):
     """Notes how many numbers each call unpacks."""
 
     def __init__(self) -> None:
-        super().__init__(32)
+        super().__init__(4, 32)
         self.calls: list[int] = []
 
     def decode(self, coded: Tensor, out: Tensor) -> None:
@@ -149,7 +149,7 @@ def test_w4_answers_are_transformers_on_dequantized_weights(family: str, placeme
 
 
 def check_w4(family: str, policy: Policy, folder: Path, device: torch.device) -> None:
-    codec = Int4Codec(32)
+    codec = IntegerCodec(4, 32)
     model = dequantized(model_of(family), codec)
     want = [answer(model, request) for request in ragged_requests()]
     results, _ = execute(family, policy, ragged_requests(), folder, codec=codec, device=device)
@@ -204,7 +204,7 @@ def test_products_of_experts_that_lie_apart_are_those_of_stacked_ones_on_gpu(fam
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_runs_that_lie_apart_are_unpacked_at_once_on_gpu(dtype: torch.dtype) -> None:
-    codec = Int4Codec(64)
+    codec = IntegerCodec(4, 64)
     values = torch.randn(5, 77 * 64)
     coded = torch.zeros(5, codec.num_bytes(77 * 64) + 192, dtype=torch.uint8)
     for run, part in zip(values, coded, strict=True):
@@ -254,7 +254,7 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("codec", [None, Int4Codec(32)], ids=["none", "w4"])
+@pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
 def test_an_expert_is_one_run_of_bytes(codec: Codec | None) -> None:
     generator = torch.Generator().manual_seed(0)
     given = {spec.name: torch.randn(spec.shape, generator=generator).to(spec.dtype) for spec in SPECS}

@@ -10,10 +10,9 @@ from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
 from torch import Tensor
 
 from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.codecs.codec import CodedMatrix, IntegerCodec
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.compute.linear import CodedMatrix
 from flexeval.engine.executor import Executor
-from flexeval.engine.memory.codec import Int4Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.policy.policy import Policy, Split
 
@@ -21,12 +20,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
-def random_run(codec: Int4Codec, num_values: int, device: torch.device) -> Tensor:
+def random_run(codec: IntegerCodec, num_values: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(num_values)
     return codec.encode(torch.randn(num_values, generator=generator) * 0.02 + 0.01).to(device)
 
 
-def decoded(codec: Int4Codec, coded: Tensor, num_values: int) -> Tensor:
+def decoded(codec: IntegerCodec, coded: Tensor, num_values: int) -> Tensor:
     out = torch.empty(num_values)
     codec.decode(coded.cpu(), out)
     return out
@@ -36,7 +35,7 @@ def decoded(codec: Int4Codec, coded: Tensor, num_values: int) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_unpacking_on_a_gpu_gives_the_cpus_numbers(group_size: int, dtype: torch.dtype) -> None:
-    codec = Int4Codec(group_size)
+    codec = IntegerCodec(4, group_size)
     num_values = 1001 * group_size
     coded = random_run(codec, num_values, CUDA)
     out = torch.full((num_values,), torch.nan, dtype=dtype, device=CUDA)
@@ -54,7 +53,7 @@ def test_unpacking_on_a_gpu_gives_the_cpus_numbers(group_size: int, dtype: torch
 def test_a_product_with_a_matrix_as_it_rests(
     num_tokens: int, num_outputs: int, num_inputs: int, group_size: int, dtype: torch.dtype
 ) -> None:
-    codec = Int4Codec(group_size)
+    codec = IntegerCodec(4, group_size)
     padded = -(-num_inputs // group_size) * group_size
     num_values, before = num_outputs * padded, 3 * group_size
     coded = random_run(codec, before + num_values + group_size, CUDA)
@@ -73,7 +72,7 @@ def test_a_product_with_a_matrix_as_it_rests(
 @pytest.mark.parametrize("num_tokens", [8, 32, 64, 128])
 def test_a_large_product_is_the_same_every_time(num_tokens: int) -> None:
     """Large enough that every multiprocessor is at work: races show here."""
-    codec, (num_outputs, num_inputs) = Int4Codec(64), (28672, 7168)
+    codec, (num_outputs, num_inputs) = IntegerCodec(4, 64), (28672, 7168)
     generator = torch.Generator(CUDA).manual_seed(num_tokens)
     weight_OI = torch.randn(num_outputs, num_inputs, generator=generator, device=CUDA, dtype=torch.float16) * 0.02
     coded = codec.encode(weight_OI.view(-1))
@@ -100,11 +99,11 @@ class UnpackedMatrix:
         return torch.nn.functional.linear(x_TI, self._weight_OI[:, : x_TI.shape[1]], bias_O)
 
 
-class CodecWithoutUnpacking(Int4Codec):
+class CodecWithoutUnpacking(IntegerCodec):
     """Multiplies matrices as they rest on a CPU, up to a number of tokens."""
 
     def __init__(self, few_tokens: int):
-        super().__init__(32)
+        super().__init__(4, 32)
         self._few_tokens = few_tokens
 
     def few_tokens(self, device: torch.device) -> int:

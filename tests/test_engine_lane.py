@@ -5,12 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import ragged_requests, tiny_config, tiny_model
+from torch.utils._pytree import tree_leaves
 
+from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.row import Row
+from flexeval.engine.executor import Executor
+from flexeval.engine.memory.disk import DiskTier
+from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.memory.kv_context import LoadedContext
 from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, Transfer, ahead, drain
+from flexeval.policy.policy import Policy
 
 SOON_S = 5.0
 """A deadline that only a deadlock misses."""
@@ -205,3 +216,24 @@ def test_a_lane_on_a_gpu_sees_the_callers_work_and_the_caller_the_lanes() -> Non
     copied = lane.submit(lambda tensor: tensor.clone().mul_(2), numbers)
     assert copied.wait().eq(400).all()
     lane.close()
+
+
+def test_what_a_row_reads_is_found_by_its_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane lends tensors that it finds in what it hands back: others would be overwritten while they are read."""
+    load, found = KVCache.load, 0
+
+    def spy(self: KVCache, layer: int, row: Row) -> LoadedContext:
+        nonlocal found
+        context = load(self, layer, row)
+        held = [log.data_CB for log in (*context.own.values(), *context.ancestors.values())]
+        assert {id(data) for data in held} <= {id(leaf) for leaf in tree_leaves(context)}
+        found += len(held)
+        return context
+
+    monkeypatch.setattr(KVCache, "load", spy)
+    anatomy = Anatomy(tiny_config("llama"), torch.float32)
+    checkpoint = StateDictCheckpoint(anatomy, tiny_model("llama").state_dict())
+    policy, device = Policy.parse("disk-kv=1"), torch.device("cpu")
+    with Executor(anatomy, checkpoint, policy, codec=None, device=device, disk_tier=DiskTier(tmp_path)) as executor:
+        executor.execute(ragged_requests())
+    assert found > 40

@@ -13,9 +13,9 @@ import torch
 from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
 
 from flexeval.engine.checkpoint import SafetensorsCheckpoint
+from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
-from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.random_checkpoint import RandomCheckpoint
@@ -73,7 +73,7 @@ def kept_layers(folder: Path) -> list[Path]:
     return sorted(folder.glob("prepared/*/layer-*.bin"))
 
 
-@pytest.mark.parametrize("codec", [None, Int4Codec(32)], ids=["none", "w4"])
+@pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
 def test_what_rests_on_disk_is_packed_once(codec: Codec | None, tmp_path: Path) -> None:
     first = Run(tmp_path, ON_DISK, codec=codec)
     assert first.layers_read == [0, 1, 2, 3]
@@ -106,8 +106,8 @@ def test_other_weights_types_and_codecs_are_kept_apart(tmp_path: Path) -> None:
         {},
         {"seed": 1},
         {"dtype": torch.bfloat16},
-        {"codec": Int4Codec(32)},
-        {"codec": Int4Codec(64)},
+        {"codec": IntegerCodec(4, 32)},
+        {"codec": IntegerCodec(4, 64)},
     ]
     for number, variant in enumerate(variants, start=1):
         assert Run(tmp_path, ON_DISK, **variant).layers_read == [0, 1, 2, 3], variant
@@ -232,7 +232,7 @@ def test_host_memory_holds_about_two_layers_while_all_is_put_on_disk(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("codec", [None, Int4Codec(32)], ids=["none", "w4"])
+@pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
 def test_a_gpu_packs_the_same_bytes_as_a_cpu(codec: Codec | None, tmp_path: Path) -> None:
     gpu = torch.device("cuda", 0)
     on_cpu = Run(tmp_path, ON_DISK, codec=codec)

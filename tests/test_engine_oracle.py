@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,14 @@ from tiny_models import (
     tiny_model,
 )
 
+from flexeval.backends.coded_attention import register_coded_attention
 from flexeval.backends.native import Engine
 from flexeval.backends.transformers import TransformersBackend, answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.codecs.codec import Codec, IntegerCodec
+from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
-from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.models import ModelSource
 from flexeval.policy.policy import Policy, Split
@@ -67,6 +71,7 @@ def run(
     folder: Path,
     *,
     codec: Codec | None = None,
+    kv_coding: KVCoding | None = None,
     device: torch.device = CPU,
     overlap: bool | None = None,
 ) -> list[TokenResult]:
@@ -77,6 +82,7 @@ def run(
         checkpoint,
         policy,
         codec=codec,
+        kv_coding=kv_coding,
         device=device,
         disk_tier=DiskTier(folder),
         overlap=overlap,
@@ -101,28 +107,83 @@ def test_equals_transformers_on_gpu(family: str, placement: str, tmp_path: Path)
     assert_equal_results(measured, case.expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "bits"), [("llama", 4), ("gpt2", 4), ("mixtral", 4), ("gpt_oss", 4), ("llama", 8), ("gpt_oss", 8)]
+)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_w4_equals_transformers_on_dequantized_weights(family: str, placement: str, tmp_path: Path) -> None:
-    check_w4(family, PLACEMENTS[placement], tmp_path, CPU)
+def test_coded_weights_equal_transformers_on_dequantized_weights(
+    family: str, bits: int, placement: str, tmp_path: Path
+) -> None:
+    check_weights(family, bits, PLACEMENTS[placement], tmp_path, CPU)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "bits"), [("llama", 4), ("opt", 4), ("gpt2", 4), ("mixtral", 4), ("gpt_oss", 4), ("llama", 8)]
+)
 @pytest.mark.parametrize("placement", GPU_PLACEMENTS)
-def test_w4_equals_transformers_on_dequantized_weights_on_gpu(family: str, placement: str, tmp_path: Path) -> None:
-    """Rows of few tokens multiply matrices as they rest, others unpack them."""
-    check_w4(family, GPU_PLACEMENTS[placement], tmp_path, torch.device("cuda", 0))
+def test_coded_weights_equal_transformers_on_dequantized_weights_on_gpu(
+    family: str, bits: int, placement: str, tmp_path: Path
+) -> None:
+    """Rows of few tokens multiply matrices of 4 bits as they rest, others unpack them."""
+    check_weights(family, bits, GPU_PLACEMENTS[placement], tmp_path, torch.device("cuda", 0))
 
 
-def check_w4(family: str, policy: Policy, folder: Path, device: torch.device) -> None:
-    codec = Int4Codec(32)
+def check_weights(family: str, bits: int, policy: Policy, folder: Path, device: torch.device) -> None:
+    codec = IntegerCodec(bits, 32)
     model = dequantized(tiny_model(family), codec)
     requests = ragged_requests()
     expected = [answer(model, request) for request in requests]
     measured = run(family, policy, requests, folder, codec=codec, device=device)
     assert_equal_results(measured, expected)
-    assert [r.logprobs for r in expected] != [r.logprobs for r in tiny_case(family).expected], "w4 changed nothing"
+    assert [r.logprobs for r in expected] != [r.logprobs for r in tiny_case(family).expected], (
+        "the codec changed nothing"
+    )
+
+
+KV_CASES = [*((family, 4) for family in FAMILIES), ("llama", 8), ("llama", 2), ("gpt_oss", 2)]
+every_kv_case = pytest.mark.parametrize(("family", "bits"), KV_CASES)
+
+
+@every_kv_case
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_coded_kv_equals_transformers_on_coded_kv(family: str, bits: int, placement: str, tmp_path: Path) -> None:
+    check_kv(family, PLACEMENTS[placement], KVCoding(bits, 64), tmp_path, CPU)
+
+
+@pytest.mark.gpu
+@every_kv_case
+@pytest.mark.parametrize("placement", GPU_PLACEMENTS)
+def test_coded_kv_equals_transformers_on_coded_kv_on_gpu(
+    family: str, bits: int, placement: str, tmp_path: Path
+) -> None:
+    check_kv(family, GPU_PLACEMENTS[placement], KVCoding(bits, 64), tmp_path, torch.device("cuda", 0))
+
+
+@cache
+def answers_on_coded_kv(family: str, coding: KVCoding) -> list[TokenResult]:
+    model = copy.deepcopy(tiny_model(family))
+    model.set_attn_implementation(register_coded_attention(coding))
+    return [answer(model, request) for request in tiny_case(family).requests]
+
+
+def check_kv(family: str, policy: Policy, coding: KVCoding, folder: Path, device: torch.device) -> None:
+    """Prompts that are only scored see coded keys and values as well.
+
+    A number in a hundred thousand lies so near the edge between two codes that float32's rounding decides, and a router
+    may choose another expert then; so what differs is held against what coding does.
+    """
+    expected, plain = answers_on_coded_kv(family, coding), tiny_case(family).expected
+    measured = run(family, policy, tiny_case(family).requests, folder, kv_coding=coding, device=device)
+    assert [result.token_ids for result in measured] == [result.token_ids for result in expected]
+    difference = prompt_logprobs(measured) - prompt_logprobs(expected)
+    effect = prompt_logprobs(expected) - prompt_logprobs(plain)
+    share = 0.1 if coding.bits == 8 else 0.02 if device == CPU else 0.05
+    assert difference.norm() < share * effect.norm()
+
+
+def prompt_logprobs(results: list[TokenResult]) -> torch.Tensor:
+    return torch.tensor([logprob for result in results for logprob in result.prompt_logprobs])
 
 
 @pytest.mark.parametrize("placement", ["cpu+disk", "host-attention", "half-host-attention"])
@@ -140,8 +201,9 @@ def test_the_cpu_attends_in_stretches_too(
     family: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts here are short: with short stretches, cut in parts, all ways through the CPU's attention are taken."""
-    monkeypatch.setattr("flexeval.planning.stretches.MIN_TOKENS", 4)
-    monkeypatch.setattr("flexeval.engine.compute.host_attention.PART_TOKENS", 4)
+    for least, num_tokens in (("MIN_LENGTH", 2), ("MIN_TOKENS", 4), ("MIN_PART_TOKENS", 4)):
+        monkeypatch.setattr(f"flexeval.planning.stretches.{least}", num_tokens)
+    monkeypatch.setattr("flexeval.engine.compute.host_plan.SHARES_PER_THREAD", 40)
     policy = Policy(host_attention=share, row_tokens=40, group_sequences=2, num_groups=3)
     case = tiny_case(family)
     assert_equal_results(run(family, policy, case.requests, tmp_path, overlap=True), case.expected)

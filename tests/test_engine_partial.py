@@ -136,6 +136,18 @@ def test_kernels_equal_the_reference(shape: Shape, dtype: torch.dtype, tolerance
     torch.testing.assert_close(measured.lse_BNQ, expected.lse_BNQ, atol=tolerance / 4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["decode", "masked", "softcap", "narrow-values", "odd-head-size-masked"])
+def test_a_bias_is_a_mask(name: str, dtype: torch.dtype) -> None:
+    q_BNQH, k_BKSH, v_BKSW, options = SHAPES[name].inputs("cpu", dtype)
+    mask_BQS = options.pop("mask_BQS")
+    mask_BQS[..., 0] = True  # every query sees something
+    bias_BQS = torch.where(mask_BQS, 0.0, -torch.inf)
+    masked = partial_attention(q_BNQH, k_BKSH, v_BKSW, mask_BQS=mask_BQS, **options)
+    biased = partial_attention(q_BNQH, k_BKSH, v_BKSW, bias_BQS=bias_BQS, **options)
+    assert masked.out_BNQW.equal(biased.out_BNQW) and masked.lse_BNQ.equal(biased.lse_BNQ)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_query_that_sees_nothing_has_output_0_and_no_weight(device: str) -> None:
     q_BNQH, k_BKSH, v_BKSW, options = SHAPES["masked"].inputs(device, torch.float32)

@@ -18,6 +18,7 @@ from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
 
 from flexeval.backends.transformers import answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.executor import LANES, Executor
@@ -87,11 +88,20 @@ def test_each_tier_holds_what_the_policy_puts_there(
     assert_nothing_is_left(tmp_path)
 
 
-def test_the_cache_of_a_long_batch_is_bounded_by_the_sequences_in_flight(tmp_path: Path) -> None:
-    shape = model_shape(Anatomy(tiny_config("llama"), torch.float32), None, CPU)
+@pytest.mark.parametrize("coding", [None, KVCoding(8, 64), KVCoding(4, 64), KVCoding(2, 8)], ids=str)
+def test_the_cache_of_a_long_batch_is_bounded_by_the_sequences_in_flight(
+    coding: KVCoding | None, tmp_path: Path
+) -> None:
+    anatomy = Anatomy(tiny_config("llama"), torch.float32)
+    shape, plain = (model_shape(anatomy, None, CPU, kv_coding=kv_coding) for kv_coding in (coding, None))
+    group_size = 16 if coding is None else min(coding.group_size, 16)  # the head's size
+    assert shape.kv_bytes_per_token == plain.kv_bytes_per_token / 32 * (
+        32 if coding is None else coding.bits + 32 / group_size
+    )
+    assert shape.kv_compute_bytes_per_token == plain.kv_bytes_per_token
     policy = Policy(kv=Split(disk=1.0), group_sequences=2, num_groups=2)
     requests = [dataclasses.replace(REQUEST, prompt_ids=(100 + n, *REQUEST.prompt_ids[1:])) for n in range(11)]
-    with loaded(policy, tmp_path) as executor:
+    with loaded(policy, tmp_path, kv_coding=coding) as executor:
         executor.execute(requests)
         assert executor.peak_bytes()["disk"] == 4 * policy.block_sequences * NUM_KEPT * shape.kv_bytes_per_token
 

@@ -9,9 +9,9 @@ import torch
 from tiny_models import tiny_config, tiny_model
 
 from flexeval.engine.checkpoint import StateDictCheckpoint
+from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
-from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.sizes import measure_workload, model_shape
@@ -24,7 +24,7 @@ every_family = pytest.mark.parametrize("family", ["opt", "llama", "gemma3_text",
 
 
 @every_family
-@pytest.mark.parametrize("codec", [None, Int4Codec(32)], ids=["none", "w4"])
+@pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
 def test_layer_bytes_are_those_of_the_real_slabs(family: str, codec: Codec | None) -> None:
     anatomy = Anatomy(tiny_config(family), torch.float32)
     checkpoint = StateDictCheckpoint(anatomy, tiny_model(family).state_dict())

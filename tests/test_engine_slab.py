@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.compute.spec import TensorSpec
-from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.engine.memory.slab import ALIGNMENT, SlabLayout
 from flexeval.errors import ModelError
 
@@ -81,7 +81,7 @@ def test_without_a_codec_everything_comes_back_bit_for_bit() -> None:
 def test_a_checkpoint_of_another_type_is_cast() -> None:
     spec = TensorSpec(name="linear", shape=(4, 8), dtype=torch.bfloat16)
     matrix = torch.randn(8, 4).T  # not contiguous either
-    for codec in (None, Int4Codec(32)):
+    for codec in (None, IntegerCodec(4, 32)):
         layout = SlabLayout([spec], codec)
         unpacked = unpack(layout, layout.pack({"linear": matrix}, device=CPU))["linear"]
         expected = matrix.bfloat16() if codec is None else through_codec(matrix.bfloat16(), spec, codec)
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_type_is_cast() -> None:
 
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_with_a_codec_matrices_are_coded_along_their_input_and_the_rest_is_not(group_size: int) -> None:
-    codec = Int4Codec(group_size)
+    codec = IntegerCodec(4, group_size)
     layout, tensors = SlabLayout(SPECS, codec), fill(SPECS)
     slab = layout.pack(tensors, device=CPU)
     unpacked = unpack(layout, slab)
@@ -116,13 +116,13 @@ def test_padding_never_widens_the_range_of_a_group(row_size: int, num_rows: int,
     shape = (row_size, num_rows) if is_input_first else (num_rows, row_size)
     spec = TensorSpec(name="w", shape=shape, dtype=torch.float32, is_input_first=is_input_first)
     matrix = 1000 + 8 * torch.rand(shape, generator=torch.Generator().manual_seed(row_size))
-    layout = SlabLayout([spec], Int4Codec(64))
+    layout = SlabLayout([spec], IntegerCodec(4, 64))
     unpacked = unpack(layout, layout.pack({"w": matrix}, device=CPU))["w"]
     assert (unpacked - matrix).abs().max() <= 8.5 / 15 / 2 + 0.01
 
 
 def test_what_is_unpacked_are_views() -> None:
-    layout = SlabLayout(SPECS, Int4Codec(32))
+    layout = SlabLayout(SPECS, IntegerCodec(4, 32))
     slab = layout.pack(fill(SPECS), device=CPU)
     workspace = torch.full((layout.num_coded_values + 100,), 7, dtype=layout.coded_dtype)
     tensors = layout.unpack(slab, workspace)
@@ -137,4 +137,4 @@ def test_a_matrix_that_cannot_be_coded_is_named(name: str) -> None:
     tensors = fill(SPECS)
     tensors[name].view(-1)[7] = torch.nan
     with pytest.raises(ModelError, match=rf"NaN.*\({name}\).*none"):
-        SlabLayout(SPECS, Int4Codec(32)).pack(tensors, device=CPU)
+        SlabLayout(SPECS, IntegerCodec(4, 32)).pack(tensors, device=CPU)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flexeval.errors import ModelError
+from flexeval import models
+from flexeval.errors import DataError, ModelError
 from flexeval.models import ModelSource, fingerprint, resolve
 
 TINY_LLAMA = {
@@ -33,9 +34,8 @@ def directory(tmp_path: Path) -> Path:
 
 def test_a_directory_is_taken_as_it_is(directory: Path) -> None:
     source = resolve(str(directory))
-    assert source == ModelSource(
-        ref=str(directory), name="my-model", directory=directory, tokenizer_dir=directory, is_dummy=False, note=""
-    )
+    assert source == ModelSource(ref=str(directory), name="my-model", directory=directory, is_dummy=False, note="")
+    assert source.tokenizer_dir == directory
 
 
 def test_the_fingerprint_follows_the_files(directory: Path) -> None:
@@ -212,9 +212,21 @@ def test_a_dummy_from_a_config(directory: Path) -> None:
     assert resolve(f"dummy:{directory}").directory == source.directory
 
 
-def test_a_dummy_whose_vocabulary_is_too_small(directory: Path) -> None:
-    with pytest.raises(ModelError, match="vocab_size 64 is smaller than the 49152 tokens"):
-        resolve(f"dummy:{directory / 'config.json'}")
+def test_a_dummy_whose_vocabulary_is_too_small_has_no_tokenizer(directory: Path) -> None:
+    source = resolve(f"dummy:{directory / 'config.json'}")
+    with pytest.raises(ModelError, match=r"vocab_size 64 is smaller than the 49152 tokens.*token ids alone"):
+        _ = source.tokenizer_dir
+
+
+def test_a_dummy_s_tokenizer_is_fetched_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(asset: object) -> None:
+        raise DataError("no network")
+
+    monkeypatch.setenv("FLEXEVAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "fetch", fail)
+    source = resolve("dummy:opt-30b")
+    with pytest.raises(DataError, match="no network"):
+        _ = source.tokenizer_dir
 
 
 def test_the_demo_model_speaks(smollm2: ModelSource) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_30B, OPT_125M, T4, generating, opt, scoring
 
-from flexeval.policy.cost import CostModel, Lane
+from flexeval.policy.cost import OPERATIONS_PER_LOAD, CostModel, Lane
 from flexeval.policy.hardware import Hardware
 from flexeval.policy.policy import Policy, Split, Tier
 from flexeval.policy.sweeps import plan_sweeps
@@ -126,7 +126,10 @@ def test_many_groups_of_one_cost_more_than_one_group_of_many():
     weight_reads_s = 31 * 48 * 143 * OPT_30B.layer_compute_bytes / T4.memory_bytes_per_s
     excess_s = one.lanes["decode"][Lane.COMPUTE] - many.lanes["decode"][Lane.COMPUTE]
     assert excess_s > weight_reads_s
-    assert one.lanes["decode"][Lane.TO_GPU] == many.lanes["decode"][Lane.TO_GPU]
+    read_s = 144 * (512 + 16) * OPT_30B.kv_bytes_per_token / T4.to_gpu_bytes_per_s
+    waiting_s = 31 * 48 * (144 * OPERATIONS_PER_LOAD * T4.launch_s - read_s)
+    assert waiting_s > 0
+    assert one.lanes["decode"][Lane.TO_GPU] - many.lanes["decode"][Lane.TO_GPU] == pytest.approx(waiting_s)
 
 
 def test_cpu_device_has_no_link():

@@ -103,7 +103,7 @@ def test_small_instances_cover_what_matters():
 
 def test_search_equals_brute_force_over_the_grid():
     shape, work = opt(5, 256, 4), generating(3, 300, 8)
-    machine = replace(T4, gpu_bytes=shape.resident_bytes + 22 * 10**6, cpu_bytes=5 * 10**6, disk_bytes=20 * 10**6)
+    machine = replace(T4, gpu_bytes=shape.resident_bytes + 20 * 10**6, cpu_bytes=5 * 10**6, disk_bytes=20 * 10**6)
     model = CostModel(shape=shape, workload=work, hardware=machine)
     bests = [best for sizes in _grid(model) if (best := brute_force(model, sizes)) is not None]
     found = search(shape, work, machine)

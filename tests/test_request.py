@@ -30,6 +30,8 @@ from flexeval.request import Request
         ({"prompt": ("one text", "another")}, "neither a text nor token ids.*one Request for each"),
         ({"prompt": None}, "neither a text nor token ids"),
         ({"prompt": (1.5,)}, "neither a text nor token ids"),
+        ({"detokenize": False, "stop": ("a",)}, "no text to find stop sequences in"),
+        ({"detokenize": False, "top_logprobs": 1}, "name top_logprobs by"),
     ],
 )
 def test_values_that_nobody_could_serve_are_refused(values: dict[str, object], message: str) -> None:
@@ -57,6 +59,7 @@ def test_every_field_is_part_of_the_hash() -> None:
         "top_logprobs": 1,
         "keep_top": 1,
         "ignore_eos": True,
+        "detokenize": False,
     }
     assert set(changes) == {field.name for field in dataclasses.fields(Request)}
     changed = [dataclasses.replace(plain, **{name: value}) for name, value in changes.items()]

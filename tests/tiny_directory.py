@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from helm_support import tokenizer_dir
 from tiny_models import tiny_config
+from tiny_tokenizer import tokenizer_dir
 from transformers import AutoModelForCausalLM
 
 CONTEXT = 2048

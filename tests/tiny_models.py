@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flexeval.backends.transformers import answer
+from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.request import TokenRequest, TokenResult
 

@@ -12,11 +12,14 @@ import torch
 from flexeval.config import Limits
 from flexeval.errors import CapacityError
 from flexeval.policy.cost import HIDDEN_COPIES, INTERMEDIATE_COPIES
+from flexeval.policy.hardware import GPU_USABLE_SHARE
 from flexeval.policy.work import ModelShape
 from flexeval.request import TokenRequest
 
 _CACHE_LAYERS = 1
 """A layer's cache grows by copying: for a moment there are two of it."""
+_EVEN = 4
+"""Where not all requests fit at once, their number is a multiple of it: odd ones are slow on a GPU."""
 _LOGITS_BYTES = 2 * 4
 """A position's logits in 32 bits, and their log-softmax, per token of the vocabulary."""
 
@@ -26,7 +29,7 @@ def batch_bytes(shape: ModelShape, requests: Sequence[TokenRequest], num_sequenc
     num_tokens = max(len(request.prompt_ids) + request.max_tokens for request in requests)
     num_prompt_tokens = max(len(request.prompt_ids) for request in requests)
     num_logits = num_prompt_tokens if any(request.score_prompt for request in requests) else 1
-    cache_bytes = num_tokens * (shape.num_layers + _CACHE_LAYERS) * shape.kv_bytes_per_token
+    cache_bytes = num_tokens * (shape.num_layers + _CACHE_LAYERS) * shape.kv_compute_bytes_per_token
     widths = HIDDEN_COPIES * shape.hidden_size + INTERMEDIATE_COPIES * shape.intermediate_size
     layer_bytes = num_prompt_tokens * widths * shape.dtype_bytes
     logits_bytes = num_logits * shape.vocab_size * (shape.dtype_bytes + _LOGITS_BYTES)
@@ -34,9 +37,9 @@ def batch_bytes(shape: ModelShape, requests: Sequence[TokenRequest], num_sequenc
 
 
 def gpu_room(limits: Limits, device: torch.device) -> int:
-    """Bytes of a GPU that a peer may take."""
+    """Bytes of a GPU that a peer may plan with."""
     free, _ = torch.cuda.mem_get_info(device)
-    return min(free, limits.gpu_bytes or free)
+    return int(GPU_USABLE_SHARE * min(free, limits.gpu_bytes or free))
 
 
 def streamed_bytes(shape: ModelShape) -> int:
@@ -45,10 +48,8 @@ def streamed_bytes(shape: ModelShape) -> int:
 
 
 def largest_batch(shape: ModelShape, requests: Sequence[TokenRequest], room_bytes: int) -> int:
-    """The largest power of two of sequences that fits `room_bytes`, as there are requests. Raises `CapacityError`."""
-    if batch_bytes(shape, requests, 1) > room_bytes:
+    """The most sequences that fit `room_bytes`, no more than there are requests. Raises `CapacityError`."""
+    most = room_bytes // batch_bytes(shape, requests, 1)
+    if most < 1:
         raise CapacityError("not even one sequence fits beside the weights", mend="Raise --gpu-memory or --cpu-memory")
-    size = 1
-    while 2 * size <= len(requests) and batch_bytes(shape, requests, 2 * size) <= room_bytes:
-        size *= 2
-    return size
+    return len(requests) if most >= len(requests) else most - most % _EVEN or most

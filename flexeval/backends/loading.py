@@ -13,9 +13,10 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from flexeval.backends.text import TextHalf
 from flexeval.config import Limits, Setting
 from flexeval.engine.checkpoint import Checkpoint, SafetensorsCheckpoint
+from flexeval.engine.codecs.codec import Codec, IntegerCodec
+from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.family import check_family
-from flexeval.engine.memory.codec import Codec, Int4Codec
 from flexeval.engine.random_checkpoint import RandomCheckpoint
 from flexeval.errors import ConfigError, ModelError
 from flexeval.models import ModelSource, resolve
@@ -33,6 +34,8 @@ class OpenModel:
     """How it is compressed."""
     codec: Codec | None
     """What the setting does to matrices; None leaves them as they are."""
+    kv_coding: KVCoding | None
+    """What it does to keys and values."""
     device: torch.device
     """Where layers are computed."""
     anatomy: Anatomy
@@ -59,12 +62,13 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
     return OpenModel(
         source=source,
         setting=chosen,
-        codec=Int4Codec(chosen.weight_group_size) if chosen.weight_bits == 4 else None,
+        codec=None if chosen.weight_bits is None else IntegerCodec(chosen.weight_bits, chosen.group_size),
+        kv_coding=None if chosen.kv_bits is None else KVCoding(chosen.kv_bits, chosen.group_size),
         device=place,
         anatomy=anatomy,
         checkpoint=RandomCheckpoint(anatomy) if source.is_dummy else SafetensorsCheckpoint(anatomy, source.directory),
         text=TextHalf(
-            source.tokenizer_dir,
+            lambda: source.tokenizer_dir,  # a dummy's is fetched, if it is needed at all
             vocab_size=config.get_text_config().vocab_size,
             context_length=anatomy.context_length,
             eos_ids=_eos_ids(source, config),
@@ -85,6 +89,16 @@ def pick_device(name: str) -> torch.device:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when CUDA is first used
     # Asking for the current device would take hundreds of megabytes of it; before it is used, it is the first.
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+
+
+def check_gpu_limit(limits: Limits, device: torch.device) -> None:
+    """Raise `ConfigError` for a limit on a GPU's memory where nothing is computed on one: it would limit nothing."""
+    if device.type != "cuda" and limits.gpu_bytes is not None:
+        raise ConfigError(
+            "layers are computed on the CPU, which has no GPU memory to limit",
+            where="--gpu-memory",
+            mend="Leave it out, or compute on a GPU with --device cuda",
+        )
 
 
 def cap_gpu_memory(limits: Limits, device: torch.device) -> None:

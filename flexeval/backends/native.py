@@ -12,7 +12,14 @@ from typing import Literal
 
 from flexeval.backends.backend import OnCompletions, Usage, add_up
 from flexeval.backends.batch import Batch
-from flexeval.backends.loading import OpenModel, cap_gpu_memory, check_dtype, open_model, pick_device
+from flexeval.backends.loading import (
+    OpenModel,
+    cap_gpu_memory,
+    check_dtype,
+    check_gpu_limit,
+    open_model,
+    pick_device,
+)
 from flexeval.config import Limits, Setting, parse_disk, parse_size
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
@@ -67,6 +74,7 @@ class Engine:
             FlexevalError: The model, a setting or an option is not usable; the message says how to mend it.
         """
         fixed, limits = read_policy(policy), read_limits(gpu_memory, cpu_memory, disk)
+        check_gpu_limit(limits, pick_device(device))
         return cls(open_model(model, setting=setting, device=device, dtype=dtype), fixed, limits)
 
     @staticmethod
@@ -81,8 +89,7 @@ class Engine:
     ) -> None:
         """Raise `ConfigError` for options of `load` that suit no model, before one is fetched for them."""
         read_policy(policy)
-        read_limits(gpu_memory, cpu_memory, disk)
-        pick_device(device)
+        check_gpu_limit(read_limits(gpu_memory, cpu_memory, disk), pick_device(device))
         check_dtype(dtype)
 
     def __init__(self, opened: OpenModel, policy: Policy | None, limits: Limits):
@@ -90,7 +97,7 @@ class Engine:
         self._opened = opened
         self._fixed_policy = policy
         self._limits = limits
-        self._shape = model_shape(opened.anatomy, opened.codec, opened.device)
+        self._shape = model_shape(opened.anatomy, opened.codec, opened.device, kv_coding=opened.kv_coding)
         self.text = opened.text
         self._executor: Executor | None = None
         self._hardware: Hardware | None = None
@@ -216,6 +223,7 @@ class Engine:
             opened.checkpoint,
             policy,
             codec=opened.codec,
+            kv_coding=opened.kv_coding,
             device=opened.device,
             disk_tier=DiskTier(disk_dir, limit_bytes=self._limits.disk_bytes) if disk_dir is not None else None,
             on_layer=lambda layer: on_layer(layer + 1, opened.anatomy.num_layers),

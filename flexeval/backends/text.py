@@ -1,7 +1,7 @@
 """Between text and tokens: the half of every backend that knows a tokenizer. Knows no tensor and no model.
 
 Prompts are encoded with the tokenizer's special tokens, as HELM's HuggingFaceClient does, unless they begin with the
-beginning-of-text token already; token ids are taken as they are.
+beginning-of-text token already; token ids are taken as they are. The tokenizer is opened when it is first needed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flexeval.distributions import Rows, read_off
-from flexeval.errors import ModelError, RequestError
+from flexeval.errors import RequestError
 from flexeval.request import Completion, FinishReason, Request, TokenRequest, TokenResult, TopLogprobs
+from flexeval.tokenizer import open_tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MARGIN_TOKENS = 8
@@ -27,30 +28,34 @@ _MAX_CHARACTER_TOKENS = 4
 
 
 class TextHalf:
-    """Turns requests into token requests, and token results into completions."""
+    """Turns requests into token requests, and token results into completions.
 
-    def __init__(self, tokenizer_dir: Path, *, vocab_size: int, context_length: int, eos_ids: frozenset[int]):
-        """Load the tokenizer. Raises `ModelError` where it cannot be read.
+    Args:
+        find_tokenizer: Where the tokenizer's files lie; called once, if text is to be read or written.
+        vocab_size: Tokens that the model knows.
+        context_length: Tokens of prompt and completion that the model can hold.
+        eos_ids: Tokens that end a text.
+    """
 
-        Args:
-            tokenizer_dir: Its files.
-            vocab_size: Tokens that the model knows.
-            context_length: Tokens of prompt and completion that the model can hold.
-            eos_ids: Tokens that end a text.
-        """
-        try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                tokenizer_dir, trust_remote_code=False
-            )
-        except Exception as error:  # the tokenizers package raises bare ones
-            raise ModelError(
-                f"the tokenizer cannot be read: {error}", where=str(tokenizer_dir), mend="Fetch the model again"
-            ) from error
+    def __init__(
+        self,
+        find_tokenizer: Callable[[], Path],
+        *,
+        vocab_size: int,
+        context_length: int,
+        eos_ids: frozenset[int],
+    ):
+        self._find_tokenizer = find_tokenizer
         self._vocab_size = vocab_size
         self._context_length = context_length
         self._eos_ids = eos_ids
         self._byte_of_char = {char: byte for byte, char in enumerate(_byte_level_alphabet())}
         self.token_text: Callable[[int], str] = cache(self._token_text)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer. Raises `FlexevalError` where it cannot be had."""
+        return open_tokenizer(self._find_tokenizer())
 
     @cached_property
     def vocabulary(self) -> int:
@@ -123,10 +128,10 @@ class TextHalf:
         generated = list(result.token_ids)
         if result.finish_reason is FinishReason.ENDOFTEXT:
             generated.pop()
-        whole = self.decode(generated)
+        whole = self.decode(generated) if request.detokenize else ""
         cuts = [place for stop in request.stop if (place := whole.find(stop)) >= 0]
         num_cut = len(whole) - min(cuts, default=len(whole))
-        shown = self.decode([*prompt_ids, *generated]) if request.echo else whole
+        shown = self.decode([*prompt_ids, *generated]) if request.echo and request.detokenize else whole
         text = shown[: len(shown) - num_cut]
         if cuts:
             generated = generated[: self._num_tokens_of(generated, whole[: min(cuts)])]
@@ -140,7 +145,7 @@ class TextHalf:
         return Completion(
             text=text,
             token_ids=tuple(ids),
-            tokens=tuple(map(self.token_text, ids)),
+            tokens=tuple(map(self.token_text, ids)) if request.detokenize else (),
             logprobs=tuple(logprobs),
             finish_reason=FinishReason.STOP if cuts else result.finish_reason,
             num_prompt_tokens=len(prompt_ids),

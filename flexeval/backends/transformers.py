@@ -1,6 +1,7 @@
 """transformers itself as a backend, wholly on one device: no offloading, nothing shared. The oracle of the engine.
 
-Under a lossy setting it runs on the weights that the setting's codec gives back, so that the engine can be held to it.
+Under a lossy setting it runs on the weights, keys and values that the setting's codecs give back, so that the engine
+can be held to it.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexeval.backends.backend import OnCompletions, Usage
-from flexeval.backends.generation import Generator, answer_batch
+from flexeval.backends.coded_attention import register_coded_attention
+from flexeval.backends.generation import Generator
 from flexeval.backends.loading import OpenModel, open_model
+from flexeval.backends.padded_batch import answer_batch
 from flexeval.config import Setting
 from flexeval.engine.memory.slab import SlabLayout
+from flexeval.errors import ConfigError
 from flexeval.models import ModelSource
 from flexeval.request import Completion, Request, TokenRequest, TokenResult
 
@@ -72,7 +75,15 @@ class TransformersBackend:
 
 
 def load_whole(opened: OpenModel, *, attention: str | None = "eager") -> PreTrainedModel:
-    """The model in host memory, its matrices as the setting's codec gives them back."""
+    """The model in host memory, its matrices, keys and values as the setting's codecs give them back.
+
+    Raises `ConfigError` for an `attention` that does not code keys and values where the setting does.
+    """
+    if opened.kv_coding is not None:
+        if attention != "eager":
+            what = f"attention {attention!r} does not code keys and values, as setting {opened.setting.name!r} demands"
+            raise ConfigError(what, mend="Choose attention 'eager', or a setting without kv")
+        attention = register_coded_attention(opened.kv_coding)
     anatomy, cpu = opened.anatomy, torch.device("cpu")
     state: dict[str, Tensor] = dict(opened.checkpoint.rest())
     for layer in range(anatomy.num_layers):
@@ -83,13 +94,25 @@ def load_whole(opened: OpenModel, *, attention: str | None = "eager") -> PreTrai
             tensors = layout.unpack(layout.pack(tensors, device=cpu), workspace)
         state.update((f"{anatomy.layers_name}.{layer}.{name}", tensor) for name, tensor in tensors.items())
     config = copy.deepcopy(anatomy.config)
-    with init_empty_weights():  # parameters only: buffers that no checkpoint holds get their values
+    with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=anatomy.dtype, attn_implementation=attention
         )
+    _fill_buffers(model)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Give the buffers that no checkpoint holds (rotary frequencies, scales) their values; weights come afterwards."""
+    for module in model.modules():
+        in_checkpoint = set(module.state_dict(keep_vars=True))
+        absent = [name for name, _ in module.named_buffers(recurse=False) if name not in in_checkpoint]
+        for name in absent:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
+        if absent:
+            model._init_weights(module)
 
 
 def answer(model: PreTrainedModel, request: TokenRequest) -> TokenResult:

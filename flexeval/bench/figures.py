@@ -55,6 +55,11 @@ class PhaseFigures:
     """By resource: `compute`, `to_gpu`, `from_gpu`, `host_attention`, `disk_read`, `disk_write`; empty for peers."""
 
     @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens continued a second."""
+        return self.num_decode_tokens / self.elapsed_s
+
+    @property
     def bound(self) -> str | None:
         """The resource that takes longest."""
         return max(self.bounds, key=lambda name: self.bounds[name].bound_s, default=None)
@@ -97,6 +102,32 @@ class ScalePoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WholeFigures:
+    """All of the work, where a peer answered a part: estimated from its seconds a prompt token and a decoded token."""
+
+    num_requests: int
+    """Requests."""
+    num_generated: int
+    """Tokens generated for them."""
+    elapsed_s: float
+    """Seconds they would take."""
+    batch_size: int
+    """Sequences that it would compute together; fewer were, where the part was smaller."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedupFigures:
+    """How many times as fast as a peer the engine is under one setting."""
+
+    requests: float
+    """Requests a second, over all of the work."""
+    prompt_tokens: float
+    """Prompt tokens asked, over the seconds of `prefill`."""
+    decode_tokens: float | None
+    """Tokens that continue sequences, over the seconds of `decode`; None where one of the two has no such phase."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SystemFigures:
     """One system on the requests: the engine under a setting, or a peer. Of several runs, the median one's figures."""
 
@@ -130,13 +161,16 @@ class SystemFigures:
     """With `--scale`: seconds grow with this power of the number of requests."""
     same_answers: float | None = None
     """Of a peer: share of the requests it answers with the very tokens of the engine's first setting."""
-    speedups: dict[str, float] = field(default_factory=dict)
-    """Of a peer: by setting, how many times its requests a second the engine answers."""
+    speedups: dict[str, SpeedupFigures] = field(default_factory=dict)
+    """Of a peer: what it is held against, by the engine's setting."""
+    whole: WholeFigures | None = None
+    """Of a peer that answered a part of the work: an estimate for all of it; None where nothing is estimated."""
 
     @property
     def requests_per_s(self) -> float:
-        """Requests answered a second."""
-        return self.num_requests / self.elapsed_s
+        """Requests answered a second; of all the work."""
+        work = self.whole or self
+        return work.num_requests / work.elapsed_s
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -153,6 +187,8 @@ class SystemFigures:
     @property
     def generated_tokens_per_s(self) -> float | None:
         """Generated tokens over the seconds of prefill and decode together (FlexGen's generation throughput)."""
+        if self.whole is not None:
+            return self.whole.num_generated / self.whole.elapsed_s or None
         seconds = sum(phase.elapsed_s for phase in self.phases.values())
         return self.tokens.num_generated / seconds if self.tokens.num_generated else None
 

@@ -5,6 +5,7 @@ Knows which peers there are and how each is loaded.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 
 from flexeval.backends.backend import Backend
+from flexeval.backends.deepspeed import check_gpu
 from flexeval.backends.generation import Generator
 from flexeval.backends.loading import cap_gpu_memory, pick_device
-from flexeval.bench.figures import PhaseFigures, SystemFigures, TokenFigures
-from flexeval.bench.timing import Measured, answer, median, num_generated, resident_peak_bytes, tokens
+from flexeval.bench.figures import SystemFigures, TokenFigures
+from flexeval.bench.phases import peer_phases
+from flexeval.bench.timing import Measured, answer, median, resident_peak_bytes, tokens
 from flexeval.config import Limits
 from flexeval.errors import CapacityError, ConfigError
 from flexeval.models import ModelSource
@@ -28,15 +31,15 @@ _WARM_UP_TOKENS = 2
 """A warm-up generates so many: a prompt's pass and a step after it."""
 
 
-def check_peers(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a peer that there is not, or that is not installed."""
+def check_peers(names: Sequence[str], device: str) -> None:
+    """Raise `ConfigError` for a peer that there is not, or that cannot run on `device` here."""
     for name in names:
         if name not in PEERS:
             raise ConfigError(f"unknown peer {name!r}", where="--peer", mend=f"Peers are: {', '.join(PEERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"the peer {name} is not installed", where="--peer", mend=f"Run pip install {name}")
         if name == "deepspeed":
-            from flexeval.backends.deepspeed import check_installed
-
-            check_installed()
+            check_gpu(pick_device(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,11 @@ class PeerJob:
     batch_size: int | None
     """Sequences computed together; None leaves it to the peer."""
     requests: Sequence[Request]
-    """What to answer."""
+    """All of the work: what the peer makes room for."""
+    asked: Sequence[int]
+    """Which of them it answers."""
+    max_tokens: int | None
+    """Tokens that it generates for each at most; None is as many as requested."""
     num_repeats: int
     """Measured runs."""
     is_warmed_up: bool
@@ -65,58 +72,56 @@ class PeerJob:
 
 def measure_peer(job: PeerJob, progress: Progress) -> Measured:
     """Run a peer. Raises `FlexevalError`."""
-    for logger in ("accelerate", "DeepSpeed"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     cap_gpu_memory(job.limits, pick_device(job.device))
     with progress.activity(f"{job.peer}: loading weights"):
         try:
             backend, generator = _load_peer(job)
         except torch.OutOfMemoryError as error:
             raise CapacityError(f"{job.peer} does not fit on the GPU", mend="Raise --gpu-memory") from error
+    asked = _cut([job.requests[index] for index in job.asked], job.max_tokens)
     try:
         if job.is_warmed_up:
-            few = [
-                replace(request, max_tokens=min(request.max_tokens, _WARM_UP_TOKENS))
-                for request in job.requests[: generator.batch_size]
-            ]
+            few = _cut(asked[: generator.batch_size], _WARM_UP_TOKENS)
             answer(backend, few, progress, f"{job.peer}: warming up")
         runs = []
         for repeat in range(job.num_repeats):
-            before = (generator.prefill_s, generator.decode_s, generator.num_batches, generator.num_steps)
+            first_batch = len(generator.batches)
             title = f"{job.peer}: answering" + (f", run {repeat + 1}" if job.num_repeats > 1 else "")
-            answered = answer(backend, job.requests, progress, title)
-            after = (generator.prefill_s, generator.decode_s, generator.num_batches, generator.num_steps)
-            runs.append((answered, [late - early for late, early in zip(after, before, strict=True)]))
+            answered = answer(backend, asked, progress, title)
+            runs.append((answered, generator.batches[first_batch:]))
         usage = backend.usage()
     finally:
         backend.close()
-    answered, (prefill_s, decode_s, num_batches, num_steps) = median(runs, key=lambda run: run[0].elapsed_s)
-    num_prompt = sum(completion.num_prompt_tokens for completion in answered.completions)
-    num_drawn = num_generated(answered.completions)
-    prefill = PhaseFigures(
-        elapsed_s=prefill_s, num_sweeps=int(num_batches), num_fresh_tokens=num_prompt, num_decode_tokens=0
-    )
-    decode = PhaseFigures(
-        elapsed_s=decode_s,
-        num_sweeps=int(num_steps),
-        num_fresh_tokens=0,
-        num_decode_tokens=max(0, num_drawn - len(job.requests)),
-    )
+    answered, batches = median(runs, key=lambda run: run[0].elapsed_s)
+    phases = peer_phases(batches)
+    num_prompt_tokens = phases["prefill"].num_fresh_tokens
     figures = SystemFigures(
         system=job.peer,
         setting="none",
-        num_requests=len(job.requests),
+        num_requests=len(asked),
         batch_size=generator.batch_size,
         load_s=usage.load_s,
         elapsed_s=answered.elapsed_s,
         all_elapsed_s=[run.elapsed_s for run, _ in runs],
         tokens=TokenFigures(
-            num_asked=num_prompt, num_duplicate=0, num_shared=0, num_computed=num_prompt, num_generated=num_drawn
+            num_asked=num_prompt_tokens,
+            num_duplicate=0,
+            num_shared=0,
+            num_computed=num_prompt_tokens,
+            num_generated=sum(batch.num_generated_tokens for batch in batches),
         ),
-        phases={"prefill": prefill} | ({"decode": decode} if num_steps else {}),
+        phases=phases,
         peak_bytes=usage.peak_bytes | {"process": resident_peak_bytes()},
     )
     return Measured(figures, tokens(answered.completions), {})
+
+
+def _cut(requests: Sequence[Request], max_tokens: int | None) -> list[Request]:
+    """The requests, none of which generates more than so many tokens."""
+    if max_tokens is None:
+        return list(requests)
+    return [replace(request, max_tokens=min(request.max_tokens, max_tokens)) for request in requests]
 
 
 def _load_peer(job: PeerJob) -> tuple[Backend, Generator]:

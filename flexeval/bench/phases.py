@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import log
 
+from flexeval.backends.padded_batch import BatchTrace
 from flexeval.bench.figures import LaneFigures, PhaseFigures, ScalePoint
 from flexeval.engine.trace import SweepTrace
 
@@ -35,6 +36,23 @@ def _add_up(sweeps: Sequence[SweepTrace]) -> PhaseFigures:
         num_decode_tokens=sum(sweep.num_decode_tokens for sweep in sweeps),
         lanes=lanes,
     )
+
+
+def peer_phases(batches: Sequence[BatchTrace]) -> dict[str, PhaseFigures]:
+    """A peer's passes over prompts and, where there are any, over the tokens after them."""
+    prefill = PhaseFigures(
+        elapsed_s=sum(batch.prefill_s for batch in batches),
+        num_sweeps=len(batches),
+        num_fresh_tokens=sum(batch.num_prompt_tokens for batch in batches),
+        num_decode_tokens=0,
+    )
+    decode = PhaseFigures(
+        elapsed_s=sum(batch.decode_s for batch in batches),
+        num_sweeps=sum(batch.num_steps for batch in batches),
+        num_fresh_tokens=0,
+        num_decode_tokens=sum(batch.num_decode_tokens for batch in batches),
+    )
+    return {"prefill": prefill} | ({"decode": decode} if decode.num_sweeps else {})
 
 
 def fit_exponent(points: Sequence[ScalePoint]) -> float:

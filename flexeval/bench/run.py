@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from flexeval.backends.loading import open_model
 from flexeval.backends.native import Engine, read_limits
-from flexeval.bench.child import run_in_child
+from flexeval.bench.child import ChildFailure, run_in_child
+from flexeval.bench.comparison import hold_against
 from flexeval.bench.engine import EngineJob, measure_engine
 from flexeval.bench.figures import BenchResults
 from flexeval.bench.peers import PeerJob, check_peers, measure_peer
 from flexeval.bench.sizing import Chosen, SizingJob, choose_num_requests
 from flexeval.bench.timing import Measured
-from flexeval.bench.work import SyntheticWork, suite_requests
+from flexeval.bench.work import SyntheticWork, check_peer_gen_len, pick_evenly, suite_requests
 from flexeval.config import Setting
 from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError, FlexevalError
@@ -63,7 +64,9 @@ class BenchOptions:
     peer_batch_size: int | None = None
     """Sequences that a peer computes together; None is one for transformers, the most that fit for the others."""
     peer_requests: int | None = None
-    """Requests that peers answer, the first ones; None is all."""
+    """Requests that peers answer, spread evenly over all; None is all."""
+    peer_gen_len: int | None = None
+    """Tokens that peers generate for each; synthetic work only. None is as many as the engine."""
     command: str = ""
     """The command line, for the results."""
 
@@ -102,9 +105,12 @@ def run_bench(options: BenchOptions, progress: Progress) -> BenchResults:
     skipped: dict[str, str] = {}
     for peer in options.peers:
         try:
-            measured.append(_measure_peer(options, source, peer, requests[: options.peer_requests], measured, progress))
+            measured.append(_measure_peer(options, source, peer, requests, measured, progress))
         except FlexevalError as error:
             skipped[peer] = str(error)
+        except ChildFailure as error:  # a peer's, as likely as ours: what the engine's figures took must not be lost
+            progress.say(str(error))
+            skipped[peer] = f"it failed: {str(error).splitlines()[-1]}"
     return BenchResults(
         model=options.model,
         work=words,
@@ -128,7 +134,8 @@ def _check(options: BenchOptions) -> None:
     if options.scale and not isinstance(options.work, SyntheticWork):
         raise ConfigError("a suite has only so many questions", where="--scale", mend="Leave out --suite")
     Engine.check_options(**_engine_options(options))
-    check_peers(options.peers)
+    check_peers(options.peers, options.device)
+    check_peer_gen_len(options.work, options.peer_gen_len)
 
 
 def _choose(
@@ -175,6 +182,7 @@ def _measure_peer(
     progress: Progress,
 ) -> Measured:
     """A peer's figures, held against the engine's."""
+    asked = pick_evenly(len(requests), options.peer_requests)
     job = PeerJob(
         source=source,
         peer=peer,
@@ -183,14 +191,14 @@ def _measure_peer(
         limits=read_limits(options.gpu_memory, options.cpu_memory, options.disk),
         batch_size=options.peer_batch_size,
         requests=requests,
+        asked=asked,
+        max_tokens=options.peer_gen_len,
         num_repeats=options.num_repeats,
         is_warmed_up=options.num_warm_up != 0,
     )
     measured = run_in_child(measure_peer, job, progress, what=peer)
     ours = [one for one in ours if one.figures.system == Engine.name]
-    speedups = {one.figures.setting: one.figures.requests_per_s / measured.figures.requests_per_s for one in ours}
-    num_same = sum(mine == theirs for mine, theirs in zip(ours[0].answers, measured.answers, strict=False))
-    figures = replace(measured.figures, speedups=speedups, same_answers=num_same / len(requests))
+    figures = hold_against(measured, ours, requests, asked=asked, max_tokens=options.peer_gen_len)
     return measured._replace(figures=figures)
 
 

@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flexeval.bench.figures import BenchResults, SystemFigures
+from flexeval.bench.figures import BenchResults, SpeedupFigures, SystemFigures, WholeFigures
 from flexeval.config import format_size
 from flexeval.report import format as show
 
 _NOTES = (
     "Prefill counts computed prompt tokens over the sweeps that compute any; decode is the mean sweep that computes "
-    "none; gen. tok/s are generated tokens over prefill and decode together.",
+    "none; gen. tok/s are generated tokens over prefill and decode together. Ratios count every prompt token asked.",
     "A lane's utilization is its busy share of the phase. A bound is what crossed a resource at its measured rate "
     "(compute: matrix products, or the weights read once a sweep from the device's memory); reached is the highest "
     "bound over the seconds taken.",
@@ -35,6 +35,8 @@ def print_bench(results: BenchResults, console: Console) -> None:
         console.print(Text(f"{_name(system)}: {_phases(system)}"))
         console.print(_lanes(system), _bounds(system))
     for system in results.systems:
+        if system.whole is not None:
+            console.print(Text(f"{_name(system)}: {_part(system, system.whole)}"))
         for line in _comparison(system):
             console.print(Text(line, style="bold"))
     for peer, why in results.skipped.items():
@@ -54,8 +56,8 @@ def _systems(results: BenchResults) -> Table:
             show.count(system.batch_size),
             show.digits(system.prefill_tokens_per_s),
             _or_nothing(system.decode_s_per_sweep),
-            _or_nothing(system.generated_tokens_per_s),
-            show.digits(system.requests_per_s),
+            _of_all(system, system.generated_tokens_per_s),
+            _of_all(system, system.requests_per_s),
             _memory(system),
         )
     return table
@@ -137,12 +139,41 @@ def _scale(system: SystemFigures) -> str:
     return f"{points}: seconds grow with requests to the power {system.exponent:.2f}"
 
 
+def _part(system: SystemFigures, whole: WholeFigures) -> str:
+    """What an estimate rests on."""
+    words = (
+        f"{show.count(system.num_requests)} of {show.count(whole.num_requests)} requests asked, "
+        f"{show.count(system.tokens.num_generated)} of {show.count(whole.num_generated)} tokens generated; "
+        f"~ is all of them at its seconds a prompt token and a generated token: {show.seconds(whole.elapsed_s)}"
+    )
+    if system.batch_size < whole.batch_size:
+        words += f". {show.count(whole.batch_size)} fit a batch and would be quicker: raise --peer-requests"
+    return words
+
+
 def _comparison(system: SystemFigures) -> list[str]:
     return [
-        f"flexeval {setting} answers {show.ratio(speedup)} the requests a second of {_name(system)}"
+        f"flexeval {setting} answers {_estimate(system)}{show.ratio(speedup.requests)} the requests a second of "
+        f"{_name(system)}: {_by_token(speedup)}"
         + (f" ({system.same_answers:.0%} of the answers are equal)" if system.same_answers is not None else "")
         for setting, speedup in system.speedups.items()
     ]
+
+
+def _by_token(speedup: SpeedupFigures) -> str:
+    words = f"prompt tokens {show.ratio(speedup.prompt_tokens)}"
+    if speedup.decode_tokens is not None:
+        words += f", tokens after a first one {show.ratio(speedup.decode_tokens)}"
+    return words
+
+
+def _estimate(system: SystemFigures) -> str:
+    """What stands before a figure that was not measured but follows from others."""
+    return "" if system.whole is None else "~"
+
+
+def _of_all(system: SystemFigures, value: float | None) -> str:
+    return _or_nothing(value) if value is None else _estimate(system) + show.digits(value)
 
 
 def _name(system: SystemFigures) -> str:

@@ -22,7 +22,7 @@ class Measured(NamedTuple):
 
     figures: SystemFigures
     answers: list[tuple[int, ...]]
-    """Tokens of each request's answer."""
+    """Tokens of the answer to each request that was asked."""
     hardware: dict[str, Any]
     """The machine as it was measured; empty for peers."""
 

@@ -59,6 +59,7 @@ class SyntheticWork:
                 max_tokens=0 if self.is_scoring else self.gen_len,
                 echo=self.is_scoring,
                 ignore_eos=True,
+                detokenize=False,
             )
             for _ in range(num_requests)
         ]
@@ -97,6 +98,25 @@ def choose_work(
         is_scoring=is_scoring,
         seed=seed or 0,
     )
+
+
+def pick_evenly(num_requests: int, num_asked: int | None) -> Sequence[int]:
+    """Indices of `num_asked` requests (None is all), spread evenly: a suite's tasks stand one after another."""
+    if num_asked is None or num_asked >= num_requests:
+        return range(num_requests)
+    return [index * num_requests // num_asked for index in range(num_asked)]
+
+
+def check_peer_gen_len(work: SyntheticWork | str, peer_gen_len: int | None) -> None:
+    """Raise `ConfigError` where peers cannot generate so many tokens only."""
+    if peer_gen_len is None:
+        return
+    where, most = "--peer-gen-len", work.gen_len if isinstance(work, SyntheticWork) and not work.is_scoring else 0
+    if not most:
+        raise ConfigError("only answers to random tokens can be cut", where=where, mend="Leave it out")
+    if not 2 <= peer_gen_len <= most:
+        mend = f"Choose one from 2 to {most}" if most > 1 else "Leave it out"
+        raise ConfigError(f"peers cannot generate {peer_gen_len} of {most} tokens", where=where, mend=mend)
 
 
 def parse_scale(text: str) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from contextlib import closing
 import torch
 
 from flexeval.engine.checkpoint import Checkpoint
+from flexeval.engine.codecs.codec import Codec
+from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.readout import read_row
@@ -21,7 +23,6 @@ from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import Row, RowMaker
 from flexeval.engine.compute.tape import CudaTapes
 from flexeval.engine.memory.attention_lane import AttentionLane
-from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
@@ -52,6 +53,7 @@ class Executor:
         policy: Policy,
         *,
         codec: Codec | None,
+        kv_coding: KVCoding | None = None,
         device: torch.device,
         disk_tier: DiskTier | None,
         on_layer: Callable[[int], None] = lambda layer: None,
@@ -64,6 +66,7 @@ class Executor:
             checkpoint: Its weights.
             policy: Where everything rests, and how much is in flight.
             codec: How layers' matrices rest; None as they are.
+            kv_coding: How keys and values rest; None as they are.
             device: Where layers are computed.
             disk_tier: Room on disk; needed where the policy uses it. The executor closes it.
             on_layer: Told, for each layer that is loaded, how many were before it.
@@ -75,6 +78,7 @@ class Executor:
         """What the plan of the last batch saves."""
         self._anatomy = anatomy
         self._device = device
+        self._kv_coding = kv_coding
         self._watch = Stopwatch(device)
         self.tiers = Tiers(device, disk_tier)
         num_layers = anatomy.num_layers
@@ -124,7 +128,6 @@ class Executor:
     def close(self) -> None:
         """Give back memory, threads and files."""
         self._close_lanes()
-        self._host.close()
         self._weights.close()
         self.tiers.close()
 
@@ -156,10 +159,17 @@ class Executor:
                 plans = scheduler.plan_sweep()
                 self._begin_sweep(plans)
                 on_host = host_rows(plans, is_on_host=self._is_kv_on_host, share=self.policy.host_attention)
-                rows = self._make_rows(maker, plans, on_host)
+                rows = self._make_rows(maker, plans)
                 num_fresh = sum(bool(plan.fresh) for plan in plans)
                 with closing(self._make_hidden(len(plans) - num_fresh, num_fresh)) as hidden:
-                    outcomes = self._sweeper.sweep(rows, cache, hidden, on_host, expects_more=scheduler.expects_more)
+                    outcomes = self._sweeper.sweep(
+                        rows,
+                        cache,
+                        hidden,
+                        on_host,
+                        for_later=maker.for_later,
+                        expects_more=scheduler.expects_more,
+                    )
                     for row, hidden_1TD in zip(rows, outcomes, strict=True):
                         with self.trace.phase("head"), self._watch.running():
                             readout = read_row(
@@ -182,6 +192,8 @@ class Executor:
             cache.flush()
         finally:
             drain(self._lanes["host_attention"])  # it reads logs where they rest
+            if self._replay is not None:
+                self._replay.forget_logs()
             cache.close()
             for name, lane in self._lanes.items():
                 drain(lane)
@@ -197,18 +209,17 @@ class Executor:
         return peak
 
     def _make_replay(self) -> Replay | None:
-        """Recordings are of layers that lie on the device for good, and whose experts need not be fetched."""
+        """Recordings are of layers whose experts need not be fetched."""
         has_experts = any(experts is not None for experts in self._anatomy.experts)
-        if self._device.type != "cuda" or has_experts or not self.tiers.is_home(self.policy.weights):
+        if self._device.type != "cuda" or has_experts:
             return None
-        return Replay(self._anatomy, lambda: CudaTapes(self._device), self._weights.bind_in_place)
+        stream = torch.cuda.Stream(self._device)
+        return Replay(self._anatomy, lambda: CudaTapes(stream), self._weights.bind_in_place)
 
-    def _make_rows(self, maker: RowMaker, plans: Sequence[RowPlan], on_host: Sequence[frozenset[int]]) -> list[Row]:
-        """Rows that stop for the CPU are not replayed."""
+    def _make_rows(self, maker: RowMaker, plans: Sequence[RowPlan]) -> list[Row]:
         sizes = [None if self._replay is None else self._replay.size(plan) for plan in plans]
-        stopping = frozenset().union(*on_host)
         return [
-            maker.make(index, plan, replayed_size=None if index in stopping else size)
+            maker.make(index, plan, replayed_size=size)
             for index, (plan, size) in enumerate(zip(plans, sizes, strict=True))
         ]
 
@@ -229,6 +240,7 @@ class Executor:
         return KVCache(
             self._kv_tiers,
             capacities=capacities,
+            coding=self._kv_coding,
             device=self._device,
             lane_in=self._lanes["kv_in"],
             lane_out=self._lanes["kv_out"],

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
+from flexeval.engine.codecs.codec import Codec
+from flexeval.engine.codecs.kv_format import KVCoding, make_format
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import decode_copies
 from flexeval.engine.compute.experts import experts_per_token
-from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.planning.prefix import build_tree
 from flexeval.planning.streams import make_streams
@@ -19,8 +20,13 @@ from flexeval.policy.work import ModelShape, Workload
 from flexeval.request import TokenRequest
 
 
-def model_shape(anatomy: Anatomy, codec: Codec | None, device: torch.device) -> ModelShape:
-    """Sizes of a model as the engine computes it on `device`; where layers differ, the largest."""
+def model_shape(
+    anatomy: Anatomy, codec: Codec | None, device: torch.device, *, kv_coding: KVCoding | None = None
+) -> ModelShape:
+    """Sizes of a model as the engine computes it on `device`; where layers differ, the largest.
+
+    Raises `UnsupportedModelError` where its keys and values cannot be coded.
+    """
     text = anatomy.config.get_text_config()
     specs = [anatomy.layer_specs(layer) for layer in range(anatomy.num_layers)]
     matrices = [sum(math.prod(spec.shape) for spec in layer if len(spec.shape) >= 2) for layer in specs]
@@ -32,6 +38,7 @@ def model_shape(anatomy: Anatomy, codec: Codec | None, device: torch.device) -> 
     largest = max((SlabLayout(list(layer), codec) for layer in kinds), key=lambda layout: layout.num_bytes)
     named = (n for key in _NUM_EXPERTS if isinstance(n := getattr(text, key, None), int) and n > 0)
     experts, active = largest.num_experts or next(named, 1), experts_per_token(text)
+    kv_shapes = [anatomy.kv_shape(layer) for layer in kinds.values()]
     num_query_heads = text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_query_heads
     return ModelShape(
@@ -47,7 +54,8 @@ def model_shape(anatomy: Anatomy, codec: Codec | None, device: torch.device) -> 
         num_query_heads=num_query_heads,
         num_kv_heads=num_kv_heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        kv_bytes_per_token=max(anatomy.kv_values_per_token(layer) for layer in kinds.values()) * anatomy.dtype.itemsize,
+        kv_bytes_per_token=max(make_format(kv, anatomy.dtype, kv_coding).token_bytes for kv in kv_shapes),
+        kv_compute_bytes_per_token=max(kv.num_values for kv in kv_shapes) * anatomy.dtype.itemsize,
         hidden_bytes_per_token=text.hidden_size * anatomy.dtype.itemsize,
         vocab_size=text.vocab_size,
         dtype_bytes=anatomy.dtype.itemsize,

@@ -14,11 +14,12 @@ from torch import Tensor
 from flexeval.engine.compute.anatomy import Anatomy, LayerCall
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.port import Attend, AttentionOptions
-from flexeval.engine.compute.replay import Replay
+from flexeval.engine.compute.replay import LayerWeights, Replay
 from flexeval.engine.compute.row import Row
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.hidden import HiddenStore
-from flexeval.engine.memory.kv import KVCache, LoadedContext
+from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.memory.kv_context import LoadedContext
 from flexeval.engine.memory.lane import Transfer, ahead
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.stopwatch import Stopwatch
@@ -51,20 +52,20 @@ class Sweeper:
         hidden: HiddenStore,
         on_host: Sequence[Collection[int]],
         *,
+        for_later: Callable[[Row], Row],
         expects_more: bool,
     ) -> Iterator[Tensor]:
         """Run all rows through all layers; yield each row's hidden states `[1, T, D]` after the last one, in order.
 
         The next layer's weights, the next row's KV and the next row's hidden states are always on their way while the
         current row is computed; where another sweep is expected, its first layer's weights too. At layer l the CPU
-        attends for the rows `on_host[l]`, while all others are computed.
+        attends for the rows `on_host[l]`, while all others are computed. `for_later` is `RowMaker.for_later`.
         """
         layers = range(self.anatomy.num_layers)
-        cells = [(layer, row) for layer in layers for row in rows if row.index not in on_host[layer]]
         moving = [row.index for row in rows if not hidden.stays(row.index)]
         num_tokens = sum(row.plan.num_tokens for row in rows)
+        is_moving = any(row.compactions for row in rows)
         slabs = self.weights.stream(num_tokens, expects_more=expects_more)
-        context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
         hidden_ahead = ahead(hidden.lane, hidden.load, moving * len(layers), depth=1 if len(moving) > 1 else 0)
         calls: dict[int, list[LayerCall]] = {}
@@ -72,68 +73,100 @@ class Sweeper:
             for row in rows:
                 with self.watch.running():
                     embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
+                    hidden_1TD = embedded.hidden_1TD
                     if row.is_replayed:
                         assert self.replay is not None
-                        self.replay.begin(row.index, embedded.hidden_1TD, embedded.calls)
+                        is_apart = is_moving or any(row.index in apart for apart in on_host)
+                        attend_at = None if is_apart else partial(self._attend_in_place, for_later(row), cache)
+                        hidden_1TD = self.replay.begin(row, embedded, attend_at)
                 calls[row.index] = embedded.calls
-                hidden.save(row.index, embedded.hidden_1TD)
+                hidden.save(row.index, hidden_1TD)
+        cells = [(layer, row) for layer in layers for row in rows if self._is_cell(layer, row, on_host)]
+        context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         with self.trace.phase("layers"):
             for layer in layers:
                 slab = next(slabs)
                 self.weights.begin_layer()
 
-                def bind(row: Row, layer: int = layer, slab: Tensor = slab) -> bool:
-                    return self.weights.bind(layer, slab, row_tokens=row.plan.num_tokens, sweep_tokens=num_tokens)
+                def weights(row: Row, layer: int = layer, slab: Tensor = slab) -> LayerWeights:
+                    num = row.plan.num_tokens
+                    bind = partial(self.weights.bind, layer, slab, row_tokens=num, sweep_tokens=num_tokens)
+                    return LayerWeights(self.weights.place(layer, slab, row_tokens=num), bind)
 
                 apart = [row for row in rows if row.index in on_host[layer]]
                 attended = [
-                    self._attend_on_host(layer, row, hidden.load(row.index), calls[row.index][layer], cache, bind)
+                    self._attend_on_host(
+                        layer, row, hidden.load(row.index), calls[row.index][layer], cache, weights(row)
+                    )
                     for row in apart
                 ]
                 for row in rows:
-                    if row.index in on_host[layer]:
+                    if not self._is_cell(layer, row, on_host):
                         continue
                     hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)
                     attend = self._attend(layer, row, cache, next(context_ahead))
-                    hidden.save(row.index, self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, bind))
+                    call = calls[row.index][layer]
+                    hidden.save(row.index, self._run(layer, row, hidden_1TD, call, attend, weights(row)))
                 for row, transfer in zip(apart, attended, strict=True):
-                    attend, hidden_1TD = _given(transfer.wait()), hidden.load(row.index)
-                    hidden.save(row.index, self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, bind))
+                    out_TNW, hidden_1TD, call = (
+                        self.host.take(transfer),
+                        hidden.load(row.index),
+                        calls[row.index][layer],
+                    )
+                    hidden.save(row.index, self._go_on(layer, row, hidden_1TD, call, out_TNW, weights(row)))
                 cache.end_layer()
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
 
     def _run(
-        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, attend: Attend, bind: Callable[[Row], bool]
+        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, attend: Attend, weights: LayerWeights
     ) -> Tensor:
         with self.watch.running():
             if row.is_replayed:
                 assert self.replay is not None
-                return self.replay.run(layer, row.index, row.plan, hidden_1TD, attend, bind=partial(bind, row))
-            bind(row)
+                return self.replay.run(layer, row, attend, weights)
+            weights.bind()
             return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
 
     def _attend_on_host(
-        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: KVCache, bind: Callable[[Row], bool]
+        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: KVCache, weights: LayerWeights
     ) -> Transfer[Tensor]:
         """Run a layer up to its attention and hand that to the CPU.
 
-        The layer is called once more to finish, so that norm and projections are computed twice: for a few tokens that
-        is a tenth of a millisecond of the compute device, which waits for the link or the CPU anyway.
+        A layer that is not replayed is called once more to finish, so that norm and projections are computed twice.
         """
         with self.watch.running():
-            bind(row)
-            inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
+            if row.is_replayed:
+                assert self.replay is not None
+                inputs = self.replay.run_to_attention(layer, row, weights)
+            else:
+                weights.bind()
+                inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
             context = cache.store_for_host(layer, row, inputs.k_TKH, inputs.v_TKW)
         return self.host.submit(row, inputs.q_TNH, inputs.options, context)
 
+    def _go_on(
+        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, out_TNW: Tensor, weights: LayerWeights
+    ) -> Tensor:
+        """Run the rest of a layer, given its attention's output."""
+        with self.watch.running():
+            if row.is_replayed:
+                assert self.replay is not None
+                return self.replay.run_from_attention(layer, row, out_TNW, weights)
+            weights.bind()
+            return self.anatomy.run_layer(layer, hidden_1TD, call, lambda q_TNH, k_TKH, v_TKW, options: out_TNW)
+
+    def _is_cell(self, layer: int, row: Row, on_host: Sequence[Collection[int]]) -> bool:
+        """Whether a row is run at a layer, and in one go: not in two halves, nor from a recording that goes past it."""
+        return row.index not in on_host[layer] and (
+            not row.is_replayed or self.replay is None or self.replay.attends(row, layer)
+        )
+
+    def _attend_in_place(self, row: Row, cache: KVCache, layer: int) -> Attend | None:
+        return self._attend(layer, row, cache, cache.load(layer, row)) if cache.is_in_place(layer) else None
+
     def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            cache.store(layer, row, k_TKH, v_TKW, context)
-            return self.attention(q_TNH, k_TKH, v_TKW, options, row, context)
+            seen = cache.store(layer, row, k_TKH, v_TKW, context)
+            return self.attention(q_TNH, *seen, options, row, context)
 
         return attend
-
-
-def _given(out_TNW: Tensor) -> Attend:
-    """Attention that has been computed already."""
-    return lambda q_TNH, k_TKH, v_TKW, options: out_TNW

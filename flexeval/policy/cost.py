@@ -29,6 +29,8 @@ NUM_BUFFERS = 2
 """Staging buffers of anything that streams: one is used while the next is filled."""
 KERNELS_PER_CALL = 24
 """Kernels a decoder layer launches: 7 matrix products, 2 norms, rotary, attention, activation, residuals, KV append."""
+OPERATIONS_PER_LOAD = 400
+"""Small operations that take as long as Python from one load of KV to the next: about 2 ms beside a GPU's lanes."""
 LOGITS_CHUNK_BYTES = 256 * 2**20
 """Most bytes of 32-bit logits made at once."""
 LOGITS_COPIES = 3
@@ -137,8 +139,9 @@ class CostModel:
     def lane_seconds(self, policy: Policy, sweep: Sweep, placement: Placement) -> dict[Lane, Linear]:
         """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3).
 
-        What the CPU attends to does not cross the link. Its attention stands in a chain with the two halves of a layer
-        that the compute device computes, so their seconds count in its lane as well.
+        The KV of a call is sent for when that of the one before has been taken, so that many small ones take as long as
+        Python. What the CPU attends to does not cross the link. Its attention stands in a chain with the two halves of
+        a layer that the compute device computes, so their seconds count in its lane as well.
         """
         shape, hardware = self.shape, self.hardware
         num_rows = self.num_items(policy)["hidden"]
@@ -157,12 +160,15 @@ class CostModel:
 
         seconds = {Lane.COMPUTE: self.compute_seconds(sweep)}
         if hardware.home is Tier.GPU:
-            host_bytes = placement.host_attention * read_bytes["kv"]
-            to_gpu_bytes = moved(read_bytes, Tier.CPU, Tier.DISK) - host_bytes
-            seconds[Lane.TO_GPU] = to_gpu_bytes / hardware.to_gpu_bytes_per_s
+            least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
+            kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)
+            seconds[Lane.TO_GPU] = (moved({"kv": 1.0}, Tier.CPU, Tier.DISK) - placement.host_attention) * kv_layer_s
+            others = {kind: num_bytes for kind, num_bytes in read_bytes.items() if kind != "kv"}
+            seconds[Lane.TO_GPU] += moved(others, Tier.CPU, Tier.DISK) / hardware.to_gpu_bytes_per_s
             seconds[Lane.FROM_GPU] = moved(written_bytes, Tier.CPU, Tier.DISK) / hardware.from_gpu_bytes_per_s
         if self.can_attend_on_host:
             chained_s = seconds[Lane.COMPUTE] / shape.num_layers if read_bytes["kv"] else 0.0
+            host_bytes = placement.host_attention * read_bytes["kv"]
             seconds[Lane.HOST_ATTENTION] = host_bytes / hardware.host_attention_bytes_per_s
             seconds[Lane.HOST_ATTENTION] += placement.host_attention * chained_s
         if hardware.disk_bytes:
@@ -183,6 +189,8 @@ class CostModel:
         flops = 2 * shape.layer_params * sweep.num_tokens
         flops += 4 * shape.num_query_heads * shape.head_size * sweep.num_pairs
         device_bytes = sweep.num_kv_read * shape.kv_bytes_per_token
+        if shape.is_kv_coded and not sweep.num_kv_read:  # prompts are coded, and attended to as they come back
+            device_bytes += 2 * sweep.num_tokens * (shape.kv_bytes_per_token + shape.kv_compute_bytes_per_token)
         if shape.is_packed and sweep.num_tokens <= sweep.num_calls * shape.few_tokens:
             device_bytes += sweep.num_calls * shape.layer_bytes
         else:
@@ -236,11 +244,15 @@ class CostModel:
         is_tree = work.num_prompt_tokens < work.num_sequences * work.mean_context_tokens
         is_tree |= work.max_prompt_tokens > policy.row_tokens
         kv_tokens = shape.decode_copies * group * work.max_own_tokens + (self.sweep_tokens(policy) if is_tree else 0)
+        kv_bytes = kv_tokens * shape.kv_compute_bytes_per_token
+        if shape.is_kv_coded:  # a row's own, coded and as they come back; and a prefix that it attends to
+            kv_bytes += call_tokens * (shape.kv_bytes_per_token + shape.kv_compute_bytes_per_token)
+            kv_bytes += work.max_prompt_tokens * shape.kv_compute_bytes_per_token
         logits_bytes = min(LOGITS_CHUNK_BYTES, work.max_logits_rows * shape.vocab_size * 4)
         return (
             shape.resident_bytes
             + (shape.layer_compute_bytes if shape.is_packed else 0)
             + call_tokens * token_bytes
-            + kv_tokens * shape.kv_bytes_per_token
+            + kv_bytes
             + LOGITS_COPIES * logits_bytes
         )

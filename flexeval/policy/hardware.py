@@ -27,7 +27,7 @@ from flexeval.errors import ConfigError
 from flexeval.policy.memory import free_host_bytes
 from flexeval.policy.policy import Tier
 from flexeval.shelf import prepared_shelf
-from flexeval.workers import Workers, num_spare_cores
+from flexeval.team import give_spare_cores
 
 GPU_USABLE_SHARE = 15 / 16
 """The rest is left to fragmentation and to the workspaces of CUDA libraries."""
@@ -39,7 +39,7 @@ PROBE_CHUNKS = 16
 """Chunks of the timed file: 256 MiB, a quarter of a second of a fast disk."""
 HOST_LOG = (16384, 32, 128)
 """Tokens, heads and head size of the log that the CPU is timed on: in 16 bits 256 MiB, more than caches hold."""
-HOST_RUN_TOKENS = 512
+HOST_PART_TOKENS = 512
 """Tokens of it that one query attends to."""
 MATMUL_SIZES = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}
 """Tokens, inputs and outputs of the timed matrix product."""
@@ -178,8 +178,10 @@ def _link_rates() -> tuple[float, float]:
 def _host_attention_rate(dtype: torch.dtype) -> float:
     """Decode attention as the engine has the CPU do it, while copies to the GPU read the same memory."""
     num_tokens, num_heads, size = HOST_LOG
-    log_CKX = torch.randn(HOST_RUN_TOKENS, num_heads, 2 * size).to(dtype).repeat(num_tokens // HOST_RUN_TOKENS, 1, 1)
-    q_1K1H = torch.randn(1, num_heads, 1, size).to(dtype)
+    num_parts = num_tokens // HOST_PART_TOKENS
+    log_CKX = torch.randn(HOST_PART_TOKENS, num_heads, 2 * size).to(dtype).repeat(num_parts, 1, 1)
+    k_BKSH, v_BKSH = log_CKX.unflatten(0, (num_parts, -1)).transpose(1, 2).split(size, dim=-1)
+    q_BK1H = torch.randn(num_parts, num_heads, 1, size).to(dtype)
     host = torch.empty(4 * PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
     gpu = torch.empty_like(host, device="cuda")
     is_done = Event()
@@ -189,15 +191,14 @@ def _host_attention_rate(dtype: torch.dtype) -> float:
             gpu.copy_(host, non_blocking=True)
             torch.cuda.synchronize()
 
-    def attend(run_CKX: torch.Tensor) -> None:
-        k_1KCH, v_1KCH = run_CKX.transpose(0, 1)[None].split(size, dim=-1)
-        scaled_dot_product_attention(q_1K1H, k_1KCH, v_1KCH)
+    def attend_s() -> float:
+        return _best_seconds(lambda: scaled_dot_product_attention(q_BK1H, k_BKSH, v_BKSH), "cpu", budget_s=0.2)
 
-    with ThreadPoolExecutor(1) as copier, Workers(num_spare_cores()) as workers:
+    with ThreadPoolExecutor(1) as copier, ThreadPoolExecutor(1) as lane:
+        give_spare_cores(lambda take: lane.submit(take).result())
         copying = copier.submit(copy)
         try:
-            runs = log_CKX.split(HOST_RUN_TOKENS)
-            seconds = _best_seconds(lambda: workers.map(attend, runs), "cpu", budget_s=0.2)
+            seconds = lane.submit(attend_s).result()
         finally:
             is_done.set()
         copying.result()

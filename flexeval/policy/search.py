@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 GROUP_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Numbers of groups in flight that are tried."""
 MAX_GROUP_SEQUENCES = 4096
-"""Sequences of a group: powers of two up to this are tried."""
+"""Sequences of a group: powers of two up to this are tried, and numbers half-way between."""
 ROW_TOKENS = (1024, 16384)
 """Fewest and most tokens of a layer call that are tried where memory allows: with fewer, Python shows."""
 TIGHT_ROW_TOKENS = 256
@@ -81,7 +81,7 @@ def _grid(model: CostModel) -> Iterator[Policy]:
     work = model.workload
     num_generating = work.num_generating_sequences
     for row_tokens in _row_sizes(model):
-        for group_sequences in _powers_of_two(min(num_generating, MAX_GROUP_SEQUENCES)):
+        for group_sequences in _group_sizes(min(num_generating, MAX_GROUP_SEQUENCES)):
             for num_groups in GROUP_COUNTS:
                 if num_groups > 1 and group_sequences * (num_groups - 1) >= num_generating:
                     break  # the last group would stay empty
@@ -110,9 +110,11 @@ def _row_sizes(model: CostModel) -> list[int]:
     return sorted({large, max(TIGHT_ROW_TOKENS, large // 16)}, reverse=True)
 
 
-def _powers_of_two(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself; 1 if `most` is 0."""
-    return sorted({2**power for power in range(most.bit_length())} | {max(1, most)})
+def _group_sizes(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... and `most` itself; 1 if `most` is 0."""
+    powers = [2**power for power in range(most.bit_length())]
+    between = [3 * power for power in powers if 3 * power < most]
+    return sorted({*powers, *between, max(1, most)})
 
 
 def _does_not_fit(model: CostModel) -> CapacityError:

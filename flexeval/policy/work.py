@@ -31,6 +31,8 @@ class ModelShape:
     """Width of a head."""
     kv_bytes_per_token: int
     """Keys and values of one token at one layer, as they rest."""
+    kv_compute_bytes_per_token: int
+    """The same as attention computes with them; more than `kv_bytes_per_token` means that they rest coded."""
     hidden_bytes_per_token: int
     """Hidden state of one token."""
     vocab_size: int
@@ -52,6 +54,11 @@ class ModelShape:
     def is_packed(self) -> bool:
         """Whether a slab is unpacked before it is multiplied."""
         return self.layer_bytes != self.layer_compute_bytes
+
+    @property
+    def is_kv_coded(self) -> bool:
+        """Whether keys and values are coded as they are stored, and attended to as they come back."""
+        return self.kv_bytes_per_token != self.kv_compute_bytes_per_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,10 +30,10 @@ from helm.benchmark.model_metadata_registry import (
 )
 from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerSpec, register_tokenizer_config
 from helm.common.general import asdict_without_nones
-from transformers import AutoTokenizer
 
 from flexeval.errors import ConfigError
 from flexeval.files import write_text
+from flexeval.tokenizer import open_tokenizer
 
 CLIENT_CLASS = "flexeval.helm_plugin.FlexevalClient"
 """What stock `helm-run` instantiates for our deployments."""
@@ -90,8 +90,9 @@ def read_special_tokens(tokenizer_dir: Path) -> SpecialTokens:
 
     Raises:
         ConfigError: The tokenizer names no end-of-text token.
+        ModelError: It cannot be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+    tokenizer = open_tokenizer(tokenizer_dir)
     if tokenizer.eos_token is None:
         raise ConfigError("the tokenizer has no end-of-text token", where=str(tokenizer_dir), mend="Set eos_token")
     plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from flexeval.engine.codecs.codec import CodedMatrix
+from flexeval.engine.codecs.kv_format import KVShape
 from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
 from flexeval.engine.compute.experts import Fetch, experts_per_token, find_experts, register_experts
-from flexeval.engine.compute.linear import CodedLinear, CodedMatrix, make_coded
+from flexeval.engine.compute.linear import CodedLinear, make_coded
 from flexeval.engine.compute.port import (
     ATTENTION_NAME,
     Attend,
@@ -215,12 +217,12 @@ class Anatomy:
             self.run_layer(layer, hidden_1TD, call, attend)
         return reached[0]
 
-    def kv_values_per_token(self, layer: int) -> int:
-        """Numbers in one token's keys and values, found by calling the layer without memory, up to its attention."""
+    def kv_shape(self, layer: int) -> KVShape:
+        """One token's keys and values, found by calling the layer without memory, up to its attention."""
         one_1T = torch.zeros(1, 1, dtype=torch.long, device="meta")
         embedded = self.embed(one_1T, one_1T)
         inputs = self.run_to_attention(layer, embedded.hidden_1TD, embedded.calls[layer])
-        return inputs.k_TKH[0].numel() + inputs.v_TKW[0].numel()
+        return KVShape.of(inputs.k_TKH, inputs.v_TKW)
 
     def head(self, hidden_1TD: Tensor) -> Tensor:
         """Logits `[1, T, V]` of hidden states that left the last layer."""

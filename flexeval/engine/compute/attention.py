@@ -9,12 +9,13 @@ B sequences, L fresh tokens, S context, A descendants' tokens, P ancestor's toke
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.kernels import has_triton
+from flexeval.engine.codecs.kv_format import KeysValues, KVLog
+from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.partial import (
     Partial,
     merge_into,
@@ -23,21 +24,15 @@ from flexeval.engine.compute.partial import (
     varlen_attention,
 )
 from flexeval.engine.compute.port import AttentionOptions
-from flexeval.engine.compute.row import DecodeBatch, FreshBatch, Row
+from flexeval.engine.compute.row import FreshBatch, Row
+from flexeval.engine.kernels import has_triton
 from flexeval.planning.rows import AncestorSpan
-
-
-class KeysValues(NamedTuple):
-    """KV of some tokens at one layer."""
-
-    keys_CKH: Tensor
-    values_CKW: Tensor
 
 
 class Context(Protocol):
     """Gives a row the KV of earlier tokens at the current layer."""
 
-    def own_log(self, batch: DecodeBatch) -> KeysValues:
+    def own_log(self, batch: DecodeBatch) -> KVLog:
         """The log of a decode batch, the new tokens' KV included."""
         ...
 
@@ -66,7 +61,7 @@ class PackedAttention:
             for fresh in row.fresh:
                 self._fresh(q_TNH, k_TKH, v_TKW, options, fresh, out_TNW, lse_TN)
         for decode in row.decode:
-            self._decode(q_TNH, options, row, decode, context.own_log(decode), out_TNW, lse_TN)
+            self._decode(q_TNH, options, decode, context.own_log(decode), out_TNW, lse_TN)
         for span in row.ancestors:
             in_row = span.source.row_start
             if in_row is None:
@@ -111,37 +106,36 @@ class PackedAttention:
     def _decode(
         q_TNH: Tensor,
         options: AttentionOptions,
-        row: Row,
         batch: DecodeBatch,
-        log: KeysValues,
+        log: KVLog,
         out_TNW: Tensor,
         lse_TN: Tensor,
     ) -> None:
         """One query per sequence over its own context, read where it lies or gathered from the log."""
         tokens = slice(batch.span.start, batch.span.start + batch.num_sequences)
         if has_triton(q_TNH.device):
-            from flexeval.engine.compute.decode_kernel import decode_attention
+            from flexeval.engine.compute.decode import decode_attention
 
             return decode_attention(
                 q_TNH[tokens],
-                log.keys_CKH,
-                log.values_CKW,
+                log,
                 batch.index_BS,
                 batch.lengths_B,
                 out_TNW[tokens],
                 lse_TN[tokens],
-                max_length=batch.max_length,
+                max_length=batch.room,
                 scale=options.scale,
                 window=options.window,
                 softcap=options.softcap,
             )
         mask_BS = batch.is_context_BS
         if options.window is not None:
-            mask_BS = mask_BS & (row.positions_1T[0, tokens, None] - batch.key_position_BS < options.window)
+            mask_BS = mask_BS & (batch.steps_S >= batch.lengths_B[:, None] - options.window)
+        own = log.at(batch.index_BS)
         partial = partial_attention(
             q_TNH[tokens][:, :, None],
-            log.keys_CKH[batch.index_BS].transpose(1, 2),
-            log.values_CKW[batch.index_BS].transpose(1, 2),
+            own.keys_CKH.transpose(1, 2),
+            own.values_CKW.transpose(1, 2),
             scale=options.scale,
             mask_BQS=mask_BS[:, None],
             softcap=options.softcap,

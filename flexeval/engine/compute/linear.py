@@ -5,17 +5,9 @@ Shapes: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import Tensor, nn
 
-
-class CodedMatrix(Protocol):
-    """A weight `[O, I]` that is not unpacked."""
-
-    def multiply(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """`x @ W.T + bias`, `[T, O]`."""
-        ...
+from flexeval.engine.codecs.codec import CodedMatrix
 
 
 class CodedLinear(nn.Linear):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexeval.engine.compute.kernels import has_triton
+from flexeval.engine.kernels import has_triton
 
 
 class Partial(NamedTuple):
@@ -35,6 +35,7 @@ def partial_attention(
     scale: float,
     is_causal: bool = False,
     mask_BQS: Tensor | None = None,
+    bias_BQS: Tensor | None = None,
     softcap: float | None = None,
 ) -> Partial:
     """Softmax attention and the log-sum-exp of its scores.
@@ -46,22 +47,31 @@ def partial_attention(
         scale: Factor on the scores.
         is_causal: Query i sees keys 0..i; Q equals S then, and there is no mask.
         mask_BQS: Bool, True where a query sees a key; B and Q may be 1 to broadcast.
+        bias_BQS: Instead of a mask, on a CPU, made once for many calls: float32, 0 where a query sees a key and -inf
+            where it does not. Every query sees one.
         softcap: Scores become softcap * tanh(score / softcap).
     """
     assert not (is_causal and mask_BQS is not None)
-    plain = softcap is None and q_BNQH.shape[-1] == v_BKSW.shape[-1]
-    if not plain:
+    assert bias_BQS is None or (mask_BQS is None and q_BNQH.device.type == "cpu")
+    if not has_kernel(q_BNQH, v_BKSW, softcap):
+        if bias_BQS is not None:
+            mask_BQS = bias_BQS == 0
         return reference_attention(
             q_BNQH, k_BKSH, v_BKSW, scale=scale, is_causal=is_causal, mask_BQS=mask_BQS, softcap=softcap
         )
     if q_BNQH.device.type == "cpu":
-        return _cpu_flash(q_BNQH, k_BKSH, v_BKSW, scale, is_causal, mask_BQS)
+        return _cpu_flash(q_BNQH, k_BKSH, v_BKSW, scale, is_causal, mask_BQS, bias_BQS)
     size = q_BNQH.shape[-1]
     if size % 8:  # the kernels ask for a multiple; zeros add nothing to a score
         q_BNQH, k_BKSH, v_BKSW = (pad(tensor, (0, -size % 8)) for tensor in (q_BNQH, k_BKSH, v_BKSW))
     kernel = _cuda_flash if mask_BQS is None and q_BNQH.element_size() == 2 and size <= 256 else _cuda_efficient
     partial = kernel(q_BNQH, k_BKSH, v_BKSW, scale, is_causal, mask_BQS)
     return Partial(partial.out_BNQW[..., :size], partial.lse_BNQ)
+
+
+def has_kernel(q_BNQH: Tensor, v_BKSW: Tensor, softcap: float | None) -> bool:
+    """Whether `partial_attention` need not write out scores, nor keys and values in float32."""
+    return softcap is None and q_BNQH.shape[-1] == v_BKSW.shape[-1]
 
 
 def takes_varlen(q_TNH: Tensor, v_TKW: Tensor, softcap: float | None) -> bool:
@@ -148,9 +158,17 @@ def reference_attention(
 
 
 def _cpu_flash(
-    q_BNQH: Tensor, k_BKSH: Tensor, v_BKSW: Tensor, scale: float, is_causal: bool, mask_BQS: Tensor | None
+    q_BNQH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSW: Tensor,
+    scale: float,
+    is_causal: bool,
+    mask_BQS: Tensor | None,
+    bias_BQS: Tensor | None,
 ) -> Partial:
-    bias = None if mask_BQS is None else _bias(mask_BQS[:, None], q_BNQH.dtype)
+    bias = None if bias_BQS is None else bias_BQS[:, None]
+    if mask_BQS is not None:
+        bias = _bias(mask_BQS[:, None], q_BNQH.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_BNQH, k_BKSH, v_BKSW, 0.0, is_causal, attn_mask=bias, scale=scale
     )

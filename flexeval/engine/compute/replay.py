@@ -1,67 +1,72 @@
-"""Decode steps in one launch a layer beside attention: what layers launch is recorded, and replayed.
+"""Decode steps in few launches: what layers launch is recorded, and replayed.
 
 A layer is some forty launches from Python; for few tokens they take the host longer than the device. So they are
-recorded once, as CUDA graphs, for rows filled up to a size that recurs. Attention lies between two recordings and stays
-as it is: whom a row attends to changes from step to step. A recording reaches from one layer's attention to the next's.
-Knows how layers are called; neither where weights rest (they may be recorded only where they stay) nor what attention
-does.
+recorded once, as CUDA graphs, for rows filled up to a size that recurs: what comes before a layer's attention and what
+comes after it, for whom a row attends to changes from step to step. Where the same row comes again and again, reading
+and writing its KV in the same places, and all weights stay where they are, another recording takes in attention and all
+layers: then a step is one launch. Knows how layers are called; neither where weights rest nor what attention does.
 
-Shapes: T tokens of a row, filled up; D model, N query heads, K KV heads, H size of a key, W size of a value.
+Shapes: T tokens of a row, filled up; N query heads, K KV heads, H size of a key, W size of a value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flexeval.engine.compute.anatomy import Anatomy, LayerCall
-from flexeval.engine.compute.port import Attend, AttentionOptions
+from flexeval.engine.compute.anatomy import Anatomy, Embedded
+from flexeval.engine.compute.frame import Frame, Places
+from flexeval.engine.compute.port import Attend, AttentionInputs, AttentionOptions
+from flexeval.engine.compute.row import Row
+from flexeval.engine.compute.steady import AttendAt, Steady, leave, record_steady, within
 from flexeval.engine.compute.tape import Tape, Tapes
 from flexeval.planning.rows import RowPlan
 
 SIZES = (8, 16, 32, 64, 128)
 """Tokens that rows are filled up to; longer rows keep the device busy by themselves."""
+STEADY_STEPS = 4
+"""A row that has come so often is recorded with its attention: that takes the host about as long as ten steps."""
+MAX_STEADY = 8
+"""Such recordings of one row and size that are kept."""
 
 
-class _Places(NamedTuple):
-    """Where a recorded layer leaves what its attention takes, and finds what it gives."""
+class LayerWeights(NamedTuple):
+    """A layer's weights as one row needs them."""
 
-    q_TNH: Tensor
-    k_TKH: Tensor
-    v_TKW: Tensor
-    out_TNW: Tensor
+    place: Hashable
+    """Where they lie, now and whenever this is the same; None where nothing can be said."""
+    bind: Callable[[], bool]
+    """Lets the layer compute with them; whether they are there, not unpacked elsewhere for an earlier row."""
 
 
-class _Stop(NamedTuple):
-    """Between two tapes: a layer's attention."""
+class _Halves(NamedTuple):
+    """A layer before and after its attention."""
 
-    places: _Places
+    before: Tape
+    after: Tape
+    places: Places
     options: AttentionOptions
 
 
-@dataclass(slots=True, kw_only=True)
-class _Frame:
-    """Fixed places of one row of a sweep, filled up to one size, and what was recorded on them."""
+class _Records:
+    """What was recorded for one row of a sweep and one size."""
 
-    hidden_1TD: Tensor
-    """What goes into a layer, and what comes out of it."""
-    calls: list[LayerCall]
-    """What each layer is called with besides."""
-    tensors: list[tuple[int, int, Tensor]]
-    """Of the tensors in them, each once: a layer, its place among the leaves of that layer's call, and the tensor."""
-    places: dict[tuple[object, ...], _Places] = field(default_factory=dict)
-    """By shape."""
-    has_run: set[int] = field(default_factory=set)
-    """Layers that ran once as they are to be recorded: their kernels are compiled."""
-    tapes: list[Tape] = field(default_factory=list)
-    """Up to the first attention, from each to the next, and from the last on; empty until all layers have run."""
-    stops: list[_Stop] = field(default_factory=list)
-    """The attention of each layer."""
+    def __init__(self, frame: Frame, tapes: Tapes):
+        self.frame = frame
+        self.tapes = tapes
+        self.has_run: set[int] = set()
+        """Layers that ran once as they are to be recorded: their kernels are compiled."""
+        self.halves: dict[tuple[int, Hashable], _Halves] = {}
+        """By layer, and where its weights lie."""
+        self.begun: _Halves | None = None
+        """Whose first half has been launched."""
+        self.num_seen: Counter[Hashable] = Counter()
+        """How often a row has come, by what makes rows the same."""
+        self.steady: dict[Hashable, Steady] = {}
+        """By the same; the one used last at the end."""
 
 
 class Replay:
@@ -79,121 +84,168 @@ class Replay:
         self._new_tapes = new_tapes
         self._bind = bind
         self._tapes: dict[int, Tapes] = {}
-        self._frames: dict[tuple[int, int], _Frame] = {}
-        self._is_possible = True
+        self._records: dict[tuple[int, int], _Records] = {}
+        self._steady: dict[int, Steady | None] = {}  # by row, in this sweep
+        self._is_possible = self._stays = True
 
     @staticmethod
     def size(plan: RowPlan) -> int | None:
         """Tokens that a row is filled up to; None for one that is not for here: too long, or with prompts in it."""
         return None if plan.fresh else next((size for size in SIZES if size >= plan.num_tokens), None)
 
-    def begin(self, row: int, hidden_1TD: Tensor, calls: Sequence[LayerCall]) -> None:
-        """Before the first layer: bring what goes into a row's layers to where they read it."""
-        key = (row, hidden_1TD.shape[1])
-        if row not in self._tapes:
-            self._tapes[row] = self._new_tapes()
-        if (frame := self._frames.get(key)) is None:
-            frame = self._frames[key] = _make_frame(hidden_1TD, calls)
-        leaves = {layer: tree_flatten(calls[layer])[0] for layer in {layer for layer, _, _ in frame.tensors}}
-        for layer, index, tensor in frame.tensors:
-            tensor.copy_(leaves[layer][index])
-        frame.hidden_1TD.copy_(hidden_1TD)
-        layers = range(self._anatomy.num_layers)
-        has_run = len(frame.has_run) == len(layers)
-        if not frame.tapes and has_run and self._is_possible and all(self._bind(layer) for layer in layers):
-            self._record(frame, self._tapes[row])
+    def begin(self, row: Row, embedded: Embedded, attend_at: AttendAt | None) -> Tensor:
+        """Before the first layer: bring what goes into a row's layers to where they read it, and start.
 
-    def run(
-        self, layer: int, row: int, plan: RowPlan, hidden_1TD: Tensor, attend: Attend, *, bind: Callable[[], bool]
-    ) -> Tensor:
+        Args:
+            row: The row.
+            embedded: What goes into its layers.
+            attend_at: Its attention, which may be recorded; None where that is done elsewhere, or what it reads moves.
+
+        Returns:
+            Where the row's hidden states are from now on.
+        """
+        key = (row.index, row.ids_1T.shape[1])
+        if row.index not in self._tapes:
+            self._tapes[row.index] = self._new_tapes()
+        if key not in self._records:
+            self._records[key] = _Records(Frame(embedded), self._tapes[row.index])
+        records = self._records[key]
+        records.frame.fill(embedded.hidden_1TD, embedded.calls)
+        self._steady[row.index] = steady = None if attend_at is None else self._find_steady(records, row, attend_at)
+        if steady is not None:
+            steady.first.replay()
+        return records.frame.hidden_1TD
+
+    def attends(self, row: Row, layer: int) -> bool:
+        """Whether a row that has begun will ask for its attention at a layer: it is not in a recording."""
+        steady = self._steady[row.index]
+        return steady is None or layer in steady.stops
+
+    def run(self, layer: int, row: Row, attend: Attend, weights: LayerWeights) -> Tensor:
         """One layer on one row, after the layer before it; what comes out is overwritten by the next one.
 
         Args:
-            layer: Which.
-            row: Index of the row in its sweep.
-            plan: Its plan.
-            hidden_1TD: What goes in.
+            layer: Which; one at which the row attends.
+            row: The row.
             attend: Attention of the row's tokens, without those that only fill it up.
-            bind: Lets the layer compute with its weights, and says whether they will lie where they lie now for ever.
+            weights: The layer's.
         """
-        frame, num_tokens = self._frames[row, hidden_1TD.shape[1]], plan.num_tokens
-        if not frame.tapes:
-            return self._run(layer, row, hidden_1TD, attend, num_tokens, stays=bind())
-        if layer == 0:
-            frame.tapes[0].replay()
-        else:
-            assert hidden_1TD is frame.hidden_1TD, (layer, row, "has not come from the layer before")
-        places, options = frame.stops[layer]
-        q_TNH, k_TKH, v_TKW, out_TNW = (place[:num_tokens] for place in places)
-        out_TNW.copy_(attend(q_TNH, k_TKH, v_TKW, options))
-        frame.tapes[layer + 1].replay()
+        records, steady = self._of(row), self._steady[row.index]
+        if steady is not None:
+            stop = steady.stops[layer]
+            out_TNW = attend(*_inputs(stop.places, stop.options, row))
+            stop.places.out_TNW[: row.plan.num_tokens].copy_(out_TNW)
+            stop.next.replay()
+            return records.frame.hidden_1TD
+        halves = self._find_halves(records, layer, weights)
+        if halves is None:
+            return self._run(records, layer, row, attend, weights)
+        halves.before.replay()
+        records.begun = halves
+        return self.run_from_attention(layer, row, attend(*_inputs(halves.places, halves.options, row)), weights)
+
+    def run_to_attention(self, layer: int, row: Row, weights: LayerWeights) -> AttentionInputs:
+        """A layer on a row as far as its attention; the row goes on with `run_from_attention`."""
+        records = self._of(row)
+        records.begun = halves = self._find_halves(records, layer, weights)
+        if halves is not None:
+            halves.before.replay()
+            return _inputs(halves.places, halves.options, row)
+        weights.bind()
+        frame, num_tokens = records.frame, row.plan.num_tokens
+        inputs = self._anatomy.run_to_attention(layer, frame.hidden_1TD, frame.calls[layer])
+        q_TNH, k_TKH, v_TKW, options = inputs
+        return AttentionInputs(q_TNH[:num_tokens], k_TKH[:num_tokens], v_TKW[:num_tokens], options)
+
+    def run_from_attention(self, layer: int, row: Row, out_TNW: Tensor, weights: LayerWeights) -> Tensor:
+        """The rest of a layer, given its attention's output `[tokens, N, W]`."""
+        records = self._of(row)
+        if records.begun is None:
+            return self._run(records, layer, row, lambda q_TNH, k_TKH, v_TKW, options: out_TNW, weights)
+        records.begun.places.out_TNW[: row.plan.num_tokens].copy_(out_TNW)
+        records.begun.after.replay()
+        records.begun = None
+        return records.frame.hidden_1TD
+
+    def forget_logs(self) -> None:
+        """The logs that rows attended to are no more."""
+        for records in self._records.values():
+            records.steady.clear()
+            records.num_seen.clear()
+        self._steady.clear()
+
+    def _of(self, row: Row) -> _Records:
+        return self._records[row.index, row.ids_1T.shape[1]]
+
+    def _run(self, records: _Records, layer: int, row: Row, attend: Attend, weights: LayerWeights) -> Tensor:
+        """The layer as it is."""
+        is_there, frame = weights.bind(), records.frame
+
+        def run() -> None:
+            attend_within = within(frame, row.plan.num_tokens, attend)
+            frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], attend_within))
+
+        if weights.place is None or not is_there or layer in records.has_run or not self._is_possible:
+            run()
+            return frame.hidden_1TD
+        with records.tapes.waits() as waits:
+            run()
+        self._is_possible = not waits
+        records.has_run.add(layer)
         return frame.hidden_1TD
 
-    def _run(self, layer: int, row: int, hidden_1TD: Tensor, attend: Attend, num_tokens: int, *, stays: bool) -> Tensor:
-        """The layer as it is."""
-        frame = self._frames[row, hidden_1TD.shape[1]]
+    def _find_halves(self, records: _Records, layer: int, weights: LayerWeights) -> _Halves | None:
+        """A layer's recording, made where it is time to; None where there can be none yet."""
+        if weights.place is None or layer not in records.has_run or not self._is_possible:
+            return None
+        key = (layer, weights.place)
+        if key not in records.halves and weights.bind():
+            records.halves[key] = self._record_halves(records, layer)
+        return records.halves.get(key)
 
-        def attend_to_tokens(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            out_TNW = _places(frame, q_TNH, k_TKH, v_TKW).out_TNW
-            out_TNW[:num_tokens] = attend(q_TNH[:num_tokens], k_TKH[:num_tokens], v_TKW[:num_tokens], options)
-            return out_TNW
-
-        if not stays or layer in frame.has_run or not self._is_possible:
-            return self._anatomy.run_layer(layer, hidden_1TD, frame.calls[layer], attend_to_tokens)
-        with self._tapes[row].waits() as waits:
-            hidden_1TD = self._anatomy.run_layer(layer, hidden_1TD, frame.calls[layer], attend_to_tokens)
-        self._is_possible = not waits
-        frame.has_run.add(layer)
-        return hidden_1TD
-
-    def _record(self, frame: _Frame, tapes: Tapes) -> None:
-        layers = range(self._anatomy.num_layers)
-        recorded = [tapes.new() for _ in range(len(layers) + 1)]
-        stops: list[_Stop] = []
+    def _record_halves(self, records: _Records, layer: int) -> _Halves:
+        frame, before, after = records.frame, records.tapes.new(), records.tapes.new()
+        reached: list[_Halves] = []
 
         def stop(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-            places, layer = _places(frame, q_TNH, k_TKH, v_TKW), len(stops)
-            for place, tensor in zip(places, (q_TNH, k_TKH, v_TKW), strict=False):
-                place.copy_(tensor)
-            recorded[layer].end()
-            recorded[layer + 1].begin()
-            stops.append(_Stop(places, options))
+            places = leave(frame, q_TNH, k_TKH, v_TKW)
+            before.end()
+            after.begin()
+            reached.append(_Halves(before, after, places, options))
             return places.out_TNW
 
-        with tapes.recording():
-            recorded[0].begin()
-            for layer in layers:
-                frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], stop))
-            recorded[-1].end()
-        frame.tapes, frame.stops = recorded, stops
+        with records.tapes.recording():
+            before.begin()
+            frame.hidden_1TD.copy_(self._anatomy.run_layer(layer, frame.hidden_1TD, frame.calls[layer], stop))
+            after.end()
+        return reached[0]
+
+    def _find_steady(self, records: _Records, row: Row, attend_at: AttendAt) -> Steady | None:
+        """The recording of a row that has come often, made where it is time to."""
+        key = row.steady
+        if key is None or not self._stays:
+            return None
+        records.num_seen[key] += 1
+        if key in records.steady:
+            records.steady[key] = records.steady.pop(key)
+        elif records.num_seen[key] > STEADY_STEPS:
+            self._stays = all(self._bind(layer) for layer in range(self._anatomy.num_layers))
+            has_window = {layer for (layer, _), halves in records.halves.items() if halves.options.window is not None}
+            if not self._stays or len(records.halves) < self._anatomy.num_layers:
+                return None
+            records.steady[key] = record_steady(
+                self._anatomy,
+                records.frame,
+                records.tapes,
+                lambda layer: None if row.ancestors and layer in has_window else attend_at(layer),
+                row.plan.num_tokens,
+            )
+            for oldest in list(records.steady)[:-MAX_STEADY]:
+                del records.steady[oldest], records.num_seen[oldest]
+        return records.steady.get(key)
 
 
-def _make_frame(hidden_1TD: Tensor, calls: Sequence[LayerCall]) -> _Frame:
-    """Tensors that layers share have one place, and are brought up to date once."""
-    own_tensors: dict[int, Tensor] = {}
-    tensors: list[tuple[int, int, Tensor]] = []
-    own_calls: list[LayerCall] = []
-    for layer, call in enumerate(calls):
-        leaves, spec = tree_flatten(call)
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
-                if id(leaf) not in own_tensors:
-                    own_tensors[id(leaf)] = torch.empty_like(leaf)
-                    tensors.append((layer, index, own_tensors[id(leaf)]))
-                leaves[index] = own_tensors[id(leaf)]
-        own_calls.append(tree_unflatten(leaves, spec))
-    return _Frame(hidden_1TD=torch.empty_like(hidden_1TD), calls=own_calls, tensors=tensors)
-
-
-def _places(frame: _Frame, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor) -> _Places:
-    """The row's places for these shapes; its layers use them one after the other."""
-    key = (q_TNH.shape, k_TKH.shape, v_TKW.shape)
-    if key not in frame.places:
-        # What only fills the row up is read as well: it must hold numbers.
-        frame.places[key] = _Places(
-            q_TNH=q_TNH.new_zeros(q_TNH.shape),
-            k_TKH=k_TKH.new_zeros(k_TKH.shape),
-            v_TKW=v_TKW.new_zeros(v_TKW.shape),
-            out_TNW=q_TNH.new_zeros(*q_TNH.shape[:2], v_TKW.shape[2]),
-        )
-    return frame.places[key]
+def _inputs(places: Places, options: AttentionOptions, row: Row) -> AttentionInputs:
+    """What attention takes of a row's own tokens, without those that only fill it up."""
+    num_tokens = row.plan.num_tokens
+    return AttentionInputs(places.q_TNH[:num_tokens], places.k_TKH[:num_tokens], places.v_TKW[:num_tokens], options)

@@ -7,22 +7,21 @@ Shapes: T tokens of the row, B sequences, L longest of them, S longest context.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.contexts import Contexts, DecodeBatch
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, Integers, RowPlan
 
 PADDING_LIMIT = 1.25
 """Fresh spans share a padded batch while the longest is at most this times the shortest ..."""
 PADDING_TOKENS = 16
 """... or at most this many tokens longer."""
-SPARE_STEPS = 64
-"""Steps that a group's contexts have room for on the device before they are laid out anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,72 +43,6 @@ class Runs(NamedTuple):
     """int32: first token of each in the row, and the end of the last."""
     longest: int
     """Tokens of the longest."""
-
-
-class DecodeBatch:
-    """One new token for each sequence of a group."""
-
-    def __init__(self, span: DecodeSpan, contexts: _Contexts):
-        self.span = span
-        """Which log and which tokens of the row."""
-        self.max_length = contexts.max_length
-        """S, the longest context."""
-        self.index_BS = contexts.index_BS[:, : contexts.max_length]
-        """int32: place of each context token in the log, the new token included; padding repeats place 0."""
-        self.lengths_B = contexts.lengths_B
-        """int32: tokens of each context."""
-        self._first_positions_B1 = contexts.first_positions_B1
-        self._is_context_BS: Tensor | None = None
-
-    @property
-    def num_sequences(self) -> int:
-        """B."""
-        return self.index_BS.shape[0]
-
-    @property
-    def is_context_BS(self) -> Tensor:
-        """False where `index_BS` is padding."""
-        if self._is_context_BS is None:
-            self._is_context_BS = self._steps_S < self.lengths_B[:, None]
-        return self._is_context_BS
-
-    @property
-    def key_position_BS(self) -> Tensor:
-        """Position of each context token."""
-        return self._first_positions_B1 + self._steps_S
-
-    @property
-    def _steps_S(self) -> Tensor:
-        return torch.arange(self.max_length, device=self.index_BS.device)
-
-
-class _Contexts:
-    """The contexts of a group's sequences on the device: kept from sweep to sweep, one column longer each time."""
-
-    def __init__(self, span: DecodeSpan, device: torch.device):
-        lengths = np.array([len(tokens) for tokens in span.own_tokens])
-        self.version = span.version
-        self.max_length = int(lengths.max())
-        index_BS = np.zeros((len(lengths), self.max_length + SPARE_STEPS), dtype=np.int32)
-        for row, tokens in zip(index_BS, span.own_tokens, strict=True):
-            row[: len(tokens)] = tokens
-        self.index_BS = _move(index_BS, device)
-        self.lengths_B = _move(lengths.astype(np.int32), device)
-        self.first_positions_B1 = _move(np.array(span.first_own_positions)[:, None], device)
-        self._last_B1 = _move(lengths[:, None] - 1, device)
-        self._sequence_B1 = torch.arange(len(lengths), dtype=torch.int32, device=device)[:, None]
-
-    def can_append(self, span: DecodeSpan) -> bool:
-        """Whether the group's next step adds nothing but one token to each context, and there is room for it."""
-        return span.version == self.version and self.max_length < self.index_BS.shape[1]
-
-    def append(self, span: DecodeSpan) -> None:
-        """Add the step's tokens, which lie at the end of the log in the order of the sequences."""
-        self.max_length += 1
-        assert self.max_length == max(map(len, span.own_tokens)), (span.group, self.max_length)
-        self._last_B1 += 1
-        self.lengths_B += 1
-        self.index_BS.scatter_(1, self._last_B1, self._sequence_B1 + span.log_length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +85,18 @@ class Row:
         """What tokens see before their own context."""
         return self.plan.ancestors
 
+    @property
+    def steady(self) -> Hashable:
+        """Equal for rows that decode from the same places: their launches are the same. None where there are none such.
+
+        Positions are left out: only windows over ancestors ask for them.
+        """
+        if self.fresh or self.compactions:
+            return None
+        own = tuple((batch.span.group, batch.span.start, batch.num_sequences, batch.address) for batch in self.decode)
+        above = tuple((span.start, span.length, span.num_keys, span.source) for span in self.ancestors)
+        return own, above
+
 
 class RowMaker:
     """Makes the rows of one batch of requests, in the order in which they are computed."""
@@ -159,7 +104,7 @@ class RowMaker:
     def __init__(self, device: torch.device):
         """Rows are computed on `device`."""
         self._device = device
-        self._contexts: dict[int, _Contexts] = {}
+        self._contexts: dict[int, Contexts] = {}
 
     def make(self, index: int, plan: RowPlan, *, replayed_size: int | None = None) -> Row:
         """Put a plan's indices on the device; a row that is replayed is filled up to a size that recurs."""
@@ -202,13 +147,15 @@ class RowMaker:
         assert (np.diff(bounds) == lengths).all(), (bounds, lengths, "fresh spans lie back to back")
         return Runs(_move(bounds, self._device), max(lengths))
 
+    def for_later(self, row: Row) -> Row:
+        """The row with contexts that hold for its next steps as well, as far as they have room."""
+        decode = tuple(self._contexts[batch.span.group].whole(batch) for batch in row.decode)
+        return replace(row, decode=decode)
+
     def _decode(self, span: DecodeSpan) -> DecodeBatch:
-        contexts = self._contexts.get(span.group)
-        if contexts is not None and contexts.can_append(span):
-            contexts.append(span)
-        else:
-            contexts = self._contexts[span.group] = _Contexts(span, self._device)
-        return DecodeBatch(span, contexts)
+        if span.group not in self._contexts:
+            self._contexts[span.group] = Contexts(self._device)
+        return self._contexts[span.group].batch(span)
 
 
 def _move(values: Integers, device: torch.device) -> Tensor:

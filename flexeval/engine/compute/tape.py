@@ -67,8 +67,9 @@ class CudaTape:
 class CudaTapes:
     """CUDA graphs that share the memory of their temporaries: they run one after the other."""
 
-    def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device)  # the default one cannot be captured
+    def __init__(self, stream: torch.cuda.Stream):
+        """Recorded on `stream`, which cannot be the default one; each that is used takes a workspace of cuBLAS."""
+        self._stream = stream
         self._pool = torch.cuda.graph_pool_handle()
 
     def new(self) -> CudaTape:

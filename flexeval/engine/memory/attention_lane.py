@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.host_attention import HostAttention, num_keys_read
+from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
-from flexeval.engine.memory.kv import HostContext
+from flexeval.engine.memory.kv_context import HostContext
 from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.trace import Trace
-from flexeval.workers import Workers, num_spare_cores
+from flexeval.team import give_spare_cores
 
 
 class AttentionLane:
@@ -27,16 +27,20 @@ class AttentionLane:
         self._lane = lane
         self._device = device
         self._trace = trace
-        self._workers = Workers(num_spare_cores())
-        self._attention = HostAttention(self._workers)
-
-    def close(self) -> None:
-        """End its threads; nothing may be on its way."""
-        self._workers.close()
+        self._attention = HostAttention()
+        give_spare_cores(lambda take: lane.submit(take).wait())
 
     def submit(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Transfer[Tensor]:
-        """Attend for a row, whose new tokens' KV has been stored: output `[T, N, W]` on the compute device."""
+        """Attend for a row, whose new tokens' KV has been stored: output `[T, N, W]`, for `take`."""
         return self._lane.submit(self._attend, row, q_TNH, options, context)
+
+    def take(self, attended: Transfer[Tensor]) -> Tensor:
+        """The output on the compute device.
+
+        It is sent for by whoever waits for it: on the lane's own stream it would stand behind gigabytes of weights and
+        KV in the link's queue, and the next row's queries behind it.
+        """
+        return attended.wait().to(self._device, non_blocking=True)
 
     def _attend(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Tensor:
         context.wait()
@@ -46,8 +50,6 @@ class AttentionLane:
             options = replace(options, sinks_N=options.sinks_N.to("cpu", non_blocking=True))
         if self._device.type == "cuda":  # the host reads now: its own copies must be there, and all that logs wait for
             torch.cuda.current_stream().synchronize()
-        out_TNW = self._attention(q_TNH, options, row, context)
-        self._trace.moved("host_attention", num_keys_read(row, options) * context.token_bytes)
-        if self._device.type == "cuda":
-            out_TNW = out_TNW.pin_memory()
-        return out_TNW.to(self._device, non_blocking=True)
+        out_TNW, num_keys = self._attention(q_TNH, options, row, context)
+        self._trace.moved("host_attention", num_keys * context.token_bytes)
+        return out_TNW.pin_memory() if self._device.type == "cuda" else out_TNW

@@ -26,6 +26,8 @@ _RUN_PREFIX = "flexeval-"
 class DiskTier(Meter):
     """Files in a folder of its own, which goes when the tier closes, beside the shelf of what outlives it."""
 
+    is_addressable = False
+
     def __init__(self, directory: Path, *, limit_bytes: int | None = None):
         """Room in `directory`; where it gets short, or `limit_bytes` are passed, the shelf is cleared for it."""
         super().__init__(TierName.DISK)

@@ -5,112 +5,30 @@ Where it rests on memory that the compute device addresses it is used in place; 
 buffer with room for the step's new tokens, which are written behind. A log has room for all that it can come to hold
 from its first token on, and keeps it until the batch ends: nothing is allocated from sweep to sweep.
 
-Shapes: T new tokens of a row, C tokens of a log, K KV heads, X size of a key and a value side by side.
+Where tokens rest coded, all attend to what comes back of the others, in whatever row and sweep these were computed:
+what a request is answered depends neither on its neighbours nor on the policy.
+
+Shapes: T new tokens of a row, C tokens of a log, B bytes of a token, K KV heads, H size of a key, W size of a value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.attention import KeysValues
-from flexeval.engine.compute.row import CompactionBatch, DecodeBatch, Row
+from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVFormat, KVLog, KVShape, make_format
+from flexeval.engine.compute.row import CompactionBatch, Row
+from flexeval.engine.memory.kv_context import HostContext, LoadedContext, Log
 from flexeval.engine.memory.lane import Lane, Transfer, drain
-from flexeval.engine.memory.tier import Extent, Tier
+from flexeval.engine.memory.tier import Tier
 from flexeval.engine.trace import Trace
-from flexeval.planning.rows import AncestorSpan, Keep, KeySource
+from flexeval.planning.rows import Keep, KeySource
 
 COMPACTED_TOKENS = 4096
 """Tokens of a log that move at a time."""
-
-
-@dataclass(slots=True)
-class _Log:
-    """One group's tokens at one layer."""
-
-    extent: Extent
-    num_heads: int
-    key_size: int
-    value_size: int
-    dtype: torch.dtype
-    last_write: Transfer[None] | None = None
-
-    @property
-    def token_bytes(self) -> int:
-        return self.num_heads * (self.key_size + self.value_size) * self.dtype.itemsize
-
-    def shaped(self, data: Tensor) -> Tensor:
-        """Bytes as `[C, K, X]`."""
-        return data.view(self.dtype).view(-1, self.num_heads, self.key_size + self.value_size)
-
-    def split(self, tokens_CKX: Tensor) -> KeysValues:
-        return KeysValues(tokens_CKX[..., : self.key_size], tokens_CKX[..., self.key_size :])
-
-
-class LoadedContext:
-    """What one row reads at one layer, on the compute device."""
-
-    def __init__(
-        self,
-        own: dict[int, Tensor],
-        ancestors: dict[KeySource, KeysValues],
-        logs: dict[int, _Log],
-        scratch: dict[int, KeysValues],
-    ):
-        self.own = own
-        """By group, the log `[C, K, X]` with room for the step's new tokens."""
-        self.logs = logs
-        """By group, how its log is read."""
-        self._ancestors = ancestors
-        self._scratch = scratch
-
-    def own_log(self, batch: DecodeBatch) -> KeysValues:
-        """The log of a decode batch."""
-        group = batch.span.group
-        return self.logs[group].split(self.own[group])
-
-    def ancestor(self, span: AncestorSpan) -> KeysValues:
-        """An ancestor: from an earlier row of this sweep, or from a log."""
-        if span.source.scratch_node is not None:
-            return self._scratch[span.source.scratch_node]
-        return self._ancestors[span.source]
-
-
-class HostContext:
-    """What one row reads at one layer, in host memory, where it rests."""
-
-    def __init__(self, logs: dict[int, _Log]):
-        self._logs = logs
-        self._writes = [log.last_write for log in logs.values() if log.last_write is not None]
-
-    @property
-    def token_bytes(self) -> int:
-        """Keys and values of one token."""
-        return next(iter(self._logs.values())).token_bytes
-
-    def wait(self) -> None:
-        """Have the caller's stream see all that was to be written when this was made; the host may be ahead of it."""
-        for write in self._writes:
-            write.wait()
-
-    def own_log(self, batch: DecodeBatch) -> KeysValues:
-        """The log of a decode batch."""
-        return self._in_place(batch.span.group)
-
-    def ancestor(self, span: AncestorSpan) -> KeysValues:
-        """An ancestor of sequences that decode: always in a log."""
-        assert span.source.group is not None, span
-        places = slice(span.source.log_start, span.source.log_start + span.num_keys)
-        return KeysValues(*(part[places] for part in self._in_place(span.source.group)))
-
-    def _in_place(self, group: int) -> KeysValues:
-        log = self._logs[group]
-        memory = log.extent.memory()
-        assert memory is not None and memory.device.type == "cpu", "the CPU attends in host memory only"
-        return log.split(log.shaped(memory))
 
 
 class KVCache:
@@ -121,19 +39,24 @@ class KVCache:
         tiers: Sequence[Tier],
         *,
         capacities: Mapping[int, int],
+        coding: KVCoding | None,
         device: torch.device,
         lane_in: Lane,
         lane_out: Lane,
         trace: Trace,
     ):
-        """A cache whose layer l rests on `tiers[l]`; `capacities` are the most tokens of each group's log."""
+        """A cache whose layer l rests on `tiers[l]`, each token as `coding` says.
+
+        `capacities` are the most tokens of each group's log.
+        """
         self._tiers = tiers
         self._capacities = capacities
+        self._coding = coding
         self._device = device
         self._lane_out = lane_out
         self.lane_in = lane_in
         self._trace = trace
-        self._logs: dict[tuple[int, int], _Log] = {}
+        self._logs: dict[tuple[int, int], Log] = {}
         self._scratch: dict[int, KeysValues] = {}
 
     def load(self, layer: int, row: Row) -> LoadedContext:
@@ -144,34 +67,52 @@ class KVCache:
         for compaction in row.compactions:
             held[compaction.group] = self._compact(logs[compaction.group], compaction, rooms.get(compaction.group, 0))
         for batch in row.decode:
-            if batch.span.group not in held and batch.span.group in logs:
+            if batch.span.group in logs and batch.span.group not in held:
                 log, span = logs[batch.span.group], batch.span
                 held[span.group] = self._read(log, 0, span.log_length, room=batch.num_sequences)
-        ancestors: dict[KeySource, KeysValues] = {}
+        ancestors: dict[KeySource, KVLog] = {}
         for ancestor in row.ancestors:
             source = ancestor.source
             if source.group is None or source in ancestors:
                 continue
             if source.group in held:
-                tokens_CKX = held[source.group][source.log_start : source.log_start + ancestor.num_keys]
+                tokens_CB = held[source.group][source.log_start : source.log_start + ancestor.num_keys]
             else:
-                tokens_CKX = self._read(logs[source.group], source.log_start, ancestor.num_keys, room=0)
-            ancestors[source] = logs[source.group].split(tokens_CKX)
-        own = {group: held[group] for group in rooms if group in held}
-        return LoadedContext(own, ancestors, logs, self._scratch)
+                tokens_CB = self._read(logs[source.group], source.log_start, ancestor.num_keys, room=0)
+            ancestors[source] = KVLog(logs[source.group].format, tokens_CB)
+        own = {group: KVLog(logs[group].format, held[group]) for group in rooms if group in held}
+        return LoadedContext(own, ancestors, MappingProxyType(self._scratch))  # which is not looked through
 
-    def store(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> None:
-        """Take the KV of a row's new tokens: into logs, and into the scratch for later rows of the sweep."""
+    def store(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> KeysValues:
+        """Take the KV of a row's new tokens: into logs, and into the scratch for later rows of the sweep.
+
+        Returns:
+            What the row's own tokens attend to: where tokens rest coded, what comes back of them. Sequences that decode
+            read theirs in their log.
+        """
+        seen = given = KeysValues(keys_TKH, values_TKW)
+        coded_TB = None
+        if self._coding is not None and row.plan.fresh:
+            coded = _format_of(given, self._coding)
+            coded_TB = keys_TKH.new_empty(len(keys_TKH), coded.token_bytes, dtype=torch.uint8)
+            coded.write(keys_TKH, values_TKW, coded_TB)
+            seen = coded.read(coded_TB, slice(None))
         for span in row.plan.scratch:
             tokens = slice(span.start, span.start + span.length)
-            self._scratch[span.node] = KeysValues(keys_TKH[tokens], values_TKW[tokens])
+            self._scratch[span.node] = KeysValues(*(part[tokens] for part in seen))
+        places = {batch.span.group: batch.last_place_B for batch in row.decode}
         for keep in row.plan.keeps:
-            self._append(layer, keep, keys_TKH, values_TKW, context)
+            self._append(layer, keep, given, coded_TB, places.get(keep.group), context)
+        return seen
 
     def store_for_host(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor) -> HostContext:
         """The same for a row that nothing was loaded for; where the CPU finds what the row reads."""
-        self.store(layer, row, keys_TKH, values_TKW, LoadedContext({}, {}, {}, {}))
+        self.store(layer, row, keys_TKH, values_TKW, LoadedContext({}, {}, {}))
         return HostContext({group: self._logs[layer, group] for group in self._groups(row)})
+
+    def is_in_place(self, layer: int) -> bool:
+        """Whether a layer's logs lie, for as long as this cache, where the compute device reads and writes them."""
+        return self._tiers[layer].is_addressable
 
     def end_layer(self) -> None:
         """Forget the scratch: the sweep moves on to the next layer."""
@@ -197,64 +138,84 @@ class KVCache:
         groups = {batch.span.group for batch in row.decode} | {compaction.group for compaction in row.compactions}
         return groups | {span.source.group for span in row.ancestors if span.source.group is not None}
 
-    def _read(self, log: _Log, start: int, num_tokens: int, *, room: int) -> Tensor:
-        """Tokens of a log on the device, with room for more behind them; in place where that is possible."""
+    def _read(self, log: Log, start: int, num_tokens: int, *, room: int) -> Tensor:
+        """Tokens of a log on the device, with room for more behind them; in place, where that is possible."""
         if (view := log.extent.view()) is not None:
-            return log.shaped(view)[start : start + num_tokens + room]
+            return log.tokens(view)[start:] if room else log.tokens(view)[start : start + num_tokens]
         if log.last_write is not None:
             log.last_write.wait()
-        buffer = torch.empty((num_tokens + room) * log.token_bytes, dtype=torch.uint8, device=self._device)
-        log.extent.read(buffer[: num_tokens * log.token_bytes], start * log.token_bytes)
-        self._trace.moved("kv_in", num_tokens * log.token_bytes)
-        return log.shaped(buffer)
+        token_bytes = log.format.token_bytes
+        buffer = torch.empty((num_tokens + room) * token_bytes, dtype=torch.uint8, device=self._device)
+        log.extent.read(buffer[: num_tokens * token_bytes], start * token_bytes)
+        self._trace.moved("kv_in", num_tokens * token_bytes)
+        return log.tokens(buffer)
 
-    def _compact(self, log: _Log, compaction: CompactionBatch, room: int) -> Tensor:
+    def _compact(self, log: Log, compaction: CompactionBatch, room: int) -> Tensor:
         """Rewrite a log, where it rests and as it is read: a part at a time, so that no second copy is needed.
 
         Tokens only move up, and in their order: what a part overwrites has been moved before.
         """
         num_tokens = compaction.places_C.numel()
-        tokens_CKX = self._read(log, 0, compaction.log_length, room=room)
+        tokens_CB = self._read(log, 0, compaction.log_length, room=room)
         for start in range(0, num_tokens, COMPACTED_TOKENS):
             places_C = compaction.places_C[start : start + COMPACTED_TOKENS]
-            tokens_CKX[start : start + places_C.numel()] = tokens_CKX[places_C]
+            tokens_CB[start : start + places_C.numel()] = tokens_CB.index_select(0, places_C)
         if log.extent.view() is None:
-            log.last_write = self._lane_out.submit(self._write, log, log.last_write, 0, tokens_CKX[:num_tokens])
-        return tokens_CKX[: num_tokens + room]
+            log.last_write = self._lane_out.submit(self._write, log, log.last_write, 0, tokens_CB[:num_tokens])
+        return tokens_CB[: num_tokens + room]
 
-    def _append(self, layer: int, keep: Keep, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> None:
-        log = self._log(layer, keep.group, keys_TKH, values_TKW)
+    def _append(
+        self,
+        layer: int,
+        keep: Keep,
+        given: KeysValues,
+        coded_TB: Tensor | None,
+        places_B: Tensor | None,
+        context: LoadedContext,
+    ) -> None:
+        """Add tokens to a log; those of sequences that decode, `places_B`, where the device's own index says."""
+        log = self._log(layer, keep.group, given)
         own, view = context.own.get(keep.group), log.extent.view()
+        if view is not None and places_B is not None:
+            [(start, length)] = keep.spans
+            row = slice(start, start + length)
+            log.format.append(given.keys_CKH[row], given.values_CKW[row], log.tokens(view), places_B)
+            context.own[keep.group] = KVLog(log.format, log.tokens(view))
+            return
         place = slice(keep.log_start, keep.log_start + keep.num_tokens)
         if view is not None:
-            tokens_CKX = log.shaped(view)[place]
+            tokens_CB = log.tokens(view)[place]
         else:
-            tokens_CKX = log.shaped(keys_TKH.new_empty(keep.num_tokens * log.token_bytes, dtype=torch.uint8))
+            tokens_CB = given.keys_CKH.new_empty(keep.num_tokens, log.format.token_bytes, dtype=torch.uint8)
         done = 0
         for start, length in keep.spans:
-            keys_values = [keys_TKH[start : start + length], values_TKW[start : start + length]]
-            torch.cat(keys_values, dim=-1, out=tokens_CKX[done : done + length])
+            own_tokens, target_CB = slice(start, start + length), tokens_CB[done : done + length]
+            if coded_TB is None:
+                log.format.write(given.keys_CKH[own_tokens], given.values_CKW[own_tokens], target_CB)
+            else:
+                target_CB.copy_(coded_TB[own_tokens])
             done += length
         if view is None:
             if own is not None:  # in place, `own` is the log itself
-                own[place] = tokens_CKX
-            log.last_write = self._lane_out.submit(self._write, log, log.last_write, keep.log_start, tokens_CKX)
+                own.data_CB[place] = tokens_CB
+            log.last_write = self._lane_out.submit(self._write, log, log.last_write, keep.log_start, tokens_CB)
         if keep.log_start == 0 and own is None:  # a log that there was not when the row was loaded
-            context.own[keep.group], context.logs[keep.group] = tokens_CKX, log
+            context.own[keep.group] = KVLog(log.format, tokens_CB)
 
-    def _write(self, log: _Log, before: Transfer[None] | None, start: int, tokens_CKX: Tensor) -> None:
+    def _write(self, log: Log, before: Transfer[None] | None, start: int, tokens_CB: Tensor) -> None:
         if before is not None:
             before.wait()  # done long since, on this very lane: a failure is handed on to whoever reads the log
-        data = tokens_CKX.reshape(-1).view(torch.uint8)
-        log.extent.write(data, start * log.token_bytes)
-        self._trace.moved("kv_out", data.numel())
+        log.extent.write(tokens_CB.reshape(-1), start * log.format.token_bytes)
+        self._trace.moved("kv_out", tokens_CB.numel())
 
-    def _log(self, layer: int, group: int, keys_TKH: Tensor, values_TKW: Tensor) -> _Log:
+    def _log(self, layer: int, group: int, given: KeysValues) -> Log:
         """The log, made when its first tokens arrive: only then is the layer's shape known."""
         if (layer, group) not in self._logs:
-            _, num_heads, key_size = keys_TKH.shape
-            value_size = values_TKW.shape[-1]
-            token_bytes = num_heads * (key_size + value_size) * keys_TKH.element_size()
-            extent = self._tiers[layer].allocate(self._capacities[group] * token_bytes)
-            self._logs[layer, group] = _Log(extent, num_heads, key_size, value_size, keys_TKH.dtype)
+            form = _format_of(given, self._coding)
+            extent = self._tiers[layer].allocate(self._capacities[group] * form.token_bytes)
+            self._logs[layer, group] = Log(extent, form)
         return self._logs[layer, group]
+
+
+def _format_of(given: KeysValues, coding: KVCoding | None) -> KVFormat:
+    return make_format(KVShape.of(*given), given.keys_CKH.dtype, coding)

@@ -30,7 +30,10 @@ class _Outcome(NamedTuple, Generic[T]):
 
 
 def _lend(value: object, stream: torch.cuda.Stream) -> None:
-    """Keep CUDA memory alive until `stream` has used it: the allocator must not recycle it early."""
+    """Keep CUDA memory alive until `stream` has used it: the allocator must not recycle it early.
+
+    Tensors are found in tuples, lists and dicts, not in other objects.
+    """
     for leaf in tree_leaves(value):
         if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
             leaf.record_stream(stream)

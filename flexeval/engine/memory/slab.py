@@ -18,9 +18,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.linear import CodedMatrix
+from flexeval.engine.codecs.codec import Codec, CodedMatrix
 from flexeval.engine.compute.spec import TensorSpec
-from flexeval.engine.memory.codec import Codec
 from flexeval.errors import ModelError
 
 ALIGNMENT = 64

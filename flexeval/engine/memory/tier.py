@@ -58,6 +58,8 @@ class Tier(Protocol):
     """Room handed out now."""
     peak_bytes: int
     """The most ever handed out."""
+    is_addressable: bool
+    """Whether the compute device can use its extents in place."""
 
     def allocate(self, num_bytes: int) -> Extent:
         """Room for `num_bytes`. Raises `CapacityError` where there is none."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flexeval.engine.checkpoint import Checkpoint
+from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.memory.codec import Codec
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.memory.loading import load_layers
@@ -145,14 +145,15 @@ class WeightStore:
             sweep_tokens: Tokens of all rows.
 
         Returns:
-            Whether the layer's tensors will lie where they lie now in every later sweep.
+            Whether the layer computes with its tensors where the slab lies, not unpacked.
         """
         layout = self._layouts[layer]
         takes_coded = row_tokens <= self._few_tokens[layer] and self._bound is not _Bound.UNPACKED
         bound = _Bound.AS_IT_RESTS if takes_coded else _Bound.UNPACKED
-        stays = self._extents[layer].view() is not None and (takes_coded or not layout.num_coded_values)
+        is_in_slab = takes_coded or not layout.num_coded_values
+        stays = self._extents[layer].view() is not None and is_in_slab
         if self._bound is bound or (stays and self._is_bound[layer]):
-            return stays
+            return is_in_slab
         if takes_coded:
             self._anatomy.bind_layer(layer, layout.as_it_rests(slab))
         elif not stays and self._is_by_need(layer, sweep_tokens):
@@ -162,7 +163,12 @@ class WeightStore:
         else:
             self._anatomy.bind_layer(layer, layout.unpack(slab, self._workspace))
         self._bound, self._is_bound[layer] = bound, stays
-        return stays
+        return is_in_slab
+
+    def place(self, layer: int, slab: Tensor, *, row_tokens: int) -> int | None:
+        """Where a layer's tensors lie for a row of so many tokens; None if they are unpacked first, over others."""
+        is_unpacked = self._layouts[layer].num_coded_values and row_tokens > self._few_tokens[layer]
+        return None if is_unpacked else slab.data_ptr()
 
     def bind_in_place(self, layer: int) -> bool:
         """Let a layer compute rows of few tokens with its tensors where they lie; False where they do not stay."""

@@ -1,8 +1,8 @@
-"""Triton kernels for group-wise 4-bit integers: unpack a run, multiply a few tokens by a matrix as it rests.
+"""Triton kernels that multiply a few tokens by a matrix of 4-bit integers as it rests.
 
-Knows the bytes of `Int4Codec`, which its docstring describes. Needs Triton: import it only where a GPU computes.
+Knows the bytes of `IntegerCodec`, which its docstring describes. Needs Triton: import it only where a GPU computes.
 
-Shapes: R runs, G groups, E numbers of a group, P = E / 2 bytes of its codes, T tokens, I inputs, O outputs.
+Shapes: G groups, E numbers of a group, P = E / 2 bytes of its codes, T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -12,68 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexeval.engine.compute.kernels import num_processors
+from flexeval.engine.codecs.codes_kernel import nibbles_of
+from flexeval.engine.kernels import num_processors
 
-_UNPACK_GROUPS = 64
-"""Groups of one program of the unpacking kernel."""
 MAX_TOKENS = 128
 """Up to so many tokens a product with a matrix as it rests is faster than one with an unpacked matrix."""
 _OUTPUTS = 128
 """Outputs of one program of the product."""
 _PROGRAMS_PER_PROCESSOR, _MAX_PARTS = 6, 8
 """A product is split along its inputs until so many programs run on each multiprocessor."""
-
-
-def unpack(packed_RGP: Tensor, affine_RG2: Tensor, out_RGE: Tensor) -> None:
-    """Write minimum + scale * code, for R runs that may lie apart (each of them is contiguous).
-
-    Args:
-        packed_RGP: uint8 codes, the first half of a group in the low nibbles.
-        affine_RG2: float16 scale and minimum of each group.
-        out_RGE: Where the numbers go; any float type.
-    """
-    num_runs, num_groups, num_bytes = packed_RGP.shape
-    affine_RG1 = affine_RG2.view(torch.int32)
-    if num_runs and num_groups:
-        _unpack_kernel[(triton.cdiv(num_groups, _UNPACK_GROUPS), num_runs)](
-            packed_RGP,
-            affine_RG1,
-            out_RGE,
-            packed_RGP.stride(0),
-            affine_RG1.stride(0),
-            out_RGE.stride(0),
-            num_groups,
-            HALF=num_bytes,
-            GROUPS=_UNPACK_GROUPS,
-        )
-
-
-@triton.jit
-def _unpack_kernel(
-    codes,
-    affine,
-    out,
-    codes_stride,
-    affine_stride,
-    out_stride,
-    num_groups,
-    HALF: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    run = tl.program_id(1).to(tl.int64)
-    codes += run * codes_stride
-    affine += run * affine_stride
-    out += run * out_stride
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    place = tl.arange(0, HALF)
-    is_group = group < num_groups
-    packed = tl.load(codes + group[:, None] * HALF + place[None, :], mask=is_group[:, None])
-    scale, minimum = _scale_and_minimum(tl.load(affine + group, mask=is_group, other=0))
-    low = minimum[:, None] + scale[:, None] * (packed & 15).to(tl.float32)
-    high = minimum[:, None] + scale[:, None] * (packed >> 4).to(tl.float32)
-    target = out + group[:, None] * (2 * HALF) + place[None, :]
-    tl.store(target, low.to(out.dtype.element_ty), mask=is_group[:, None])
-    tl.store(target + HALF, high.to(out.dtype.element_ty), mask=is_group[:, None])
 
 
 def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -157,7 +104,9 @@ def _multiply_kernel(
         source = codes + ((row[:, None] + group[None, :]) * HALF)[:, :, None] + place[None, None, :]
         packed = tl.load(source, mask=is_group[None, :, None], other=0)
         pair = tl.load(affine + row[:, None] + group[None, :], mask=is_group[None, :], other=0)
-        low, high = _dequantize(packed, pair, x.dtype.element_ty)
+        scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        low, high = nibbles_of(packed, scale, minimum, x.dtype.element_ty)
         inputs = step * (2 * HALF) + byte // HALF * (2 * HALF) + byte % HALF
         x_source = x + token[:, None] * num_inputs + inputs[None, :]
         x_low = tl.load(x_source, mask=is_token[:, None] & (inputs < num_inputs)[None, :], other=0.0)
@@ -182,54 +131,3 @@ def _sum_kernel(
     if HAS_BIAS:
         total += tl.load(bias + value % num_outputs, mask=is_value, other=0.0).to(tl.float32)
     tl.store(y + value, total.to(y.dtype.element_ty), mask=is_value)
-
-
-@triton.jit
-def _scale_and_minimum(pair):
-    """Two float16 side by side in 32 bits, as float32."""
-    scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, minimum
-
-
-@triton.jit
-def _dequantize(packed, pair, dtype: tl.constexpr):
-    """Numbers of the low and of the high nibbles, rounded once.
-
-    In float16 two at a time: bits 0x6400 + code are the number 1024 + code, which a subtraction makes exact.
-    """
-    if dtype == tl.float16:
-        scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)[:, :, None]
-        minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)[:, :, None]
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c, d, bias;
-            mov.b32 bias, 0x64006400;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shr.u32 c, a, 4;
-            shr.u32 d, b, 4;
-            lop3.b32 a, a, 0x000f000f, bias, 0xea;
-            lop3.b32 b, b, 0x000f000f, bias, 0xea;
-            lop3.b32 c, c, 0x000f000f, bias, 0xea;
-            lop3.b32 d, d, 0x000f000f, bias, 0xea;
-            sub.f16x2 a, a, bias;
-            sub.f16x2 b, b, bias;
-            sub.f16x2 c, c, bias;
-            sub.f16x2 d, d, bias;
-            fma.rn.f16x2 $0, a, $5, $7;
-            fma.rn.f16x2 $1, b, $6, $8;
-            fma.rn.f16x2 $2, c, $5, $7;
-            fma.rn.f16x2 $3, d, $6, $8;
-            }""",
-            "=r,=r,=r,=r,r,r,r,r,r",
-            [packed, scale, minimum],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-        return low, high
-    scale, minimum = _scale_and_minimum(pair)
-    low = minimum[:, :, None] + scale[:, :, None] * (packed & 15).to(tl.float32)
-    high = minimum[:, :, None] + scale[:, :, None] * (packed >> 4).to(tl.float32)
-    return low.to(dtype), high.to(dtype)

@@ -1,0 +1,88 @@
+"""What one row reads of logs at one layer: brought to the compute device, or where it lies in host memory.
+
+Knows logs and rows; not how anything was brought.
+
+Shapes: C tokens of a log, B bytes of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from flexeval.engine.codecs.kv_format import KeysValues, KVFormat, KVLog
+from flexeval.engine.compute.contexts import DecodeBatch
+from flexeval.engine.memory.lane import Transfer
+from flexeval.engine.memory.tier import Extent
+from flexeval.planning.rows import AncestorSpan, KeySource
+
+
+@dataclass(slots=True)
+class Log:
+    """One group's tokens at one layer."""
+
+    extent: Extent
+    format: KVFormat
+    last_write: Transfer[None] | None = None
+
+    def tokens(self, data: Tensor) -> Tensor:
+        """Bytes as tokens `[C, B]`."""
+        return data.view(-1, self.format.token_bytes)
+
+
+class LoadedContext(NamedTuple):
+    """What one row reads at one layer, on the compute device. A tuple, so that its lane finds the tensors to lend."""
+
+    own: dict[int, KVLog]
+    """By group, its log with room for the step's new tokens."""
+    ancestors: dict[KeySource, KVLog]
+    """What was read of other logs."""
+    scratch: Mapping[int, KeysValues]
+    """By node, what earlier rows of this sweep left."""
+
+    def own_log(self, batch: DecodeBatch) -> KVLog:
+        """The log of a decode batch."""
+        return self.own[batch.span.group]
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        """An ancestor: from an earlier row of this sweep, or from a log."""
+        if span.source.scratch_node is not None:
+            return self.scratch[span.source.scratch_node]
+        return self.ancestors[span.source].at(slice(None))
+
+
+class HostContext:
+    """What one row reads at one layer, in host memory, where it rests."""
+
+    def __init__(self, logs: dict[int, Log]):
+        self._logs = logs
+        self._writes = [log.last_write for log in logs.values() if log.last_write is not None]
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token."""
+        return next(iter(self._logs.values())).format.token_bytes
+
+    def wait(self) -> None:
+        """Have the caller's stream see all that was to be written when this was made; the host may be ahead of it."""
+        for write in self._writes:
+            write.wait()
+
+    def own_log(self, batch: DecodeBatch) -> KVLog:
+        """The log of a decode batch."""
+        return self._in_place(batch.span.group)
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        """An ancestor of sequences that decode: always in a log."""
+        assert span.source.group is not None, span
+        places = slice(span.source.log_start, span.source.log_start + span.num_keys)
+        return self._in_place(span.source.group).at(places)
+
+    def _in_place(self, group: int) -> KVLog:
+        log = self._logs[group]
+        memory = log.extent.memory()
+        assert memory is not None and memory.device.type == "cpu", "the CPU attends in host memory only"
+        return KVLog(log.format, log.tokens(memory))

@@ -1,0 +1,22 @@
+"""Opening a tokenizer, and the one line where it cannot be read. Knows transformers' loader; not what is encoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flexeval.errors import ModelError
+
+
+def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files lie in a directory. Raises `ModelError`."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers package raises bare ones
+        raise ModelError(
+            f"the tokenizer cannot be read: {error}", where=str(directory), mend="Fetch the model again"
+        ) from error
+    return tokenizer
