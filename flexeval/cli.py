@@ -65,7 +65,9 @@ def run(
     ] = "auto",
     keep_top: Annotated[
         int,
-        typer.Option(metavar="N", min=0, help="Compare the N most probable tokens of settings, not answers alone."),
+        typer.Option(
+            metavar="N", min=0, help="Keep N most probable tokens, by which settings are compared; 0: answers alone."
+        ),
     ] = 32,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Answer again what an earlier run has answered.")] = False,

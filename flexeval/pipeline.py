@@ -19,12 +19,13 @@ from flexeval.backends.native import Engine
 from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
 from flexeval.benchmark.suites import Suite, load_suite
 from flexeval.config import Setting
-from flexeval.distributions import Answered, gather, request_key, save
+from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError
 from flexeval.journal import Journal
 from flexeval.models import DEFAULT_MODEL, ModelSource, fingerprint, resolve
 from flexeval.output import output_directory
+from flexeval.parquet import save
 from flexeval.progress import Progress
 from flexeval.report.fidelity import measure
 from flexeval.report.merge import distribution_files, distribution_path
@@ -53,7 +54,7 @@ class RunOptions:
     skip_missing: bool = False
     """Run without the tasks whose data cannot be had."""
     keep_top: int = 32
-    """Most probable tokens to keep at each position, by which settings are compared; 0 compares answers only."""
+    """Most probable tokens to keep at each position, and as many others; 0 compares answers only."""
     fresh: bool = False
     """Answer everything again, whatever an earlier run in the same directory has answered."""
     device: str = "auto"

@@ -115,15 +115,17 @@ class Fidelity:
     num_questions: int
     """Questions they come from."""
     num_top: int
-    """Most probable tokens known of each distribution."""
+    """Most probable tokens kept of each distribution; as many others are sampled."""
     tail: float
     """Mean probability that the baseline gives to all other tokens."""
     kl: float
-    """Mean Kullback-Leibler divergence from the baseline, in nats: the least that agrees with what is known."""
+    """Mean Kullback-Leibler divergence of the setting from the baseline, KL(baseline || setting), in nats."""
     kl_error: float | None
     """Its standard error."""
     kl_quantiles: list[float]
     """Of the positions, at `QUANTILES`."""
+    kl_at_least: float
+    """What of `kl` shows with all tokens but the most probable ones as one outcome; it needs no sample."""
     same_top: float
     """Share of positions with the same most probable token."""
     same_top_error: float | None

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from kept_rows import kept_of
 
 from flexeval.distributions import (
     Answered,
@@ -9,29 +10,31 @@ from flexeval.distributions import (
     contexts_after,
     from_json,
     gather,
-    load,
     read_off,
     row_type,
-    save,
     to_json,
 )
-from flexeval.request import FinishReason, TokenResult
+from flexeval.errors import ResultsError
+from flexeval.parquet import load, save
+from flexeval.request import FinishReason, Kept, TokenResult
 
 NUM_TOP = 3
 VOCABULARY = 12345
 
 
 def result(prompt_ids, token_ids=(), *, scored=True, shift=0.0):
-    """A made-up result: what stands at a position depends on its place and on `shift` alone."""
-    places = range(1, len(prompt_ids))
-    tops = [tuple((place * 10 + rank, -rank - 1.0 - shift) for rank in range(5)) for place in range(50)]
+    """A made-up result: what is kept at a position depends on its place and on `shift` alone."""
+    first = 1 if scored else len(prompt_ids)
+    places = np.arange(first, len(prompt_ids) + len(token_ids))
+    logits = np.random.default_rng(0).normal(size=(100, 20))[places]
+    logits[:, 0] += shift
+    logprobs = (logits - np.log(np.exp(logits).sum(1, keepdims=True))).astype(np.float32)
     return TokenResult(
         token_ids=tuple(token_ids),
         logprobs=tuple(-0.5 * len(prompt_ids) - i for i, _ in enumerate(token_ids)),
         finish_reason=FinishReason.LENGTH,
-        top_logprobs=tuple(tops[len(prompt_ids) + i] for i, _ in enumerate(token_ids)),
-        prompt_logprobs=(0.0, *(-0.5 * place for place in places)) if scored else (),
-        prompt_top_logprobs=((), *(tops[place] for place in places)) if scored else (),
+        prompt_logprobs=(0.0, *(-0.5 * place for place in range(1, len(prompt_ids)))) if scored else (),
+        kept=kept_of(logprobs, NUM_TOP, first=first),
     )
 
 
@@ -42,13 +45,27 @@ def rows_of(prompt_ids, token_ids=(), **options):
 
 def test_every_scored_and_drawn_token_is_a_row_but_the_first():
     rows = rows_of((7, 8, 9), (4, 5))
+    kept = result((7, 8, 9), (4, 5)).kept
     assert rows["token"].tolist() == [8, 9, 4, 5]
+    assert rows["position"].tolist() == [1, 2, 3, 4]
     assert rows["is_drawn"].tolist() == [False, False, True, True]
     assert rows["logprob"].tolist() == [-0.5, -1.0, -1.5, -2.5]
-    assert rows["top_tokens"].tolist() == [[10, 11, 12], [20, 21, 22], [30, 31, 32], [40, 41, 42]]
-    assert rows["top_logprobs"][2].tolist() == [-1.0, -2.0, -3.0]
+    for values, ids in ((rows["top_tokens"], kept.token_ids_NC[:, :3]), (rows["sampled_tokens"], kept.token_ids_NC[:, 3:6])):
+        assert (values == ids).all()
+    assert (rows["top_logprobs"] == kept.logprobs_NC[:, :3]).all()
+    assert (rows["sampled_logprobs"] == kept.logprobs_NC[:, 3:6]).all()
+    assert (rows["threshold"] == kept.logprobs_NC[:, 6]).all()
     assert rows_of((7, 8, 9), (4, 5), scored=False)["token"].tolist() == [4, 5]
     assert len(rows_of((7,))) == len(rows_of((7, 8), scored=False)) == 0
+    nothing = TokenResult(token_ids=(), logprobs=(), finish_reason=FinishReason.LENGTH, kept=None)
+    assert read_off((7,), nothing, NUM_TOP, vocabulary=0).dtype == row_type(NUM_TOP)
+
+
+def test_a_width_that_was_not_asked_for_is_our_bug():
+    kept = Kept(np.zeros((1, 5), np.int32), np.zeros((1, 5), np.float32))
+    one = TokenResult(token_ids=(4,), logprobs=(-1.0,), finish_reason=FinishReason.LENGTH, kept=kept)
+    with pytest.raises(AssertionError):
+        read_off((7,), one, NUM_TOP, vocabulary=0)
 
 
 def test_contexts_are_equal_after_the_same_tokens_and_only_then():
@@ -63,23 +80,13 @@ def test_contexts_are_equal_after_the_same_tokens_and_only_then():
 
 def test_contexts_of_a_million_tokens_do_not_collide():
     random = np.random.default_rng(0)
-    tokens = random.integers(50_000, size=1_000_000)
+    tokens, others = random.integers(50_000, size=(2, 1_000_000))
     rows = np.zeros(tokens.size, row_type(0))
-    rows["context"], rows["token"] = VOCABULARY, tokens
+    rows["context"], rows["token"], rows["position"] = VOCABULARY, tokens, 1
     assert np.unique(contexts_after(rows)).size == np.unique(tokens).size
-    rows["context"] = contexts_after(rows)
-    rows["token"] = random.integers(50_000, size=tokens.size)
-    pairs = np.unique(np.stack([tokens, rows["token"]]), axis=1).shape[1]
+    rows["context"], rows["token"], rows["position"] = contexts_after(rows), others, 2
+    pairs = np.unique(np.stack([tokens, others]), axis=1).shape[1]
     assert np.unique(contexts_after(rows)).size == pairs
-
-
-def test_a_small_vocabulary_leaves_places_empty():
-    short = TokenResult(
-        token_ids=(0,), logprobs=(-0.1,), finish_reason=FinishReason.LENGTH, top_logprobs=(((0, -0.1), (1, -2.3)),)
-    )
-    (row,) = read_off((1,), short, NUM_TOP, vocabulary=0)
-    assert row["top_tokens"].tolist() == [0, 1, -1]
-    assert row["top_logprobs"][2] == -np.inf
 
 
 def test_rows_come_back_from_json_and_from_a_file(tmp_path):
@@ -92,7 +99,7 @@ def test_rows_come_back_from_json_and_from_a_file(tmp_path):
         assert back.dtype == rows.dtype and (back == some).all()
 
 
-def test_the_file_is_small_and_anybody_can_read_it(tmp_path):
+def test_anybody_can_read_the_file(tmp_path):
     pandas = pytest.importorskip("pandas")
     rows = rows_of(tuple(range(40)))
     save(rows, tmp_path / "rows.parquet")
@@ -101,13 +108,21 @@ def test_the_file_is_small_and_anybody_can_read_it(tmp_path):
     assert frame.top_tokens[3].tolist() == rows["top_tokens"][3].tolist()
 
 
+def test_a_file_that_is_none_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ResultsError, match=r"rows\.parquet"):
+        load(path)
+
+
 def test_what_prompts_share_passes_once():
     new = NewRows()
-    first, second = new.of(rows_of((7, 8, 9, 10))), new.of(rows_of((7, 8, 11, 10)))
+    first, second = new.of(rows_of((7, 8, 9, 10))), new.of(rows_of((7, 8, 11, 10), (6,)))
     assert first["token"].tolist() == [8, 9, 10]
-    assert second["token"].tolist() == [11, 10], "8 after 7 was there; 11 and 9 share their context"
+    assert second["token"].tolist() == [11, 10, 6], "8 after 7 was there; 11 and 9 share their context"
     assert first["context"][1] == second["context"][0]
-    assert len(new.of(rows_of((7, 8, 9, 10)))) == 0
+    assert new.of(rows_of((7, 8, 11, 10), (6,)))["token"].tolist() == [6], "what is drawn always passes"
+    assert new.of(rows_of((7, 8, 11), (10,)))["token"].tolist() == [10]
 
 
 def test_rows_are_gathered_for_the_requests_that_count_now():
@@ -117,9 +132,9 @@ def test_rows_are_gathered_for_the_requests_that_count_now():
     right, wrong = new.of(rows_of((7, 8, 10, 11), (2,))), new.of(rows_of((7, 8, 10, 12)))
     answers = [Answered(2, (7, 8, 10, 11), True, right), Answered(3, (7, 8, 10, 12), False, wrong)]
     rows = gather(answers, [once, right, wrong], vocabulary=VOCABULARY)
-    found = sorted((row["token"], row["request"], row["is_text"], row["is_drawn"]) for row in rows)
-    assert found == [(2, 2, False, True), (8, 2, True, False), (10, 2, True, False), (11, 2, True, False),
-                     (12, 3, False, False)]  # fmt: skip
+    found = [(row["token"], row["request"], row["is_text"], row["is_drawn"]) for row in rows]
+    assert found == [(8, 2, True, False), (10, 2, True, False), (11, 2, True, False), (12, 3, False, False),
+                     (2, 2, False, True)]  # fmt: skip
     other_way = gather(answers[::-1], [wrong, right, once], vocabulary=VOCABULARY)
     assert {(row["token"], row["request"]) for row in other_way if not row["is_drawn"]} == {
         (8, 3),
@@ -127,4 +142,3 @@ def test_rows_are_gathered_for_the_requests_that_count_now():
         (11, 2),
         (12, 3),
     }
-    assert len(gather([], [once], vocabulary=VOCABULARY)) == 0

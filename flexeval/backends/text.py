@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from flexeval.distributions import Rows, read_off
+from flexeval.distributions import read_off
 from flexeval.errors import RequestError
 from flexeval.request import Completion, FinishReason, Request, TokenRequest, TokenResult, TopLogprobs
 from flexeval.tokenizer import open_tokenizer
@@ -106,7 +106,8 @@ class TextHalf:
                 top_p=request.top_p,
                 seed=_stream(request.seed, index),
                 score_prompt=request.echo,
-                num_top_logprobs=max(request.top_logprobs, request.keep_top),
+                num_top_logprobs=request.top_logprobs,
+                keep_top=request.keep_top,
                 eos_ids=frozenset() if request.ignore_eos else self._eos_ids,
                 is_stopped=self._stop_check(request.stop) if request.stop else None,
             )
@@ -150,15 +151,12 @@ class TextHalf:
             finish_reason=FinishReason.STOP if cuts else result.finish_reason,
             num_prompt_tokens=len(prompt_ids),
             num_generated_tokens=len(result.token_ids),
-            top_logprobs=tuple(self._named(top[: request.top_logprobs]) for top in tops)
-            if request.top_logprobs
-            else (),
+            top_logprobs=tuple(map(self._named, tops)),
             elapsed_s=result.elapsed_s,
-            distributions=self._distributions(prompt_ids, result, request.keep_top) if request.keep_top else None,
+            distributions=read_off(prompt_ids, result, request.keep_top, vocabulary=self.vocabulary)
+            if request.keep_top
+            else None,
         )
-
-    def _distributions(self, prompt_ids: Sequence[int], result: TokenResult, num_top: int) -> Rows:
-        return read_off(prompt_ids, result, num_top, vocabulary=self.vocabulary)
 
     def _named(self, top: TopLogprobs) -> dict[str, float]:
         """The most probable tokens by their text; where two have the same, the more probable one."""

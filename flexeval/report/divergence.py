@@ -1,9 +1,6 @@
-"""The Kullback-Leibler divergence of two distributions of which only the most probable tokens are known.
+"""The Kullback-Leibler divergence of two distributions, from what was kept of each. Knows no position and no setting.
 
-What is unknown is taken to be what makes the divergence least: the figure is a lower bound of the true one. Knows no
-position and no setting.
-
-Shapes: N pairs of distributions, K known tokens of each.
+Shapes: N pairs of distributions, E tokens kept of each.
 """
 
 from __future__ import annotations
@@ -13,93 +10,91 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from flexeval.distributions import Rows
+
 Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int32]
 
 _ROUNDING = 1e-7
-"""Probabilities are known to about so much: they are computed in 32 bits."""
-_LOG_RATIO = 16.0
-"""Ratios of unknown probabilities are looked for within exp of this, up and down."""
-_NUM_HALVINGS = 24
+"""What is left of a distribution counts as so much at least: log-probabilities are known in 32 bits."""
 _CHUNK = 4096
-"""Pairs compared at once: each takes K times K comparisons."""
+"""Pairs compared at once."""
 
 
-class Known(NamedTuple):
-    """What is known of N distributions."""
+class Divergences(NamedTuple):
+    """KL(P || Q) of N pairs, in nats."""
 
-    tokens_NK: Integers
-    """The most probable tokens, best first; negative where there are fewer."""
-    logprobs_NK: Floats
-    """Their natural log-probabilities."""
-    token_N: Integers
-    """One more token, probable or not; negative for none."""
-    logprob_N: Floats
-    """Its log-probability."""
-
-    def part(self, which: slice) -> Known:
-        """Some of the distributions."""
-        tokens_NK, logprobs_NK, token_N, logprob_N = self
-        return Known(tokens_NK[which], logprobs_NK[which], token_N[which], logprob_N[which])
+    estimate_N: Floats
+    """Unbiased; exact where all of the vocabulary is kept. Never below `at_least_N`."""
+    at_least_N: Floats
+    """A lower bound: with all that is not told by both as one outcome."""
 
 
-def least_divergence(p: Known, q: Known) -> Floats:
-    """The least KL(P || Q), in nats, of each pair of distributions that have these most probable tokens.
+def divergences(ours: Rows, theirs: Rows) -> Divergences:
+    """KL(P || Q) of pairs of rows: P is what ours keep, Q what theirs keep, at the same places.
 
-    A token that both tell counts as it is. One that only P tells has in Q at most the probability of the last that Q
-    tells, and the other way round; the rest of each is one outcome. To merge it so can only lower the divergence (the
-    data processing inequality: Cover and Thomas, "Elements of Information Theory", 2nd ed., section 2.8). The least
-    over all probabilities within these limits is a convex problem whose dual has one multiplier `r` here, the ratio of
-    P to Q where no limit binds. Any `r` gives a lower bound (weak duality: Boyd and Vandenberghe, "Convex
-    Optimization", section 5.2.2); the best one is found by bisection.
+    H are the tokens that are among the most probable of P and of Q, and the one that stands there in both; T are all
+    others, of masses P_T = 1 - sum_H p and Q_T = 1 - sum_H q, and r = P_T / Q_T. Then
+
+        KL = sum_H p log(p / q) + P_T log r + sum_T [p log(p / (r q)) - p + r q]
+
+    exactly, since sum_T (p - r q) = 0. The first two terms are the divergence with T as one outcome, which is never
+    more (the data processing inequality: Cover and Thomas, "Elements of Information Theory", 2nd ed., section 2.8).
+    Of the third, no term of which is negative, those tokens are known that were kept of both; each is divided by the
+    probability that it was (Horvitz and Thompson 1952), the lesser of its two, since both samples go by one random
+    number (rank conditioning: Cohen and Kaplan 2007). So the expectation of the estimate is the divergence.
     """
-    starts = range(0, len(p.token_N), _CHUNK)
-    parts = [_least(p.part(slice(first, first + _CHUNK)), q.part(slice(first, first + _CHUNK))) for first in starts]
-    return np.concatenate(parts) if parts else np.zeros(0)
+    parts = [
+        _divergences(ours[first : first + _CHUNK], theirs[first : first + _CHUNK])
+        for first in range(0, len(ours), _CHUNK)
+    ]
+    return Divergences(*map(np.concatenate, zip(*parts, strict=True))) if parts else Divergences(*np.zeros((2, 0)))
 
 
-def _least(p: Known, q: Known) -> Floats:
-    both = (p.token_N == q.token_N) & (p.token_N >= 0)
-    p_tokens, p_probs, q_tokens, q_probs = (*_with_token(p, both), *_with_token(q, both))
-    match_NKK = (p_tokens[:, :, None] == q_tokens[:, None, :]) & (p_tokens >= 0)[:, :, None]
-    in_q_NK, in_p_NK = match_NKK.any(2), match_NKK.any(1)
-    q_of_p_NK = np.where(in_q_NK, np.take_along_axis(q_probs, match_NKK.argmax(2), 1), 1.0)
-    shared = np.where(in_q_NK, p_probs, 0.0)
-    known = (shared * np.log(np.where(in_q_NK, p_probs, 1.0) / q_of_p_NK)).sum(1)
-    # A: tokens that only P tells. B: those that only Q tells. Then what is left for the tokens that each leaves open.
-    a_NK, b_NK = np.where(in_q_NK, 0.0, p_probs), np.where(in_p_NK, 0.0, q_probs)
-    p_open = np.maximum(1 - p_probs.sum(1), 0.0)
-    q_open = np.maximum(1 - q_probs.sum(1), _ROUNDING)
-    p_limit, q_limit = _last(p), _last(q)
-    low, high = np.full(len(known), -_LOG_RATIO), np.full(len(known), _LOG_RATIO)
-    for _ in range(_NUM_HALVINGS):
-        middle = (low + high) / 2
-        r = np.exp(middle)[:, None]
-        slope = p_open - np.minimum(r * b_NK, p_limit).sum(1) - r[:, 0] * q_open + np.minimum(a_NK, r * q_limit).sum(1)
-        low, high = np.where(slope > 0, middle, low), np.where(slope > 0, high, middle)
-    log_r = (low + high)[:, None] / 2
-    r = np.exp(log_r)
-    q_of_a, p_of_b = np.minimum(a_NK / r, q_limit), np.minimum(r * b_NK, p_limit)
-    terms_a = a_NK * _log_ratio(a_NK, q_of_a) + r * q_of_a
-    terms_b = p_of_b * (_log_ratio(p_of_b, b_NK) - 1 - log_r)
-    rest = (1 + log_r[:, 0]) * p_open - r[:, 0] * q_open
-    least: Floats = np.maximum(known + terms_a.sum(1) + terms_b.sum(1) + rest, 0.0)
-    return least
+def _divergences(ours: Rows, theirs: Rows) -> Divergences:
+    is_shared = ours["token"] == theirs["token"]
+    one, other = _entries(ours, is_shared), _entries(theirs, is_shared)
+    keys, mine, yours = np.intersect1d(one.keys, other.keys, assume_unique=True, return_indices=True)
+    pair, num = (keys >> np.int64(32)).astype(int), len(ours)
+    is_head = one.is_certain[mine] & other.is_certain[yours]
+    log_p, log_q = one.logprobs[mine], other.logprobs[yours]
+    p, q = np.exp(log_p), np.exp(log_q)
+
+    def total(values: Floats, which: npt.NDArray[np.bool_]) -> Floats:
+        sums: Floats = np.bincount(pair[which], weights=values[which], minlength=num).astype(float)
+        return sums
+
+    p_rest, q_rest = (np.maximum(1 - total(values, is_head), _ROUNDING) for values in (p, q))
+    log_r = np.log(p_rest / q_rest)
+    merged = np.maximum(total(p * (log_p - log_q), is_head) + p_rest * log_r, 0.0)
+    change = log_p - log_q - log_r[pair]
+    terms = p * (change + np.expm1(-change))  # p log(p / (r q)) - p + r q
+    chances = np.exp(np.minimum(one.log_chances[mine], other.log_chances[yours]))
+    return Divergences(merged + total(terms / chances, ~is_head), merged)
 
 
-def _with_token(known: Known, is_used: npt.NDArray[np.bool_]) -> tuple[Integers, Floats]:
-    """Tokens and probabilities, and after them the one more token where it is used and not among them."""
-    is_new = is_used & ~(known.tokens_NK == known.token_N[:, None]).any(1)
-    tokens = np.column_stack([known.tokens_NK, np.where(is_new, known.token_N, -1)])
-    logprobs = np.column_stack([known.logprobs_NK, np.where(is_new, known.logprob_N, -np.inf)])
-    return tokens, np.where(tokens < 0, 0.0, np.exp(logprobs))
+class _Entries(NamedTuple):
+    """Tokens kept of many distributions, each once in each."""
+
+    keys: npt.NDArray[np.int64]
+    """Which distribution, times 2^32, and the token."""
+    logprobs: Floats
+    log_chances: Floats
+    """Logarithm of the probability that a token was kept."""
+    is_certain: npt.NDArray[np.bool_]
+    """Whether it was kept whatever the random numbers."""
 
 
-def _last(known: Known) -> Floats:
-    """The probability that no untold token exceeds, as a column."""
-    return np.exp(known.logprobs_NK[:, -1:])
-
-
-def _log_ratio(numerator: Floats, denominator: Floats) -> Floats:
-    is_there = numerator > 0
-    return np.log(np.where(is_there, numerator, 1.0) / np.where(is_there, denominator, 1.0))
+def _entries(rows: Rows, is_shared: npt.NDArray[np.bool_]) -> _Entries:
+    """What rows keep; `is_shared` says where the row's own token counts as kept, too."""
+    num_top, own_N1 = rows["top_tokens"].shape[1], rows["token"][:, None]
+    tokens_NE = np.concatenate([rows["top_tokens"], rows["sampled_tokens"], own_N1], axis=1).astype(np.int64)
+    logprobs_NE = np.concatenate([rows["top_logprobs"], rows["sampled_logprobs"], rows["logprob"][:, None]], axis=1)
+    logprobs_NE = logprobs_NE.astype(float)
+    is_own_NE = (tokens_NE == own_N1) & is_shared[:, None]
+    is_certain_NE = is_own_NE.copy()
+    is_certain_NE[:, :num_top] = True
+    chances_NE = np.where(is_certain_NE, 0.0, np.minimum(logprobs_NE - rows["threshold"][:, None], 0.0))
+    is_kept_NE = tokens_NE >= 0
+    is_kept_NE[:, -1] &= is_shared & ~is_own_NE[:, :-1].any(1)
+    keys_NE = (np.arange(len(rows)) << 32)[:, None] + tokens_NE
+    return _Entries(keys_NE[is_kept_NE], logprobs_NE[is_kept_NE], chances_NE[is_kept_NE], is_certain_NE[is_kept_NE])

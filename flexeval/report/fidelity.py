@@ -1,7 +1,13 @@
 """How closely settings follow the baseline's probabilities. Pairs up positions and computes figures; knows no page.
 
 The figures are those of llama.cpp's `llama-perplexity --kl-divergence` (tools/perplexity/README.md), but that a mean's
-error counts the positions of one question as one sample, and that the divergence is the least that is possible.
+error counts the positions of one question as one sample, and that the divergence is estimated from what is kept of the
+distributions (`divergence`). With p the baseline's probabilities at a position and q the setting's:
+
+- KL divergence: the mean of sum_v p_v log(p_v / q_v), in nats;
+- same top token: the share of positions where argmax p = argmax q;
+- perplexity ratio: exp(mean of log p_t - log q_t), over the tokens t of texts that are known to be right;
+- change of the right token's probability: of q_t - p_t, mean, root of the mean square, quantiles.
 """
 
 from __future__ import annotations
@@ -14,8 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from flexeval.distributions import Contexts, Rows, contexts_after, load, request_key
-from flexeval.report.divergence import Known, least_divergence
+from flexeval.distributions import Contexts, Rows, contexts_after, request_key, row_type
+from flexeval.errors import ResultsError
+from flexeval.parquet import load
+from flexeval.report.divergence import Divergences, divergences
 from flexeval.report.merge import baseline_index
 from flexeval.report.statistics import MeanWithError, clustered_mean
 from flexeval.results import QUANTILES, Fidelity, RunResults
@@ -37,15 +45,25 @@ def measure(results: RunResults, files: Mapping[str, Path]) -> list[Fidelity]:
 
     Args:
         results: A run, or several merged.
-        files: Where `distributions.save` has put the rows of a setting; settings without are left out.
+        files: Where a setting's rows lie; settings without are left out.
+
+    Raises:
+        ResultsError: A file holds something else, or settings keep different numbers of tokens.
     """
     names = [setting.setting for setting in results.settings]
     baseline = names[baseline_index(names)]
     others = [name for name in names if name != baseline and name in files]
     if not others or baseline not in files:
         return []
-    homes, base = _homes(results), load(files[baseline])
-    return [figures for name in others for figures in compare_rows(base, load(files[name]), homes, (name, baseline))]
+    homes, base = _homes(results), _load(files[baseline])
+    return [figures for name in others for figures in compare_rows(base, _load(files[name]), homes, (name, baseline))]
+
+
+def _load(path: Path) -> Rows:
+    rows = load(path)
+    if "top_tokens" not in (rows.dtype.names or ()) or rows.dtype != row_type(rows["top_tokens"].shape[1]):
+        raise ResultsError("its columns are not those of distributions", where=str(path), mend="Run again")
+    return rows
 
 
 def perplexity_ratio(one: Fidelity) -> MeanWithError | None:
@@ -72,21 +90,22 @@ def compare_rows(base: Rows, other: Rows, homes: Mapping[int, Home], labels: tup
     ours, theirs = _pair(base, other, base["context"], other["context"])
     base, other = (rows[rows["is_text"]] for rows in (base, other))
     our_text, their_text = _pair(base, other, contexts_after(base), contexts_after(other))
-    divergence = least_divergence(_known(ours), _known(theirs))
+    found = divergences(ours, theirs)
     tasks, questions = _places(ours, homes)
     text_tasks, text_questions = _places(our_text, homes)
     figures = []
     for task in ("", *dict.fromkeys(home.task for home in homes.values())):
         chosen, text = ((here == task) | (task == "") for here in (tasks, text_tasks))
         if chosen.any():
-            shared = _of_positions(ours[chosen], theirs[chosen], divergence[chosen], questions[chosen])
+            part = Divergences(*(values[chosen] for values in found))
+            shared = _of_positions(ours[chosen], theirs[chosen], part, questions[chosen])
             of_text = _of_text(our_text[text], their_text[text], text_questions[text])
             figures.append(Fidelity(task=task, setting=labels[0], baseline=labels[1], **shared, **of_text))
     return figures
 
 
-def _of_positions(ours: Rows, theirs: Rows, divergence: Numbers, questions: Numbers) -> dict[str, Any]:
-    kl = clustered_mean(divergence, questions)
+def _of_positions(ours: Rows, theirs: Rows, found: Divergences, questions: Numbers) -> dict[str, Any]:
+    kl = clustered_mean(found.estimate_N, questions)
     same_top = clustered_mean((ours["top_tokens"][:, 0] == theirs["top_tokens"][:, 0]).astype(float), questions)
     told = np.exp(ours["top_logprobs"].astype(float)).sum(1)
     return {
@@ -96,7 +115,8 @@ def _of_positions(ours: Rows, theirs: Rows, divergence: Numbers, questions: Numb
         "tail": max(0.0, 1 - float(told.mean())),
         "kl": kl.value,
         "kl_error": kl.error,
-        "kl_quantiles": _quantiles(divergence),
+        "kl_quantiles": _quantiles(found.estimate_N),
+        "kl_at_least": float(found.at_least_N.mean()),
         "same_top": same_top.value,
         "same_top_error": same_top.error,
     }
@@ -142,10 +162,6 @@ def _places(rows: Rows, homes: Mapping[int, Home]) -> tuple[Numbers, Numbers]:
     """Task and question of each row."""
     found = [homes[request] for request in rows["request"].tolist()]
     return np.array([home.task for home in found], dtype=object), np.array([home.question for home in found], dtype=int)
-
-
-def _known(rows: Rows) -> Known:
-    return Known(rows["top_tokens"], rows["top_logprobs"].astype(float), rows["token"], rows["logprob"].astype(float))
 
 
 def _quantiles(values: Numbers) -> list[float]:
