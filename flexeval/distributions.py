@@ -52,12 +52,11 @@ def read_off(prompt_ids: Sequence[int], result: TokenResult, num_top: int, *, vo
         num_top: How many.
         vocabulary: Stands for the tokenizer: contexts of different ones are never equal.
     """
-    kept = result.kept
-    num_rows = 0 if kept is None else len(kept.token_ids_NC)
+    kept, num_rows = result.kept, len(result.prompt_logprobs[1:]) + len(result.token_ids)
     rows = np.zeros(num_rows, row_type(num_top))
-    if kept is None or not num_rows:
+    if not num_rows:
         return rows
-    assert kept.token_ids_NC.shape[1] == 2 * num_top + 1, kept.token_ids_NC.shape
+    assert kept is not None and kept.token_ids_NC.shape == (num_rows, 2 * num_top + 1), (kept, num_rows, num_top)
     tokens = np.array([*prompt_ids, *result.token_ids])
     first, num_scored = len(tokens) - num_rows, num_rows - len(result.token_ids)
     rows["context"] = _contexts(tokens, vocabulary)[first:-1]

@@ -50,19 +50,22 @@ def test_every_scored_and_drawn_token_is_a_row_but_the_first():
     assert rows["position"].tolist() == [1, 2, 3, 4]
     assert rows["is_drawn"].tolist() == [False, False, True, True]
     assert rows["logprob"].tolist() == [-0.5, -1.0, -1.5, -2.5]
-    for values, ids in ((rows["top_tokens"], kept.token_ids_NC[:, :3]), (rows["sampled_tokens"], kept.token_ids_NC[:, 3:6])):
+    for values, ids in (
+        (rows["top_tokens"], kept.token_ids_NC[:, :3]),
+        (rows["sampled_tokens"], kept.token_ids_NC[:, 3:6]),
+    ):
         assert (values == ids).all()
     assert (rows["top_logprobs"] == kept.logprobs_NC[:, :3]).all()
     assert (rows["sampled_logprobs"] == kept.logprobs_NC[:, 3:6]).all()
     assert (rows["threshold"] == kept.logprobs_NC[:, 6]).all()
     assert rows_of((7, 8, 9), (4, 5), scored=False)["token"].tolist() == [4, 5]
     assert len(rows_of((7,))) == len(rows_of((7, 8), scored=False)) == 0
-    nothing = TokenResult(token_ids=(), logprobs=(), finish_reason=FinishReason.LENGTH, kept=None)
+    nothing = TokenResult(token_ids=(), logprobs=(), finish_reason=FinishReason.LENGTH, prompt_logprobs=(0.0,))
     assert read_off((7,), nothing, NUM_TOP, vocabulary=0).dtype == row_type(NUM_TOP)
 
 
-def test_a_width_that_was_not_asked_for_is_our_bug():
-    kept = Kept(np.zeros((1, 5), np.int32), np.zeros((1, 5), np.float32))
+@pytest.mark.parametrize("kept", [None, Kept(np.zeros((1, 5), np.int32), np.zeros((1, 5), np.float32))])
+def test_a_result_that_has_not_kept_what_was_asked_is_our_bug(kept):
     one = TokenResult(token_ids=(4,), logprobs=(-1.0,), finish_reason=FinishReason.LENGTH, kept=kept)
     with pytest.raises(AssertionError):
         read_off((7,), one, NUM_TOP, vocabulary=0)

@@ -1,5 +1,6 @@
 """Closeness of 4-bit weights on the demo model: what a run says against transformers' whole logits."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from flexeval.models import ModelSource
 from flexeval.pipeline import RunOptions, run_suite
 from flexeval.progress import LineProgress
 from flexeval.report.fidelity import perplexity_ratio
+from flexeval.results import QUANTILES
 
 pytestmark = pytest.mark.usefixtures("packaged_questions")
 
@@ -59,4 +61,9 @@ def test_a_run_says_what_whole_logits_say(smollm2: ModelSource, tmp_path: Path):
     assert overall.probability_change_rms == pytest.approx(np.sqrt((changes**2).mean()), rel=1e-3)
 
     true = (np.exp(p) * (p - q)).sum(1)
-    assert 0.68 < overall.kl / true.mean() < 1, "of a model this small, whose distributions are flat"
+    assert overall.kl == pytest.approx(true.mean(), rel=0.06), "from 64 tokens of 49152"
+    assert overall.kl_quantiles[QUANTILES.index(0.99)] == pytest.approx(np.quantile(true, 0.99), rel=0.25)
+    assert overall.kl_at_least < 0.8 * true.mean(), "distributions of a model this small are flat"
+    windows = np.repeat(np.arange(3), [len(one[part]) for one, part in zip(base, once, strict=True)])
+    sums = np.bincount(windows, weights=true - true.mean())
+    assert overall.kl_error == pytest.approx(math.sqrt(3 / 2 * (sums**2).sum()) / len(true), rel=0.5)

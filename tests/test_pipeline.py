@@ -15,9 +15,10 @@ from tiny_directory import write_tiny_model
 
 import flexeval
 from flexeval.backends.native import Engine
-from flexeval.distributions import contexts_after, load
+from flexeval.distributions import contexts_after
 from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError
 from flexeval.output import output_directory
+from flexeval.parquet import load
 from flexeval.pipeline import RunOptions, run_suite
 from flexeval.progress import Update
 from flexeval.results import RunResults

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from kept_rows import kept_of, put
 from scipy import special, stats
 from synthetic_results import TASKS, synthetic
 from test_distributions import rows_of
 
-from flexeval.distributions import contexts_after, request_key, row_type, save
+from flexeval.distributions import contexts_after, request_key, row_type
+from flexeval.errors import ResultsError
+from flexeval.parquet import save
 from flexeval.report.compare import compare
 from flexeval.report.fidelity import Home, compare_rows, measure, perplexity_ratio
 from flexeval.report.merge import distribution_files, distribution_path, merge
@@ -33,9 +36,7 @@ def rows(logprobs, tokens, *, num_top=VOCAB, requests=None, contexts=None, is_dr
     made["request"] = [1 + place % 2 for place in range(num)] if requests is None else requests
     made["token"], made["is_drawn"], made["is_text"] = tokens, is_drawn, is_text
     made["logprob"] = logprobs[np.arange(num), tokens]
-    made["top_tokens"] = np.argsort(-logprobs, axis=1)[:, :num_top]
-    made["top_logprobs"] = np.take_along_axis(logprobs, made["top_tokens"], 1)
-    return made
+    return put(made, kept_of(logprobs, num_top))
 
 
 def test_the_figures_are_those_of_the_whole_distributions():
@@ -109,13 +110,14 @@ def test_only_text_that_is_right_counts_as_text_and_only_questions_that_were_ask
     assert compare_rows(both[0][20:], both[1][20:], HOMES, ("w4", "none")) == []
 
 
-def test_fewer_tokens_give_less_divergence_and_the_same_everything_else():
+def test_fewer_tokens_estimate_the_divergence_and_give_the_same_everything_else():
     p, q = models(7, 500, 0.5)
     tokens = np.random.default_rng(8).integers(VOCAB, size=500)
     whole, part = (
         compare_rows(*(rows(x, tokens, num_top=num) for x in (p, q)), HOMES, ("w4", "none"))[0] for num in (VOCAB, 5)
     )
-    assert 0.5 * whole.kl < part.kl < whole.kl
+    assert whole.kl_at_least == whole.kl == pytest.approx(part.kl, rel=0.15)
+    assert 0.5 * whole.kl < part.kl_at_least < 0.95 * whole.kl
     assert part.tail == pytest.approx(1 - np.sort(np.exp(p), axis=1)[:, -5:].sum(1).mean(), rel=1e-4)
     exact = {"same_top", "loss_change", "loss_change_error", "probability_change_rms", "num_positions"}
     assert all(getattr(part, name) == getattr(whole, name) for name in exact)
@@ -183,3 +185,23 @@ def test_flips_are_answers_that_changed_sides():
     assert flips.num_questions == 40 and flips.num_to_wrong > 0
     assert grades.cells[1].flips is None
     assert comparison.settings[1].flips == flips
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    p, q = models(11, 20, 0.5)
+    results = run_with_rows(tmp_path, "one", {"none": p, "w4": q})
+    save(np.zeros(3, [("context", "<u8"), ("top_tokens", "<i4", (2,))]), distribution_path(tmp_path, "w4"))
+    with pytest.raises(ResultsError, match=r"w4\.parquet.*Run again"):
+        measure(results, distribution_files([results], [tmp_path]))
+    save(np.zeros(3, [("context", "<u8")]), distribution_path(tmp_path, "w4"))
+    with pytest.raises(ResultsError, match=r"w4\.parquet"):
+        measure(results, distribution_files([results], [tmp_path]))
+
+
+def test_settings_that_keep_different_numbers_of_tokens_can_be_compared(tmp_path):
+    p, q = models(12, 400, 0.5)
+    tokens = np.zeros(400, int)
+    (overall, _), (whole, _) = (
+        compare_rows(rows(p, tokens, num_top=num), rows(q, tokens), HOMES, ("w4", "none")) for num in (8, VOCAB)
+    )
+    assert overall.kl == pytest.approx(whole.kl, rel=0.1)

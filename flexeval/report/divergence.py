@@ -89,7 +89,7 @@ def _entries(rows: Rows, is_shared: npt.NDArray[np.bool_]) -> _Entries:
     num_top, own_N1 = rows["top_tokens"].shape[1], rows["token"][:, None]
     tokens_NE = np.concatenate([rows["top_tokens"], rows["sampled_tokens"], own_N1], axis=1).astype(np.int64)
     logprobs_NE = np.concatenate([rows["top_logprobs"], rows["sampled_logprobs"], rows["logprob"][:, None]], axis=1)
-    logprobs_NE = logprobs_NE.astype(float)
+    logprobs_NE = np.where(tokens_NE < 0, 0.0, logprobs_NE.astype(float))
     is_own_NE = (tokens_NE == own_N1) & is_shared[:, None]
     is_certain_NE = is_own_NE.copy()
     is_certain_NE[:, :num_top] = True
