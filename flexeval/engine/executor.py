@@ -19,6 +19,7 @@ from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.keeping import make_keeper
+from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.readout import read_row
 from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import Row, RowMaker
@@ -38,9 +39,10 @@ from flexeval.planning.host_rows import host_rows
 from flexeval.planning.rows import RowPlan
 from flexeval.planning.summary import PlanSummary
 from flexeval.policy.policy import Policy
-from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenRequest, TokenResult
 
+ROWS_AHEAD = 3
+"""Rows with prompts, at a layer each, that the host may have enqueued and the device not done."""
 LANES = ("weights", "kv_in", "kv_out", "hidden", "host_attention")
 
 
@@ -90,7 +92,6 @@ class Executor:
             self.tiers.check(policy)
             anatomy.bind_rest(checkpoint.rest(), device)
             self._kv_tiers = self.tiers.spread(policy.kv, num_layers)
-            self._is_kv_on_host = [tier.name is TierName.CPU for tier in self._kv_tiers]
             self._weights = WeightStore(
                 anatomy,
                 checkpoint,
@@ -118,6 +119,7 @@ class Executor:
             host=self._host,
             trace=self.trace,
             watch=self._watch,
+            pace=Pace(device, lead=ROWS_AHEAD),
         )
 
     def __enter__(self) -> Executor:
@@ -160,7 +162,12 @@ class Executor:
                 start = time.perf_counter()
                 plans = scheduler.plan_sweep()
                 self._begin_sweep(plans)
-                on_host = host_rows(plans, is_on_host=self._is_kv_on_host, share=self.policy.host_attention)
+                on_host = host_rows(
+                    plans,
+                    kv_bytes=[cache.host_token_bytes(layer) for layer in range(self._anatomy.num_layers)],
+                    weight_bytes=self._weights.moved_bytes(),
+                    share=self.policy.host_attention,
+                )
                 rows = self._make_rows(maker, plans)
                 num_fresh = sum(bool(plan.fresh) for plan in plans)
                 with closing(self._make_hidden(len(plans) - num_fresh, num_fresh)) as hidden:
