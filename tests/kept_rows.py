@@ -14,7 +14,7 @@ def kept_of(logprobs, num_top, tokens=None, first=0):
     before = np.zeros(num, int) if tokens is None else tokens
     places = torch.from_numpy(shifts(before, np.arange(first, first + num)))
     keeper = Keeper(num_top, logprobs.shape[1], torch.device("cpu"))
-    return Kept(*(one.numpy() for one in keeper.keep(torch.from_numpy(logprobs).float(), places)))
+    return Kept(*(one.numpy() for one in keeper.keep(torch.from_numpy(np.ascontiguousarray(logprobs)).float(), places)))
 
 
 def put(rows, kept):

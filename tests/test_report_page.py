@@ -257,8 +257,8 @@ def test_the_page_shows_how_closely_a_setting_follows_the_baseline(tmp_path):
         show.with_error(overall.kl, overall.kl_error),
         show.percent(overall.same_top, overall.same_top_error),
         show.percent(overall.probability_change, overall.probability_change_error),
-        f"99% below {show.score(overall.kl_quantiles[10], in_points=False)}",
-        "the 8 most probable tokens are known",
+        f"99% below {show.digits(overall.kl_quantiles[10])}",
+        "the 8 most probable tokens at each position",
     ):
         assert figure in text
     assert "How closely" not in page(compare(replace(results, fidelity=[])))

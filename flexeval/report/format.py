@@ -52,7 +52,7 @@ def digits(value: float) -> str:
 def with_error(value: float, error: float | None) -> str:
     """A mean and its standard error, of which two digits are shown: `0.2341 ± 0.0050`."""
     if error is None:
-        return f"{_minus(f'{value:.3g}')} \N{PLUS-MINUS SIGN} unknown"
+        return f"{_minus('-' * (value < 0) + digits(abs(value)))} \N{PLUS-MINUS SIGN} unknown"
     decimals = 1 - math.floor(math.log10(error)) if error > 0 else 2
     decimals = min(max(decimals, 0), 6)
     return f"{_minus(f'{value:.{decimals}f}')} \N{PLUS-MINUS SIGN} {error:.{decimals}f}"

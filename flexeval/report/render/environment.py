@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -36,6 +37,7 @@ def environment() -> Environment:
         with_error=show.with_error,
         percent=show.percent,
         perplexity_ratio=perplexity_ratio,
+        exp=math.exp,
         digits=show.digits,
         count=show.count,
         seconds=show.seconds,
