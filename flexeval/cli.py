@@ -9,6 +9,7 @@ import errno
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -62,6 +63,12 @@ def run(
     policy: Annotated[
         str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")
     ] = "auto",
+    keep_top: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Keep N most probable tokens, by which settings are compared; 0: answers alone."
+        ),
+    ] = 32,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Answer again what an earlier run has answered.")] = False,
 ) -> None:
@@ -83,6 +90,7 @@ def run(
         cpu_memory=cpu_memory,
         disk=disk,
         policy=policy,
+        keep_top=keep_top,
         skip_missing=skip_missing,
         fresh=fresh,
         command=shlex.join(["flexeval", *sys.argv[1:]]),
@@ -98,13 +106,17 @@ def compare(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a report of the comparison here.")] = None,
 ) -> None:
     """Compare runs question by question; the first one's `none` is the baseline."""
-    from flexeval.report.merge import merge
+    from flexeval.report.fidelity import measure
+    from flexeval.report.merge import distribution_files, merge
     from flexeval.report.render.terminal import print_table
     from flexeval.report.write import write_report
     from flexeval.results import RunResults
 
     console = Console()
-    results = merge([RunResults.load(directory) for directory in directories])
+    runs = [RunResults.load(directory) for directory in directories]
+    results = merge(runs)
+    if found := measure(results, distribution_files(runs, directories)):
+        results = replace(results, fidelity=found)
     print_table(results, console)
     if out is not None:
         results.save(out)

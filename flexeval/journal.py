@@ -11,10 +11,11 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from flexeval import distributions
 from flexeval.errors import DiskError
 from flexeval.request import Completion, FinishReason, Request
 
@@ -52,10 +53,17 @@ class Journal:
     def __getitem__(self, request: Request) -> Completion:
         return self._completions[request.content_hash()]
 
+    def rows(self, num_top: int) -> list[distributions.Rows]:
+        """What answers hold probable, whoever asked for them: those with `num_top` tokens of each distribution."""
+        row_type = distributions.row_type(num_top)
+        answers = [one for answer in self._completions.values() for one in (answer, *answer.alternatives)]
+        found = [answer.distributions for answer in answers]
+        return [rows for rows in found if rows is not None and rows.dtype == row_type]
+
     def add(self, answers: Iterable[tuple[Request, Completion]]) -> None:
         """Make answers durable: they are on disk when this returns. Raises `DiskError`."""
         entries = {request.content_hash(): completion for request, completion in answers}
-        self._append({"key": key, "completion": asdict(completion)} for key, completion in entries.items())
+        self._append({"key": key, "completion": _write_completion(completion)} for key, completion in entries.items())
         self._completions.update(entries)
 
     def add_usage(self, usage: dict[str, Any]) -> None:
@@ -91,13 +99,23 @@ class Journal:
             self._completions[entry["key"]] = _read_completion(entry["completion"])
 
 
+def _write_completion(completion: Completion) -> dict[str, Any]:
+    rows = completion.distributions
+    return asdict(replace(completion, distributions=None, alternatives=())) | {
+        "alternatives": [_write_completion(alternative) for alternative in completion.alternatives],
+        "distributions": None if rows is None else distributions.to_json(rows),
+    }
+
+
 def _read_completion(data: dict[str, Any]) -> Completion:
     lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
+    rows = data["distributions"]
     return Completion(
         **data
         | lists
         | {
             "finish_reason": FinishReason(data["finish_reason"]),
             "alternatives": tuple(map(_read_completion, data["alternatives"])),
+            "distributions": None if rows is None else distributions.from_json(rows),
         }
     )

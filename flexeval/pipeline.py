@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,16 @@ from flexeval.backends.native import Engine
 from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
 from flexeval.benchmark.suites import Suite, load_suite
 from flexeval.config import Setting
+from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError
 from flexeval.journal import Journal
 from flexeval.models import DEFAULT_MODEL, ModelSource, fingerprint, resolve
 from flexeval.output import output_directory
+from flexeval.parquet import save
 from flexeval.progress import Progress
+from flexeval.report.fidelity import measure
+from flexeval.report.merge import distribution_files, distribution_path
 from flexeval.report.write import write_report
 from flexeval.request import Completion, Request
 from flexeval.results import RunResults, SettingResult
@@ -49,6 +53,8 @@ class RunOptions:
     """Questions per task at most; None leaves it to the suite."""
     skip_missing: bool = False
     """Run without the tasks whose data cannot be had."""
+    keep_top: int = 32
+    """Most probable tokens to keep at each position, and as many others; 0 compares answers only."""
     fresh: bool = False
     """Answer everything again, whatever an earlier run in the same directory has answered."""
     device: str = "auto"
@@ -132,17 +138,23 @@ def _run_setting(
             )
             requests = helm.collect(on_task=update)
         path = out / _JOURNALS / f"{setting.name}-{_journal_key(source, engine)}.jsonl"
+        asked = [replace(request, keep_top=options.keep_top) for request in requests]
         with Journal(path, fresh=options.fresh) as journal:
-            waiting = [request for request in requests if request not in journal]
+            waiting = [request for request in asked if request not in journal]
             num_resumed = len(requests) - len(waiting)
             if num_resumed:
                 progress.say(f"{setting.name}: {num_resumed} of {len(requests)} were answered by an earlier run")
             if waiting:
                 _answer(engine, waiting, journal, setting, progress)
-            completions = [journal[request] for request in requests]
+            completions = [journal[request] for request in asked]
             result = _cost(engine, setting, completions, journal, num_resumed)
+            read = journal.rows(options.keep_top)
     with progress.activity(f"{setting.name}: scoring") as update:
         scored = helm.score(completions, on_task=update)
+        if options.keep_top:
+            answered = list(_answered(requests, completions, scored))
+            rows = gather(answered, read, vocabulary=engine.text.vocabulary)
+            save(rows, distribution_path(out, setting.name))
     return _Outcome(scored=scored, result=result, skipped=helm.skipped)
 
 
@@ -167,6 +179,17 @@ def _answer(
         finally:
             if num_done:
                 journal.add_usage(asdict(engine.usage()))
+
+
+def _answered(requests: Sequence[Request], completions: Sequence[Completion], scored: Scored) -> Iterator[Answered]:
+    """Every answer with what it holds probable, and whether its prompt is known to be right."""
+    right = {name for instance in scored.instances for name, is_right in instance.requests.items() if is_right}
+    for request, completion in zip(requests, completions, strict=True):
+        name = request.short_hash()
+        prompt_ids = completion.token_ids[: completion.num_prompt_tokens] if request.echo else ()
+        for one in (completion, *completion.alternatives):
+            assert one.distributions is not None, request
+            yield Answered(request_key(name), prompt_ids, name in right, one.distributions)
 
 
 def _cost(
@@ -208,7 +231,7 @@ def _gather(
 ) -> RunResults:
     """All settings' parts as one result; HELM asks every setting the same."""
     first = outcomes[0]
-    return RunResults(
+    results = RunResults(
         name=out.resolve().name,
         suite=suite.name,
         model=options.model,
@@ -222,3 +245,4 @@ def _gather(
         instances=[instance for outcome in outcomes for instance in outcome.scored.instances],
         skipped=first.skipped,
     )
+    return replace(results, fidelity=measure(results, distribution_files([results], [out])))

@@ -11,10 +11,17 @@ import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
 
 from flexeval.errors import RequestError
+
+if TYPE_CHECKING:  # this vocabulary is imported where numpy is not wanted yet
+    import numpy as np
+    import numpy.typing as npt
+
+_SHORT_HASH_DIGITS = 16
 
 
 class FinishReason(StrEnum):
@@ -50,6 +57,8 @@ class Request:
     """Put the prompt's tokens, with their log-probabilities, before the generated ones."""
     top_logprobs: int = 0
     """How many of the most probable tokens to report at each position."""
+    keep_top: int = 0
+    """How many of them, and of the others, to keep by their ids, for comparing settings: see `distributions`."""
     ignore_eos: bool = False
     """Generate on past end-of-text (benchmarks of speed)."""
     detokenize: bool = True
@@ -70,6 +79,7 @@ class Request:
             ("temperature", 0, math.inf),
             ("num_completions", 1, math.inf),
             ("top_logprobs", 0, math.inf),
+            ("keep_top", 0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value < high:
@@ -87,6 +97,10 @@ class Request:
     def content_hash(self) -> str:
         """Sha256 over every field: equal hashes may share an answer."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def short_hash(self) -> str:
+        """The beginning of `content_hash`, which tells the requests of a run apart."""
+        return self.content_hash()[:_SHORT_HASH_DIGITS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +127,9 @@ class Completion:
     """This request's share of the engine's time; over a batch they add up to the batch's time."""
     alternatives: tuple[Completion, ...] = ()
     """The second and further completions, where `num_completions` > 1."""
+    distributions: npt.NDArray[np.void] | None = field(default=None, compare=False, repr=False)
+    """Rows of `distributions.row_type`, one per position scored or drawn, perhaps without those that another completion
+    of the batch has; None unless `keep_top` asked for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +150,8 @@ class TokenRequest:
     """Whether the log-probability of every prompt token is wanted."""
     num_top_logprobs: int = 0
     """Most probable tokens to report at each scored or generated position."""
+    keep_top: int = 0
+    """K of `Kept`; all requests of a batch that keep anything keep equally many."""
     eos_ids: frozenset[int] = frozenset()
     """Generation ends after one of these."""
     is_stopped: Callable[[Sequence[int]], bool] | None = None
@@ -141,6 +160,20 @@ class TokenRequest:
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """(token id, log-probability), most probable first."""
+
+
+class Kept(NamedTuple):
+    """What is kept of the distributions at N positions: the scored tokens of a prompt but the first, then those drawn.
+
+    C = 2 K + 1 columns: the K most probable tokens, best first; K sampled from the others, each with the probability
+    min(1, exp(log-probability - t)); in the last column no token, and the threshold t. Where the vocabulary has fewer
+    tokens, -1 and minus infinity.
+    """
+
+    token_ids_NC: npt.NDArray[np.integer]
+    """The tokens."""
+    logprobs_NC: npt.NDArray[np.float32]
+    """Their natural log-probabilities at temperature 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,5 +192,7 @@ class TokenResult:
     """Per prompt token, the first 0.0; empty unless asked for."""
     prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
     """Per prompt token, the first empty; empty unless asked for."""
+    kept: Kept | None = field(default=None, compare=False, repr=False)
+    """None unless `keep_top` asked for it."""
     elapsed_s: float = 0.0
     """This sequence's share of the time of the sweeps it took part in."""

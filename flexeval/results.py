@@ -40,6 +40,9 @@ class InstanceResult:
     """Tokens generated for it."""
     elapsed_s: float
     """Its share of the engine's seconds."""
+    requests: dict[str, bool] = field(default_factory=dict)
+    """Short hash of each request that it takes, and whether its prompt is known to be right: text to
+    be scored, or the question with a correct answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +93,61 @@ class SettingResult:
     """Requests answered from the journal of an earlier run rather than by the engine."""
 
 
+QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
+"""Of the distributions over positions that a `Fidelity` tells."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """How closely a setting follows the baseline's probabilities, over positions that both reached by the same tokens.
+
+    Errors are standard errors that count the positions of one question as one sample; None where there is one question.
+    """
+
+    task: str
+    """Name of the task; empty for all of them together."""
+    setting: str
+    """The setting compared."""
+    baseline: str
+    """What it is compared with."""
+    num_positions: int
+    """Positions compared, at least one."""
+    num_questions: int
+    """Questions they come from."""
+    num_top: int
+    """Most probable tokens kept of each distribution; as many others are sampled."""
+    tail: float
+    """Mean probability that the baseline gives to all other tokens."""
+    kl: float
+    """Mean Kullback-Leibler divergence of the setting from the baseline, KL(baseline || setting), in nats."""
+    kl_error: float | None
+    """Its standard error."""
+    kl_quantiles: list[float]
+    """Of the positions, at `QUANTILES`."""
+    kl_at_least: float
+    """What of `kl` shows with all tokens but the most probable ones as one outcome; it needs no sample."""
+    same_top: float
+    """Share of positions with the same most probable token."""
+    same_top_error: float | None
+    """Its standard error."""
+    num_text: int = 0
+    """Positions whose token belongs to a text that is known to be right; what follows is about these."""
+    text_loss: float | None = None
+    """The baseline's mean of minus log p of the text's token: its perplexity is the exponential of this."""
+    loss_change: float | None = None
+    """Mean change of minus log p: the exponential is the setting's perplexity over the baseline's."""
+    loss_change_error: float | None = None
+    """Its standard error."""
+    probability_change: float | None = None
+    """Mean change of the text's token's probability."""
+    probability_change_error: float | None = None
+    """Its standard error."""
+    probability_change_rms: float | None = None
+    """Root of the mean square of the change."""
+    probability_change_quantiles: list[float] = field(default_factory=list)
+    """Of the positions, at `QUANTILES`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResults:
     """Everything a report needs."""
@@ -116,6 +174,8 @@ class RunResults:
     """In the user's order; `none`, where present, is the baseline."""
     instances: list[InstanceResult]
     """All questions under all settings."""
+    fidelity: list[Fidelity] = field(default_factory=list)
+    """Of each setting but the baseline, over all tasks and for each of them; empty without kept distributions."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Tasks of the suite that were not run, and why."""
     notes: list[str] = field(default_factory=list)
@@ -145,6 +205,7 @@ class RunResults:
                 )
             data["tasks"] = [TaskInfo(**task) for task in data["tasks"]]
             data["settings"] = [SettingResult(**setting) for setting in data["settings"]]
+            data["fidelity"] = [Fidelity(**one) for one in data.get("fidelity", [])]
             data["instances"] = [InstanceResult(**instance) for instance in data["instances"]]
             return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import sentencepiece_dir, tokenizer_dir
 
 from flexeval.backends.batch import Batch
 from flexeval.backends.text import TextHalf
 from flexeval.errors import ModelError, RequestError
-from flexeval.request import Completion, FinishReason, Request, TokenResult
+from flexeval.request import Completion, FinishReason, Kept, Request, TokenResult
 
 EOS, BOS = 0, 1
 VOCAB_SIZE = 640
@@ -193,6 +194,7 @@ def stories(draw: st.DrawFn) -> tuple[TextHalf, list[int], tuple[str, ...]]:
     stray = st.integers(0, 270).map(lambda token: [token])
     ids = list(chain(*draw(st.lists(known | known | known | stray, min_size=1, max_size=30))))
     ending = half.decode(ids)[-draw(st.integers(1, 6)) :]
+    assume(ending)  # some tokens have no text
     return half, ids, draw(st.sampled_from([(ending,), ("\n\n", ending), ("\n", "} }")]))
 
 
@@ -289,6 +291,37 @@ def test_an_echo_begins_with_the_prompt(half: TextHalf) -> None:
     assert len(answer.top_logprobs) == len(answer.tokens) == len(answer.token_ids)
     assert answer.top_logprobs[0] == {}
     assert (answer.num_prompt_tokens, answer.num_generated_tokens) == (len(prompt), len(generated))
+
+
+def kept(*tokens: int, num_top: int = 2) -> Kept:
+    """Columns whose first token is given."""
+    ids = np.array(tokens)[:, None] + np.arange(2 * num_top + 1)
+    return Kept(ids.astype(np.int32), -ids.astype(np.float32))
+
+
+def test_distributions_are_kept_by_token_ids_and_not_named() -> None:
+    ids = encode("A\n")
+    request = Request(prompt="Q", stop=("\n",), keep_top=2)
+    assert {(one.keep_top, one.num_top_logprobs) for one in BYTES.to_token_requests(request)} == {(2, 0)}
+    both = Request(prompt="Q", top_logprobs=3, keep_top=2)
+    assert {(one.keep_top, one.num_top_logprobs) for one in BYTES.to_token_requests(both)} == {(2, 3)}
+    answer = BYTES.to_completion(request, encode("Q"), [result(ids, kept=kept(50, 60))])
+    assert answer.top_logprobs == () and answer.token_ids == (ids[0],)
+    assert answer.distributions is not None
+    assert answer.distributions["token"].tolist() == ids, "the stop was drawn as well"
+    assert answer.distributions["top_tokens"].tolist() == [[50, 51], [60, 61]]
+    assert BYTES.to_completion(Request(prompt="Q"), encode("Q"), [result(ids)]).distributions is None
+
+
+def test_in_a_batch_what_prompts_share_is_kept_once() -> None:
+    requests = [Request(prompt=(5, 6, last), max_tokens=0, echo=True, keep_top=2) for last in (7, 8)]
+    batch = Batch(BYTES, requests)
+    scored = result([], prompt_logprobs=(0.0, -1.0, -1.0), kept=kept(6, 7))
+    first, second = (answer.distributions for _, answer in batch.collect([(0, scored), (1, scored)]))
+    assert first is not None and first["token"].tolist() == [6, 7]
+    assert second is not None and second["token"].tolist() == [8]
+    assert BYTES.vocabulary != PIECES.vocabulary
+    assert BYTES.vocabulary == text_half(tokenizer_dir()).vocabulary
 
 
 def test_scoring_alone_gives_the_prompt_back() -> None:

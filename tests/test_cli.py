@@ -203,6 +203,7 @@ def test_options_stay_what_they_are() -> None:
             "--dtype",
             "--fresh",
             "--gpu-memory",
+            "--keep-top",
             "--max-eval-instances",
             "--model",
             "--out",

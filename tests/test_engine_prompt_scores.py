@@ -19,7 +19,8 @@ def recorded(num_top: int) -> PromptScores:
     prompts, table = PromptScores(TREE), ScoreTable(TREE, is_scored=[True, True, True, False])
     for row in (range(1), range(1, 3)):
         scores = table.of(row)
-        scored = Tokens.zeros(len(scores), num_top)
+        scored = Tokens.zeros(len(scores), num_top, 3)
+        scored.kept_ids_NC[:] = scores.places[:, None]
         scored.logprobs_N[:] = -scores.places
         scored.top_ids_NK[:] = scores.token_ids[:, None] + np.arange(num_top)
         prompts.record(scores, scored)
@@ -32,6 +33,11 @@ def test_a_path_is_its_nodes_one_after_the_other() -> None:
     assert prompts.logprobs([ROOT, SHORT]) == (*(-place for place in range(40)), -42)
     tops = prompts.tops([ROOT, SHORT])
     assert tops[0] == () and tops[1:] == [((token, 0.0), (token + 1, 0.0)) for token in (*HEADER[1:], 3)]
+
+
+def test_what_is_kept_of_a_path_begins_after_its_first_token() -> None:
+    kept = recorded(num_top=0).kept([ROOT, SHORT])
+    assert kept.token_ids_NC[:, 2].tolist() == [*range(1, 40), 42] and kept.logprobs_NC.shape == (40, 3)
 
 
 def test_prompts_share_what_they_hold_of_a_header() -> None:

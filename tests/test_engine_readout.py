@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexeval.engine.compute import readout
+from flexeval.engine.compute.keeping import Keeper, shifts
 from flexeval.engine.compute.readout import Readout, Tokens, read_row
 from flexeval.engine.compute.sampling import sample
 from flexeval.errors import ModelError
@@ -37,7 +38,7 @@ def scores_of(*pairs: tuple[int, int]) -> Scores:
 
 def plan_of(scores: Scores, *generators: tuple[int, int]) -> RowPlan:
     return RowPlan(
-        token_ids=np.zeros(NUM_TOKENS, dtype=np.int64),
+        token_ids=np.arange(NUM_TOKENS) % 5,
         positions=np.arange(NUM_TOKENS),
         scores=scores,
         generators=generators,
@@ -71,7 +72,14 @@ class Head:
         return logits_1RV
 
 
-def read(hidden_1TD: Tensor, head: Head, *, plan: RowPlan = PLAN, num_top_logprobs: int = 3) -> Readout:
+def read(
+    hidden_1TD: Tensor,
+    head: Head,
+    *,
+    plan: RowPlan = PLAN,
+    num_top_logprobs: int = 3,
+    keeper: Keeper | None = None,
+) -> Readout:
     return read_row(
         plan,
         hidden_1TD,
@@ -80,6 +88,7 @@ def read(hidden_1TD: Tensor, head: Head, *, plan: RowPlan = PLAN, num_top_logpro
         num_drawn=NUM_DRAWN.__getitem__,
         vocab_size=VOCAB_SIZE,
         num_top_logprobs=num_top_logprobs,
+        keeper=keeper,
     )
 
 
@@ -159,6 +168,27 @@ def test_any_plan_in_any_chunks_reads_the_same(
     assert max(head.num_positions, default=0) == min(rows_per_chunk, num_wanted)
     assert sum(head.num_positions) == num_wanted
     assert_reads(measured, read_slowly(hidden_1TD, head, plan, num_top))
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 3, NUM_TOKENS])
+def test_distributions_are_kept_at_each_position_by_its_token_and_place(
+    hidden_1TD: Tensor, rows_per_chunk: int
+) -> None:
+    """In chunks of half as many positions: what is kept takes room of its own."""
+    keeper, head = Keeper(4, VOCAB_SIZE, torch.device("cpu")), Head()
+    with patch.object(readout, "CHUNK_BYTES", 4 * VOCAB_SIZE * 2 * rows_per_chunk):
+        measured = read(hidden_1TD, head, keeper=keeper)
+    assert max(head.num_positions) == min(rows_per_chunk, 4)
+    assert_reads(measured, read_slowly(hidden_1TD, head, PLAN, 3))
+    offsets = [*PLAN.scores.offsets.tolist(), *(offset for offset, _ in PLAN.generators)]
+    kept_ids = np.concatenate([part.kept_ids_NC for part in measured])
+    kept_logprobs = np.concatenate([part.kept_logprobs_NC for part in measured])
+    for offset, ids, logprobs in zip(offsets, kept_ids, kept_logprobs, strict=True):
+        place = shifts(PLAN.token_ids[[offset]], PLAN.positions[[offset]])
+        logprobs_1V = head(hidden_1TD[:, [offset]])[0].log_softmax(-1)
+        want_ids, want_logprobs = keeper.keep(logprobs_1V, torch.from_numpy(place))
+        assert ids.tolist() == want_ids[0].tolist()
+        assert logprobs == pytest.approx(want_logprobs[0].numpy(), abs=1e-5)
 
 
 def test_results_hold_plain_numbers(hidden_1TD: Tensor) -> None:

@@ -26,6 +26,7 @@ from helm.benchmark.scenarios.scenario import (
 from helm.common.request import Request as HelmRequest
 from helm_support import build_card
 
+from flexeval.benchmark.helm.convert import from_helm
 from flexeval.benchmark.helm.entries import build_run_specs, task_names
 from flexeval.benchmark.helm.headline import Headline, choose_headline, instance_results, question_stats
 from flexeval.benchmark.helm.models import register
@@ -96,8 +97,9 @@ def build_run(scenario: Scenario, *instances: Instance, echo: bool = False) -> A
         )
         for instance in instances
     ]
+    requests = tuple(from_helm(state.request) for state in states)
     spec = RunSpec("undeclared", None, AdapterSpec(), [])
-    return AdaptedRun(spec=spec, scenario=scenario, state=ScenarioState(AdapterSpec(), states), requests=())
+    return AdaptedRun(spec=spec, scenario=scenario, state=ScenarioState(AdapterSpec(), states), requests=requests)
 
 
 def question(identity: str, split: str, perturbation: PerturbationDescription | None = None) -> Instance:
@@ -173,6 +175,7 @@ def test_a_document_in_windows_is_one_question() -> None:
     (result,) = instance_results(run, parts, stats, Headline("bits_per_byte", "test"), task="t", setting="none")
     assert result.score == pytest.approx(0.5)
     assert (result.num_prompt_tokens, result.elapsed_s, result.output) == (7, 1.0, "")
+    assert result.requests == {run.requests[0].short_hash(): True}, "a document is text as it should be"
 
 
 def test_perturbed_copies_do_not_count() -> None:

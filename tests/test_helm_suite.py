@@ -90,6 +90,23 @@ def test_equal_requests_are_asked_once_and_share_their_time(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.usefixtures("packaged_questions")
+def test_a_question_knows_its_requests_and_which_of_them_are_right(tmp_path: Path) -> None:
+    method = "multiple_choice_separate_calibrated"
+    suite = build_suite(f"hellaswag_packaged:model=text,method={method}", LETTERS, max_eval_instances=3)
+    requests, _, scored = run_suite(suite, tmp_path, build_card())
+    by_hash = {request.short_hash(): request for request in requests}
+    assert len(by_hash) == len(requests)
+    for result in scored.instances:
+        asked = {by_hash[name].prompt: is_right for name, is_right in result.requests.items()}
+        if len(asked) == 1:
+            assert asked == {result.prompt: False}, "what is generated is nobody's text"
+            continue
+        right = [prompt for prompt, is_right in asked.items() if is_right]
+        assert len(asked) == 8 and len(right) == 1 and right[0].endswith(result.reference)
+        assert len(right[0]) > len(f"Answer: {result.reference}"), "without the question a choice only calibrates"
+
+
 def test_train_trials_are_questions_of_their_own(tmp_path: Path) -> None:
     entry = "synthetic_reasoning_natural:model=text,difficulty=easy"
     _, _, scored = run_suite(build_suite(entry, max_eval_instances=4, num_train_trials=2), tmp_path, build_card())

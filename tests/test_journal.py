@@ -7,8 +7,10 @@ import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from flexeval.distributions import row_type
 from flexeval.errors import DiskError
 from flexeval.journal import Journal
 from flexeval.request import Completion, FinishReason, Request
@@ -44,6 +46,24 @@ def test_answers_come_back_as_they_were(path: Path) -> None:
         assert journal[SECOND] == FORKED
         assert Request(prompt="three") not in journal
         assert journal.usages == [{"load_s": 1.5}]
+
+
+def test_distributions_come_back_as_they_were(path: Path) -> None:
+    rows = np.zeros(3, row_type(2))
+    rows["context"], rows["logprob"], rows["top_tokens"] = 2**64 - 1, [-0.1, -np.inf, -1e-30], [[1, 2], [3, -1], [5, 6]]
+    kept = Request(prompt="kept", keep_top=2)
+    answer = dataclasses.replace(
+        PLAIN, distributions=rows, alternatives=(dataclasses.replace(PLAIN, distributions=rows[:1]),)
+    )
+    with Journal(path) as journal:
+        journal.add([(kept, answer)])
+    with Journal(path) as journal:
+        back = journal[kept]
+        assert back.distributions is not None and (back.distributions == rows).all()
+        assert back.alternatives[0].distributions is not None and (back.alternatives[0].distributions == rows[:1]).all()
+        assert journal[FIRST].distributions is None
+        assert [len(one) for one in journal.rows(2)] == [3, 1]
+        assert journal.rows(5) == []
 
 
 def test_answers_are_on_disk_when_add_returns(path: Path) -> None:

@@ -15,8 +15,10 @@ from tiny_directory import write_tiny_model
 
 import flexeval
 from flexeval.backends.native import Engine
+from flexeval.distributions import contexts_after
 from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError
 from flexeval.output import output_directory
+from flexeval.parquet import load
 from flexeval.pipeline import RunOptions, run_suite
 from flexeval.progress import Update
 from flexeval.results import RunResults
@@ -77,6 +79,47 @@ def test_a_run_is_whole(options: RunOptions) -> None:
         assert 0 < setting.num_computed_prompt_tokens < setting.num_prompt_tokens
         assert setting.peak_bytes["cpu"] > 0
     assert len(list((options.out / "helm" / "runs" / "small").glob("*/stats.json"))) == 4
+
+
+def test_a_run_compares_what_settings_hold_probable(options: RunOptions) -> None:
+    assert options.out is not None
+    results = run(dataclasses.replace(options, settings=("none", "w4-g32"), keep_top=4))
+    assert [one.task for one in results.fidelity] == ["", *(task.name for task in results.tasks)]
+    overall = results.fidelity[0]
+    assert (overall.setting, overall.baseline, overall.num_top) == ("w4-g32", "none", 4)
+    assert overall.num_positions >= 8, "the first token of each answer follows the same tokens"
+    assert 0 < overall.kl < 1 and overall.num_text == 0
+    rows = load(options.out / "distributions" / "none.parquet")
+    asked = {request for one in results.instances for request in one.requests}
+    assert {f"{request:016x}" for request in rows["request"].tolist()} == asked
+    assert rows["is_drawn"].sum() == len(rows) > 8
+    again = run(dataclasses.replace(options, settings=("none", "w4-g32"), keep_top=4))
+    assert again.fidelity == results.fidelity, "from the journal"
+
+
+def test_a_run_may_keep_answers_alone(options: RunOptions) -> None:
+    assert options.out is not None
+    results = run(dataclasses.replace(options, settings=("none", "w4-g32"), keep_top=0))
+    assert results.fidelity == []
+    assert not (options.out / "distributions").exists()
+
+
+def test_a_run_of_fewer_questions_keeps_what_they_share_with_the_others(options: RunOptions, tmp_path: Path) -> None:
+    assert options.out is not None
+    suite = tmp_path / "scored.conf"
+    entry = "perplexity:model=text,window_bytes=60,path=" + str(tmp_path / "text.txt")
+    (tmp_path / "text.txt").write_text("A B C D E F G H I J K L M N O P Q R S T U V W X Y Z " * 20)
+    suite.write_text(f'entries: [{{description: "{entry}", priority: 1}}]\n')
+    options = dataclasses.replace(options, suite=str(suite), keep_top=4)
+    run(options)
+    every = load(options.out / "distributions" / "none.parquet")
+    fewer = run(dataclasses.replace(options, max_eval_instances=2))
+    rows = load(options.out / "distributions" / "none.parquet")
+    assert 0 < len(rows) < len(every) and rows["is_text"].all()
+    alone = run(dataclasses.replace(options, max_eval_instances=2, out=tmp_path / "alone"))
+    assert scores(alone) == scores(fewer)
+    fresh = load(tmp_path / "alone" / "distributions" / "none.parquet")
+    assert sorted(contexts_after(fresh).tolist()) == sorted(contexts_after(rows).tolist())
 
 
 def test_a_run_says_what_its_plan_saves(options: RunOptions) -> None:

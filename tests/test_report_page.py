@@ -7,8 +7,10 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from synthetic_results import HOSTILE, TASKS, changed, synthetic
+from test_report_fidelity import run_with_rows
 
 from flexeval.report import format as show
 from flexeval.report.answer import answer
@@ -241,3 +243,24 @@ def test_axes_have_round_ticks_that_hold_the_values():
     assert axis(0.58) == 100 and axis(0.64) == 0
     assert len(chart._Axis([0.5], 0, 10).ticks()) >= 2
     assert len(chart._Axis([0.0, 0.0], 0, 10).ticks()) >= 2
+
+
+# --- closeness ---
+
+
+def test_the_page_shows_how_closely_a_setting_follows_the_baseline(tmp_path):
+    p = np.log(np.random.default_rng(0).dirichlet(np.ones(40), size=20)).astype(np.float32)
+    results = run_with_rows(tmp_path, "close", {"none": p, "w4": p[:, ::-1]})
+    overall = results.fidelity[0]
+    text = " ".join(Reader(page(compare(results))).text.split())
+    for figure in (
+        show.with_error(overall.kl, overall.kl_error),
+        show.percent(overall.same_top, overall.same_top_error),
+        show.percent(overall.probability_change, overall.probability_change_error),
+        f"99% below {show.digits(overall.kl_quantiles[10])}",
+        "the 8 most probable tokens at each position",
+    ):
+        assert figure in text
+    assert "How closely" not in page(compare(replace(results, fidelity=[])))
+    without = [replace(one, num_text=0, loss_change=None, kl_error=None) for one in results.fidelity]
+    assert "How closely" in page(compare(replace(results, fidelity=without)))

@@ -10,6 +10,7 @@ from scipy import stats
 from flexeval.report.statistics import (
     Estimate,
     Z,
+    clustered_mean,
     holm,
     mean,
     paired_difference,
@@ -188,3 +189,27 @@ def test_no_more_than_five_false_alarms_in_a_hundred():
     assert np.mean(np.array(graded) < 0.05) == pytest.approx(0.05, abs=0.025)
     flips = [sign_flip_p(list(draw)) for draw in random.choice([-1, 0, 1], p=[0.1, 0.8, 0.1], size=(400, 100))]
     assert 0 < np.mean(np.array(flips) < 0.05) <= 0.06
+
+
+def test_positions_of_one_question_count_as_one_sample():
+    random = np.random.default_rng(3)
+    means = random.normal(size=40)
+    values = np.repeat(means, 25) + random.normal(scale=0.01, size=1000)
+    one = clustered_mean(values, np.repeat(np.arange(40), 25))
+    assert one.value == pytest.approx(values.mean())
+    assert one.error == pytest.approx(stats.sem(means), rel=0.02), "as of 40 questions, not of 1000 positions"
+    assert clustered_mean(means, np.arange(40)).error == pytest.approx(stats.sem(means))
+    assert clustered_mean(means, np.zeros(40)).error is None
+
+
+def test_the_clustered_error_is_the_spread_of_means_over_samples_of_questions():
+    random = np.random.default_rng(4)
+    sizes = random.integers(1, 30, size=(2000, 60))
+    means, errors = [], []
+    for row in sizes:
+        clusters = np.repeat(np.arange(60), row)
+        values = random.normal(size=60)[clusters] + random.exponential(size=clusters.size)
+        found = clustered_mean(values, clusters)
+        means.append(found.value)
+        errors.append(found.error)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.05)

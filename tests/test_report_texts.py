@@ -5,18 +5,23 @@ import io
 import re
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 from synthetic_results import TASKS, changed, synthetic
+from test_report_fidelity import run_with_rows
 
 from flexeval.report import format as show
 from flexeval.report.answer import answer
 from flexeval.report.compare import compare
+from flexeval.report.fidelity import perplexity_ratio
 from flexeval.report.render import markdown
+from flexeval.report.render.html import page
 from flexeval.report.render.markdown import plain, summary
 from flexeval.report.render.table import table
 from flexeval.report.render.terminal import print_table
+from flexeval.report.scored_through import scored_through
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +79,72 @@ def test_a_metric_that_a_good_model_makes_small_is_named_with_its_direction():
     console = Console(width=100, file=io.StringIO(), force_terminal=False)
     print_table(results, console)
     head = console.file.getvalue().partition("none")[0]
-    assert "bits_per_byte" in head and "lower is better" in head
+    assert "bits per byte" in head and "lower is better" in head
     assert r"| setting | quality (bits\_per\_byte, lower is better) |" in summary(compare(results))
+
+
+@pytest.fixture
+def compared(tmp_path):
+    random = np.random.default_rng(0)
+    p = np.log(random.dirichlet(np.ones(40), size=20)).astype(np.float32)
+    return run_with_rows(tmp_path, "close", {"none": p, "w4": p[:, ::-1]})
+
+
+def test_closeness_is_in_the_terminal_the_table_and_the_comment(compared):
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    print_table(compared, console)
+    overall, task = compared.fidelity
+    text = console.file.getvalue()
+    assert "…" not in text and "against none" in text
+    for figure in (
+        show.with_error(overall.kl, overall.kl_error),
+        show.percent(overall.same_top, overall.same_top_error),
+        show.with_error(*perplexity_ratio(overall)),
+        show.percent(overall.probability_change, overall.probability_change_error),
+    ):
+        assert all(part in text for part in figure.split()) and figure in summary(compare(compared))
+    none, w4 = list(csv.DictReader(io.StringIO(table(compare(compared)))))
+    assert not none["kl"] and not none["num_flips_to_wrong"]
+    assert float(w4["kl"]) == task.kl and float(w4["kl_p99"]) == task.kl_quantiles[10]
+    assert float(w4["kl_at_least"]) == task.kl_at_least and float(w4["kl_error"]) == task.kl_error
+    assert float(w4["probability_change_error"]) == task.probability_change_error
+    assert float(w4["same_top_error"]) == task.same_top_error
+    assert float(w4["perplexity_ratio"]) == pytest.approx(perplexity_ratio(task).value)
+    flips = compare(compared).settings[1].flips
+    assert (int(w4["num_flips_to_wrong"]), int(w4["num_flips_to_right"])) == (flips.num_to_wrong, flips.num_to_right)
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (["none", "w4"], ""),
+        (["none", "kv4"], "With kv4, all scores"),
+        (["none", "w4kv4-g32", "w8", "kv2"], "With w4kv4-g32 and kv2, all scores"),
+        (["a/kv8", "a/none", "b/kv4", "b/kv2"], "With a/kv8, b/kv4 and b/kv2, all scores"),
+        (["none", "of-another-version"], ""),
+    ],
+)
+def test_it_is_said_where_scores_went_through_a_compressed_cache(labels, named):
+    assert scored_through(labels).partition(" went")[0] == named
+
+
+def test_all_forms_say_that_scores_went_through_the_cache():
+    plain = synthetic(settings=["none", "w4"])
+    renamed = [replace(one, setting=one.setting.replace("w4", "kv4")) for one in plain.settings]
+    answers = [replace(one, setting=one.setting.replace("w4", "kv4")) for one in plain.instances]
+    results = replace(plain, settings=renamed, instances=answers)
+    sentence = scored_through(["none", "kv4"])
+    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    print_table(results, console)
+    assert sentence in " ".join(console.file.getvalue().split())
+    assert sentence in summary(compare(results)) and sentence in page(compare(results))
+    assert "went through" not in page(compare(synthetic(settings=["none", "w4"])))
+
+
+def test_without_distributions_nothing_is_said_of_closeness(four):
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    print_table(synthetic(), console)
+    assert "KL" not in console.file.getvalue() and "KL" not in summary(four)
 
 
 def test_the_terminal_shows_the_answer_and_a_row_per_setting(four):

@@ -57,6 +57,7 @@ def test_every_field_is_part_of_the_hash() -> None:
         "seed": 1,
         "echo": True,
         "top_logprobs": 1,
+        "keep_top": 1,
         "ignore_eos": True,
         "detokenize": False,
     }

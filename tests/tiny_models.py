@@ -7,6 +7,7 @@ import random
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -17,6 +18,8 @@ from flexeval.engine.memory.slab import SlabLayout
 from flexeval.request import TokenRequest, TokenResult
 
 VOCAB_SIZE = 200
+NUM_KEPT = 4
+"""Most probable tokens that requests keep, and as many others."""
 _BASE: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -103,7 +106,11 @@ def ragged_requests(*, num_steps: int = 9) -> list[TokenRequest]:
     max_tokens = (0, num_steps, 4, 1)
     return [
         TokenRequest(
-            prompt_ids=tuple(prompt), max_tokens=max_tokens[index % 4], score_prompt=index % 2 == 0, num_top_logprobs=3
+            prompt_ids=tuple(prompt),
+            max_tokens=max_tokens[index % 4],
+            score_prompt=index % 2 == 0,
+            num_top_logprobs=3,
+            keep_top=NUM_KEPT,
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -133,6 +140,20 @@ def assert_equal_results(measured: list[TokenResult], expected: list[TokenResult
                 logprob if abs(logprob - other) > tolerance else other
                 for (_, logprob), (_, other) in zip(want_top, got_top, strict=True)
             ], index
+    assert_equal_kept(measured, expected, tolerance=tolerance)
+
+
+def assert_equal_kept(measured: list[TokenResult], expected: list[TokenResult], *, tolerance: float) -> None:
+    """The same most probable tokens, sample and threshold at every position, but for a near tie in a hundred."""
+    num_same = num_all = 0
+    for got, want in zip(measured, expected, strict=True):
+        assert (got.kept is None) == (want.kept is None)
+        if got.kept is not None and want.kept is not None:
+            assert got.kept.token_ids_NC.shape == want.kept.token_ids_NC.shape
+            is_same = got.kept.token_ids_NC == want.kept.token_ids_NC
+            assert np.abs(got.kept.logprobs_NC - want.kept.logprobs_NC)[is_same].max(initial=0) < tolerance
+            num_same, num_all = num_same + is_same.sum(), num_all + is_same.size
+    assert num_same >= 0.99 * num_all
 
 
 def dequantized(model: PreTrainedModel, codec: Codec) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flexeval.backends.text import TextHalf
+from flexeval.distributions import NewRows
 from flexeval.request import Completion, Request, TokenRequest, TokenResult
 
 
@@ -30,6 +31,7 @@ class Batch:
             self.token_requests += parts
             self._owner += [owner] * len(parts)
         self._completions: dict[int, Completion] = {}
+        self._new_rows = NewRows()
 
     @property
     def asked(self) -> list[TokenRequest]:
@@ -51,9 +53,20 @@ class Batch:
                 completion = self._text.to_completion(request, prompt_ids, whole)
                 places = self._places[request]
                 completion = replace(completion, elapsed_s=completion.elapsed_s / len(places))
+                completion = self._with_new_rows(completion)
+                parts.clear()  # most probable tokens are many objects
                 finished += [(place, completion) for place in places]
         self._completions.update(finished)
         return finished
+
+    def _with_new_rows(self, completion: Completion) -> Completion:
+        """The completion without rows that another one of the batch has: shared beginnings would fill the memory."""
+        rows = completion.distributions
+        return replace(
+            completion,
+            distributions=None if rows is None else self._new_rows.of(rows),
+            alternatives=tuple(map(self._with_new_rows, completion.alternatives)),
+        )
 
     def completions(self) -> list[Completion]:
         """All completions, in the order of the requests."""

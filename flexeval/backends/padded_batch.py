@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flexeval.engine.compute import keeping
+from flexeval.engine.compute.keeping import Keeper
 from flexeval.engine.compute.sampling import sample
-from flexeval.request import FinishReason, TokenRequest, TokenResult, TopLogprobs
+from flexeval.request import FinishReason, Kept, TokenRequest, TokenResult, TopLogprobs
 
 _PAD = 0
 """Any token: masked."""
@@ -59,6 +62,8 @@ class _Sequence:
     tops: list[TopLogprobs] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_tops: list[TopLogprobs] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    keeper: Keeper | None = None
     reason: FinishReason | None = None
 
     def score(self, logits_TV: Tensor) -> None:
@@ -68,6 +73,7 @@ class _Sequence:
             targets_T = torch.tensor(self.request.prompt_ids[1:], device=logits_TV.device)
             self.prompt_logprobs = [0.0, *logprobs_TV.gather(1, targets_T[:, None])[:, 0].tolist()]
             self.prompt_tops = [(), *top_logprobs(logprobs_TV, self.request.num_top_logprobs)]
+            self._keep(logprobs_TV, self.request.prompt_ids[:-1], 0)
         if self.request.max_tokens == 0:
             self.reason = FinishReason.LENGTH
 
@@ -83,6 +89,9 @@ class _Sequence:
             return
         asked = self.request
         token, logprob = greedy
+        self._keep(
+            logprobs_V[None], [*asked.prompt_ids, *self.tokens][-1:], len(asked.prompt_ids) + len(self.tokens) - 1
+        )
         if asked.temperature > 0:
             token = sample(logits_V, asked, len(self.tokens))
             logprob = float(logprobs_V[token])
@@ -96,6 +105,13 @@ class _Sequence:
         elif len(self.tokens) == asked.max_tokens:
             self.reason = FinishReason.LENGTH
 
+    def _keep(self, logprobs_TV: Tensor, token_ids: Sequence[int], first: int) -> None:
+        """Keep the distributions after some tokens, of which `first` is the first one's position."""
+        if self.keeper is not None and self.request.keep_top:
+            shifts = keeping.shifts(token_ids, range(first, first + len(token_ids)))
+            kept = self.keeper.keep(logprobs_TV, torch.from_numpy(shifts).to(logprobs_TV.device))
+            self.kept.append(Kept(*(values.cpu().numpy() for values in kept)))
+
     def result(self, elapsed_s: float) -> TokenResult:
         """The answer."""
         assert self.reason is not None
@@ -107,6 +123,7 @@ class _Sequence:
             top_logprobs=tuple(self.tops) if wants_top else (),
             prompt_logprobs=tuple(self.prompt_logprobs),
             prompt_top_logprobs=tuple(self.prompt_tops) if wants_top else (),
+            kept=Kept(*map(np.concatenate, zip(*self.kept, strict=True))) if self.kept else None,
             elapsed_s=elapsed_s,
         )
 
@@ -115,7 +132,8 @@ class _Sequence:
 def answer_batch(model: PreTrainedModel, requests: Sequence[TokenRequest], *, device: torch.device) -> BatchAnswer:
     """Score and continue sequences together."""
     start = time.perf_counter()
-    sequences = [_Sequence(request) for request in requests]
+    keeper = keeping.make_keeper(requests, model.config.get_text_config().vocab_size, device)
+    sequences = [_Sequence(request, keeper=keeper) for request in requests]
     lengths = [len(request.prompt_ids) for request in requests]
     padded = [[_PAD] * (max(lengths) - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests]
     takes = inspect.signature(model.forward).parameters

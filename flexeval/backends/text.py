@@ -7,6 +7,7 @@ beginning-of-text token already; token ids are taken as they are. The tokenizer 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from flexeval.distributions import read_off
 from flexeval.errors import RequestError
 from flexeval.request import Completion, FinishReason, Request, TokenRequest, TokenResult, TopLogprobs
 from flexeval.tokenizer import open_tokenizer
@@ -54,6 +56,12 @@ class TextHalf:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer. Raises `FlexevalError` where it cannot be had."""
         return open_tokenizer(self._find_tokenizer())
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """A number that stands for the tokenizer: equal for equal vocabularies."""
+        tokens = sorted(self.tokenizer.get_vocab().items())
+        return int.from_bytes(hashlib.sha256(json.dumps(tokens).encode()).digest()[:8])
 
     def encode(self, request: Request, *, where: str) -> tuple[int, ...]:
         """The prompt's tokens as the model shall see them.
@@ -99,6 +107,7 @@ class TextHalf:
                 seed=_stream(request.seed, index),
                 score_prompt=request.echo,
                 num_top_logprobs=request.top_logprobs,
+                keep_top=request.keep_top,
                 eos_ids=frozenset() if request.ignore_eos else self._eos_ids,
                 is_stopped=self._stop_check(request.stop) if request.stop else None,
             )
@@ -144,6 +153,9 @@ class TextHalf:
             num_generated_tokens=len(result.token_ids),
             top_logprobs=tuple(map(self._named, tops)),
             elapsed_s=result.elapsed_s,
+            distributions=read_off(prompt_ids, result, request.keep_top, vocabulary=self.vocabulary)
+            if request.keep_top
+            else None,
         )
 
     def _named(self, top: TopLogprobs) -> dict[str, float]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+
 from flexeval.engine.compute.readout import Readout
 from flexeval.engine.prompt_scores import PromptScores
 from flexeval.planning.prefix import PrefixTree
 from flexeval.planning.rows import RowPlan
 from flexeval.planning.streams import Stream
-from flexeval.request import FinishReason, TokenRequest, TokenResult, TopLogprobs
+from flexeval.request import FinishReason, Kept, TokenRequest, TokenResult, TopLogprobs
 
 
 class Answers:
@@ -25,6 +27,7 @@ class Answers:
         self._ids: list[list[int]] = [[] for _ in streams]
         self._logprobs: list[list[float]] = [[] for _ in streams]
         self._tops: list[list[TopLogprobs]] = [[] for _ in streams]
+        self._kept: list[list[Kept]] = [[] for _ in streams]
         self._open = [stream.requests for stream in streams]
         self._max_tokens = [stream.max_tokens for stream in streams]
         self._prompts = PromptScores(tree)
@@ -60,6 +63,11 @@ class Answers:
         if drawn.top_ids_NK.size:
             for stream, top_logprobs in zip(streams, drawn.tops(), strict=True):
                 self._tops[stream].append(top_logprobs)
+        if drawn.kept_ids_NC.size:
+            for stream, columns in zip(
+                streams, zip(drawn.kept_ids_NC, drawn.kept_logprobs_NC, strict=True), strict=True
+            ):
+                self._kept[stream].append(Kept(*columns))
 
     def finish_sweep(self, weights: Mapping[int, int], elapsed_s: float) -> list[tuple[int, TokenResult]]:
         """End a sweep: share its time among the requests in it and answer those that are done.
@@ -109,5 +117,14 @@ class Answers:
             top_logprobs=tuple(top[:cut] for top in self._tops[stream]) if cut and asked.max_tokens else (),
             prompt_logprobs=self._prompts.logprobs(path),
             prompt_top_logprobs=tuple(top[:cut] for top in self._prompts.tops(path)) if cut and path else (),
+            kept=self._kept_of(stream, path, is_drawn=asked.max_tokens > 0) if asked.keep_top else None,
             elapsed_s=self._elapsed_s[stream],
         )
+
+    def _kept_of(self, stream: int, path: Sequence[int], *, is_drawn: bool) -> Kept:
+        """What is kept of the distributions on a path and of those that were drawn from."""
+        parts = [self._prompts.kept(path)] if path else []
+        if is_drawn:
+            parts.append(Kept(*map(np.stack, zip(*self._kept[stream], strict=True))))
+        found = [part for part in parts if len(part.token_ids_NC)]  # a lone token has no score
+        return Kept(*map(np.concatenate, zip(*found, strict=True))) if found else parts[0]

@@ -18,6 +18,7 @@ from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import PackedAttention
+from flexeval.engine.compute.keeping import make_keeper
 from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.readout import read_row
 from flexeval.engine.compute.replay import Replay
@@ -154,6 +155,7 @@ class Executor:
         sampled = {index: request for index, request in enumerate(requests) if request.temperature}
         num_top = max((request.num_top_logprobs for request in requests), default=0)
         vocab_size = self._anatomy.config.get_text_config().vocab_size
+        keeper = make_keeper(requests, vocab_size, self._device)
         cache = self._make_cache(scheduler.log_capacities)
         try:
             while scheduler.has_work:
@@ -187,6 +189,7 @@ class Executor:
                                 num_drawn=scheduler.num_drawn,
                                 vocab_size=vocab_size,
                                 num_top_logprobs=num_top,
+                                keeper=keeper,
                             )
                         scheduler.record(row.plan, readout)
                 elapsed_s = self.trace.sweeps[-1].elapsed_s = time.perf_counter() - start

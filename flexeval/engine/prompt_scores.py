@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, islice
 
+import numpy as np
+
 from flexeval.engine.compute.readout import Tokens
 from flexeval.planning.prefix import PrefixTree
 from flexeval.planning.rows import Scores
-from flexeval.request import TopLogprobs
+from flexeval.request import Kept, TopLogprobs
 
 
 class PromptScores:
@@ -26,7 +28,7 @@ class PromptScores:
         if not len(scores):
             return
         if self._tokens is None:
-            self._tokens = Tokens.zeros(self._bounds[-1], scored.top_ids_NK.shape[1])
+            self._tokens = Tokens.zeros(self._bounds[-1], scored.top_ids_NK.shape[1], scored.kept_ids_NC.shape[1])
         for values, new in zip(self._tokens, scored, strict=True):
             values[scores.places] = new
 
@@ -43,6 +45,12 @@ class PromptScores:
             if node not in self._tops:
                 self._tops[node] = self._of(node).tops()
         return [(), *islice(chain.from_iterable(self._tops[node] for node in path), 1, None)]
+
+    def kept(self, path: Sequence[int]) -> Kept:
+        """What is kept in the place of each token on a path but the very first."""
+        parts = [self._of(node) for node in path]
+        ids_NC = np.concatenate([part.kept_ids_NC for part in parts])
+        return Kept(ids_NC[1:], np.concatenate([part.kept_logprobs_NC for part in parts])[1:])
 
     def _of(self, node: int) -> Tokens:
         first, stop = self._bounds[node], self._bounds[node + 1]

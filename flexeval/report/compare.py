@@ -6,11 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from flexeval.report.merge import BASELINE
+from flexeval.report.merge import baseline_index
 from flexeval.report.pairing import Question, pair
 from flexeval.report.statistics import holm, mean, paired_difference, sign_flip_p, weighted_sum
-from flexeval.report.tables import Cell, Comparison, Difference, SettingRow, TaskRow
-from flexeval.results import RunResults, TaskInfo
+from flexeval.report.tables import Cell, Comparison, Difference, Flips, SettingRow, TaskRow
+from flexeval.results import Fidelity, RunResults, TaskInfo
 
 
 def compare(results: RunResults) -> Comparison:
@@ -24,13 +24,23 @@ def compare(results: RunResults) -> Comparison:
     """
     pairing = pair(results)
     names = [setting.setting for setting in results.settings]
-    baseline = names.index(BASELINE) if BASELINE in names else 0
+    baseline = baseline_index(names)
     by_task: dict[str, list[Question]] = defaultdict(list)
     for question in pairing.questions:
         by_task[question.task].append(question)
-    tasks = _correct([_task_row(task, by_task[task.name], baseline) for task in results.tasks if task.name in by_task])
+    fidelity = {(one.task, one.setting): one for one in results.fidelity if one.baseline == names[baseline]}
+    tasks = _correct(
+        [_task_row(task, by_task[task.name], baseline, fidelity) for task in results.tasks if task.name in by_task]
+    )
     averaged = _averaged(tasks)
-    settings = [_setting_row(results, index, baseline, averaged, by_task) for index in range(len(names))]
+    settings = [
+        replace(
+            _setting_row(results, index, baseline, averaged, by_task),
+            flips=_flips(pairing.questions, index, baseline),
+            fidelity=fidelity.get(("", name)),
+        )
+        for index, name in enumerate(names)
+    ]
     higher_is_better = all(row.task.higher_is_better for row in averaged)
     return Comparison(
         results=results,
@@ -45,15 +55,17 @@ def compare(results: RunResults) -> Comparison:
     )
 
 
-def _task_row(task: TaskInfo, questions: Sequence[Question], baseline: int) -> TaskRow:
+def _task_row(
+    task: TaskInfo, questions: Sequence[Question], baseline: int, fidelity: Mapping[tuple[str, str], Fidelity]
+) -> TaskRow:
     scores = [answer.score for question in questions for answer in question.answers]
     in_points = task.higher_is_better and all(0 <= score <= 1 for score in scores)
-    indices = range(len(questions[0].answers))
+    cells = [_cell(task, questions, index, baseline, in_points=in_points) for index in range(len(questions[0].answers))]
     return TaskRow(
         task=task,
         num_questions=len(questions),
         in_points=in_points,
-        cells=tuple(_cell(task, questions, index, baseline, in_points=in_points) for index in indices),
+        cells=tuple(replace(cell, fidelity=fidelity.get((task.name, cell.setting))) for cell in cells),
     )
 
 
@@ -66,7 +78,17 @@ def _cell(task: TaskInfo, questions: Sequence[Question], index: int, baseline: i
         num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
         num_generated_tokens=sum(answer.num_generated_tokens for answer in answers),
         elapsed_s=sum(answer.elapsed_s for answer in answers),
+        flips=_flips(questions, index, baseline),
     )
+
+
+def _flips(questions: Iterable[Question], index: int, baseline: int) -> Flips | None:
+    """None for the baseline itself and where no question is answered right or wrong."""
+    pairs = [(question.answers[baseline].score, question.answers[index].score) for question in questions]
+    counts = Counter(pair for pair in pairs if set(pair) <= {0, 1})
+    if index == baseline or not counts:
+        return None
+    return Flips(num_questions=counts.total(), num_to_wrong=counts[1, 0], num_to_right=counts[0, 1])
 
 
 def _difference(

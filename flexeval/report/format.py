@@ -49,6 +49,20 @@ def digits(value: float) -> str:
     return f"{value:.{min(decimals, 6)}f}"
 
 
+def with_error(value: float, error: float | None) -> str:
+    """A mean and its standard error, of which two digits are shown: `0.2341 ± 0.0050`."""
+    if error is None:
+        return f"{_minus('-' * (value < 0) + digits(abs(value)))} \N{PLUS-MINUS SIGN} unknown"
+    decimals = 1 - math.floor(math.log10(error)) if error > 0 else 2
+    decimals = min(max(decimals, 0), 6)
+    return f"{_minus(f'{value:.{decimals}f}')} \N{PLUS-MINUS SIGN} {error:.{decimals}f}"
+
+
+def percent(share: float, error: float | None) -> str:
+    """A share and its standard error in percent, without the sign."""
+    return with_error(100 * share, None if error is None else 100 * error)
+
+
 def count(value: float) -> str:
     """A whole number, thousands grouped."""
     return f"{value:,.0f}"

@@ -8,11 +8,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from flexeval.errors import ResultsError
 from flexeval.results import RunResults, SettingResult, TaskInfo
 
 BASELINE = "none"
+
+
+def baseline_index(settings: Sequence[str]) -> int:
+    """Which of the settings the others are compared with: `none`, or else the first."""
+    return settings.index(BASELINE) if BASELINE in settings else 0
+
+
+def distribution_path(directory: Path, setting: str) -> Path:
+    """Where a run's directory has the distributions of a setting."""
+    return directory / "distributions" / f"{setting}.parquet"
+
+
+def distribution_files(runs: Sequence[RunResults], directories: Sequence[Path]) -> dict[str, Path]:
+    """Where each setting of merged runs has its distributions, by its label; those that are there.
+
+    Args:
+        runs: The runs, in the order in which they are merged.
+        directories: Each one's directory, or a file in it.
+    """
+    labels = [f"{label}/" for label in _labels([run.name for run in runs])] if len(runs) > 1 else [""]
+    files = {
+        f"{label}{setting.setting}": distribution_path(
+            directory if directory.is_dir() else directory.parent, setting.setting
+        )
+        for label, run, directory in zip(labels, runs, directories, strict=True)
+        for setting in run.settings
+    }
+    return {label: path for label, path in files.items() if path.is_file()}
 
 
 def merge(runs: Sequence[RunResults]) -> RunResults:
@@ -49,6 +78,11 @@ def merge(runs: Sequence[RunResults]) -> RunResults:
             replace(instance, setting=f"{label}/{instance.setting}")
             for label, run in labelled
             for instance in run.instances
+        ],
+        fidelity=[
+            replace(one, setting=f"{label}/{one.setting}", baseline=f"{label}/{one.baseline}")
+            for label, run in labelled
+            for one in run.fidelity
         ],
         skipped={f"{label}/{task}": reason for label, run in labelled for task, reason in run.skipped.items()},
         notes=[*_differences(runs), *(f"{label}: {note}" for label, run in labelled for note in run.notes)],

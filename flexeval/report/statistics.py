@@ -44,6 +44,13 @@ class Estimate:
         return Estimate(value=-self.value, low=-self.high, high=-self.low, num=self.num)
 
 
+class MeanWithError(NamedTuple):
+    """A mean and its standard error."""
+
+    value: float
+    error: float | None
+
+
 def mean(scores: Sequence[float], *, in_unit: bool) -> Estimate:
     """Mean score: Wilson's interval for right-or-wrong scores, Student's for graded ones.
 
@@ -173,6 +180,23 @@ def questions_to_settle(loss: Estimate, margin: float) -> float:
     distance = min(margin, max(loss.value, margin - loss.value))
     shrinkage = standard_error * min((Z + float(stats.norm.ppf(0.8))) / distance, 2 * Z / margin)
     return loss.num * shrinkage**2
+
+
+def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> MeanWithError:
+    """Mean of values that are alike within clusters, with its standard error; None for a single cluster.
+
+    Liang and Zeger 1986, "Longitudinal data analysis using generalized linear models", Biometrika 73, for a mean, as in
+    Miller 2024, "Adding error bars to evals" (arXiv:2411.00640), section 2.2: sums of a cluster's residuals are
+    squared, not single residuals. Times G / (G - 1) for G clusters, since their mean is estimated from them.
+    """
+    assert values.size, "no values"
+    average = float(values.mean())
+    _, index = np.unique(clusters, return_inverse=True)
+    sums = np.bincount(index, weights=values - average)
+    num = sums.size
+    if num < 2:
+        return MeanWithError(average, None)
+    return MeanWithError(average, math.sqrt(num / (num - 1) * float((sums**2).sum())) / values.size)
 
 
 class _Moments(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flexeval.report.pairing import Question
 from flexeval.report.statistics import Estimate
-from flexeval.results import RunResults, SettingResult, TaskInfo
+from flexeval.results import Fidelity, RunResults, SettingResult, TaskInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,22 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Flips:
+    """Answers that changed sides, of the questions that are answered right or wrong.
+
+    Dutta et al. 2024, "Accuracy is not all you need" (arXiv:2407.09141): as many may change one way as the other, so
+    that accuracy shows nothing.
+    """
+
+    num_questions: int
+    """Questions whose score is 0 or 1 in the baseline and the setting."""
+    num_to_wrong: int
+    """Right in the baseline, wrong in the setting."""
+    num_to_right: int
+    """The other way round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One task under one setting."""
 
@@ -43,6 +59,10 @@ class Cell:
     """Tokens generated for them."""
     elapsed_s: float
     """Their shares of the engine's seconds."""
+    flips: Flips | None = None
+    """Against the baseline; None for the baseline itself, and where scores are grades."""
+    fidelity: Fidelity | None = None
+    """Against the baseline; None where distributions were not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +93,10 @@ class SettingRow:
     """Questions it answered, compared or not."""
     engine_s: float
     """Seconds the engine spent on them."""
+    flips: Flips | None = None
+    """Against the baseline, over all tasks; None for the baseline itself, and where all scores are grades."""
+    fidelity: Fidelity | None = None
+    """Against the baseline, over all tasks; None where distributions were not kept."""
     speedup: float | None = None
     """Its questions per second over the baseline's."""
     memory_ratio: float | None = None

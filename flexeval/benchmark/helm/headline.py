@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from typing import NamedTuple
 
 from helm.benchmark.adaptation.request_state import RequestState
@@ -18,7 +19,7 @@ from helm.benchmark.scenarios.scenario import TEST_SPLIT, Scenario
 
 from flexeval.benchmark.helm.runs import AdaptedRun
 from flexeval.errors import ResultsError
-from flexeval.request import Completion
+from flexeval.request import Completion, Request
 from flexeval.results import InstanceResult
 
 PREFERENCE = (
@@ -111,18 +112,18 @@ def instance_results(
         task: Name of the task.
         setting: Name of the setting.
     """
-    asked: dict[Question, list[tuple[RequestState, Completion]]] = defaultdict(list)
-    for state, answer in zip(run.state.request_states, answers, strict=True):
-        if state.instance.perturbation is None and state.instance.split == headline.split:
-            asked[str(state.instance.id), state.train_trial_index].append((state, answer))
+    asked: dict[Question, list[_Part]] = defaultdict(list)
+    for part in starmap(_Part, zip(run.state.request_states, run.requests, answers, strict=True)):
+        if part.state.instance.perturbation is None and part.state.instance.split == headline.split:
+            asked[str(part.state.instance.id), part.state.train_trial_index].append(part)
     has_trials = run.spec.adapter_spec.num_train_trials > 1
     results = []
     for question, parts in asked.items():
         values = stats.get(question, {})
         if headline.metric not in values:
             raise ResultsError(f"HELM computed no {headline.metric} for question {question[0]}", where=run.spec.name)
-        state, answer = parts[0]
-        completions = [one for _, part in parts for one in (part, *part.alternatives)]
+        state, _, answer = parts[0]
+        completions = [one for part in parts for one in (part.answer, *part.answer.alternatives)]
         results.append(
             InstanceResult(
                 task=task,
@@ -132,12 +133,21 @@ def instance_results(
                 prompt=state.request.prompt,
                 output=_chosen(state, values) if "predicted_index" in values else _output(state, answer),
                 reference=" | ".join(_references(state)),
-                num_prompt_tokens=sum(part.num_prompt_tokens for _, part in parts),
+                num_prompt_tokens=sum(part.answer.num_prompt_tokens for part in parts),
                 num_generated_tokens=sum(one.num_generated_tokens for one in completions),
-                elapsed_s=sum(part.elapsed_s for _, part in parts),
+                elapsed_s=sum(part.answer.elapsed_s for part in parts),
+                requests={part.request.short_hash(): _is_right(part.state) for part in parts},
             )
         )
     return results
+
+
+class _Part(NamedTuple):
+    """One of the requests that a question takes."""
+
+    state: RequestState
+    request: Request
+    answer: Completion
 
 
 def _declared(scenario: Scenario) -> Headline | None:
@@ -155,6 +165,13 @@ def _asked(run: AdaptedRun) -> list[RequestState]:
 def _chosen(state: RequestState, values: Mapping[str, float]) -> str:
     """Return the choice that scored best, where every choice was a request of its own."""
     return state.instance.references[int(values["predicted_index"])].output.text
+
+
+def _is_right(state: RequestState) -> bool:
+    """Whether the prompt itself is text to be scored, or the question with a correct answer."""
+    if not state.request.echo_prompt or state.request_mode == "calibration":
+        return False
+    return state.reference_index is None or state.instance.references[state.reference_index].is_correct
 
 
 def _output(state: RequestState, answer: Completion) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute import keeping
 from flexeval.planning.rows import Integers, RowPlan
 
 
@@ -22,6 +23,8 @@ class Chunk:
 
     index_R: slice | Tensor
     """The tokens of the row."""
+    shifts_R: Tensor
+    """Their `keeping.shifts`, where these are wanted."""
     scored_S: Tensor
     """After which of these, counted from the chunk's first, a prompt token is scored, ..."""
     token_ids_S: Tensor
@@ -47,11 +50,13 @@ class Positions:
         self._place_S, self._place_G = self.place_N[: len(plan.scores)], self.place_N[len(plan.scores) :]
         assert (np.diff(self._place_S) >= 0).all() and (np.diff(self._place_G) >= 0).all(), (plan.scores, offsets_G)
 
-    def chunks(self, size: int, device: torch.device) -> Iterator[Chunk]:
+    def chunks(self, size: int, device: torch.device, *, has_shifts: bool = False) -> Iterator[Chunk]:
         """All of them, `size` at a time; their indices go to the device at once."""
-        lists = (self.wanted_W, self._place_S % size, self._plan.scores.token_ids, self._place_G % size)
+        tokens_W = self.wanted_W if has_shifts else self.wanted_W[:0]
+        shifts = keeping.shifts(self._plan.token_ids[tokens_W], self._plan.positions[tokens_W])
+        lists = (self.wanted_W, shifts, self._place_S % size, self._plan.scores.token_ids, self._place_G % size)
         values = torch.from_numpy(np.concatenate(lists)).to(device, non_blocking=True)
-        wanted_W, scored, token_ids, drawn = values.split([len(entries) for entries in lists])
+        wanted_W, shifts_W, scored, token_ids, drawn = values.split([len(entries) for entries in lists])
         cuts = [*range(0, len(self.wanted_W), size), len(self.wanted_W)]
         slices_S, slices_G = _slices(self._place_S, cuts), _slices(self._place_G, cuts)
         for (start, stop), of_S, of_G in zip(pairwise(cuts), slices_S, slices_G, strict=True):
@@ -59,6 +64,7 @@ class Positions:
             is_run = last - first == stop - 1 - start
             yield Chunk(
                 index_R=slice(first, last + 1) if is_run else wanted_W[start:stop],
+                shifts_R=shifts_W[start:stop],
                 scored_S=scored[of_S],
                 token_ids_S=token_ids[of_S],
                 drawn_G=drawn[of_G],

@@ -3,8 +3,8 @@
 Log-probabilities are natural logarithms at temperature 1, whatever the sampling. The head runs on needed positions
 only, a bounded number of logits at a time. What is read comes to the host at once for a whole row.
 
-Shapes: T tokens of a row, W wanted ones, R those of a chunk, S scores, G generators, N both, K most probable tokens, V
-vocabulary.
+Shapes: T tokens of a row, W wanted ones, R those of a chunk, S scores, G generators, N both, K most probable tokens, C
+columns of what is kept, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.keeping import Keeper, KeptTensors
 from flexeval.engine.compute.positions import Chunk, Positions
 from flexeval.engine.compute.sampling import Sample, draw_tokens
 from flexeval.errors import ModelError
@@ -40,19 +41,24 @@ class Tokens(NamedTuple):
     """The most probable tokens in the place of each, best first, ..."""
     top_logprobs_NK: Floats
     """... and theirs."""
+    kept_ids_NC: Integers
+    """What is kept of the distribution in the place of each, as in `Kept`: tokens, ..."""
+    kept_logprobs_NC: Floats
+    """... and log-probabilities."""
 
     @classmethod
-    def zeros(cls, num_tokens: int, num_top: int) -> Tokens:
+    def zeros(cls, num_tokens: int, num_top: int, num_columns: int = 0) -> Tokens:
         """Room for some."""
-        ids, logprobs, shape = np.int32, np.float32, (num_tokens, num_top)
-        return cls(
-            np.zeros(num_tokens, ids), np.zeros(num_tokens, logprobs), np.zeros(shape, ids), np.zeros(shape, logprobs)
-        )
+        arrays = [
+            array
+            for shape in ((num_tokens,), (num_tokens, num_top), (num_tokens, num_columns))
+            for array in (np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        ]
+        return cls._make(arrays)
 
     def part(self, which: slice) -> Tokens:
         """Some of them."""
-        token_ids_N, logprobs_N, top_ids_NK, top_logprobs_NK = self
-        return Tokens(token_ids_N[which], logprobs_N[which], top_ids_NK[which], top_logprobs_NK[which])
+        return Tokens._make(values[which] for values in self)
 
     def tops(self) -> list[TopLogprobs]:
         """The most probable tokens in the place of each, as results have them."""
@@ -81,6 +87,7 @@ def read_row(
     num_drawn: Callable[[int], int],
     vocab_size: int,
     num_top_logprobs: int,
+    keeper: Keeper | None = None,
 ) -> Readout:
     """Score the prompt tokens and draw the next tokens that a row's plan asks for.
 
@@ -92,12 +99,15 @@ def read_row(
         num_drawn: How many tokens one of these has drawn before.
         vocab_size: V.
         num_top_logprobs: The most that any request asks for.
+        keeper: Keeps the distributions, if a request asks for that.
 
     Raises:
         ModelError: A log-probability is infinite or NaN.
     """
     positions, num_top = Positions(plan), min(num_top_logprobs, vocab_size)
-    chunks = positions.chunks(max(1, CHUNK_BYTES // (4 * vocab_size)), hidden_1TD.device)
+    num_arrays = 1 if keeper is None else 2  # that many of a chunk's size, beside the logits
+    size = max(1, CHUNK_BYTES // (4 * vocab_size * num_arrays))
+    chunks = positions.chunks(size, hidden_1TD.device, has_shifts=keeper is not None)
     readings = []
     for chunk in chunks:
         samples = [
@@ -105,17 +115,21 @@ def read_row(
             for row, (_, request) in enumerate(chunk.generators if sampled else ())
             if request in sampled
         ]
-        readings.append(_read(head(hidden_1TD[:, chunk.index_R])[0], chunk, samples, num_top))
-    token_ids_G, scored_S, drawn_G, top_ids_W, top_logprobs_W = _fetch(readings)
+        readings.append(_read(head(hidden_1TD[:, chunk.index_R])[0], chunk, samples, num_top, keeper))
+    token_ids_G, scored_S, drawn_G, *columns = _fetch(readings)
     logprobs_N = np.concatenate([scored_S, drawn_G]).view(np.float32)
     if not np.isfinite(logprobs_N).all():
         raise ModelError("the model's logits are not finite", mend="Compute in float32 (--dtype float32)")
-    shape_WK = len(positions.wanted_W), num_top
+    num_wanted, num_kept = len(positions.wanted_W), 0 if keeper is None else keeper.num_columns
+    shapes = ((num_wanted, num_top), (num_wanted, num_top), (num_wanted, num_kept), (num_wanted, num_kept))
+    top_ids_WK, top_logprobs_WK, kept_ids_WC, kept_logprobs_WC = map(np.reshape, columns, shapes)
     tokens = Tokens(
         np.concatenate([plan.scores.token_ids, token_ids_G]),
         logprobs_N,
-        top_ids_W.reshape(shape_WK)[positions.place_N],
-        top_logprobs_W.view(np.float32).reshape(shape_WK)[positions.place_N],
+        top_ids_WK[positions.place_N],
+        top_logprobs_WK.view(np.float32)[positions.place_N],
+        kept_ids_WC[positions.place_N],
+        kept_logprobs_WC.view(np.float32)[positions.place_N],
     )
     num_scores = len(plan.scores)
     return Readout(tokens.part(slice(num_scores)), tokens.part(slice(num_scores, None)))
@@ -134,20 +148,27 @@ class _Reading(NamedTuple):
     """The most probable tokens ..."""
     top_logprobs_RK: Tensor
     """... and theirs."""
+    kept_ids_RC: Tensor
+    """What is kept of distributions: tokens, ..."""
+    kept_logprobs_RC: Tensor
+    """... and log-probabilities."""
 
 
-def _read(logits_RV: Tensor, chunk: Chunk, samples: Sequence[Sample], num_top: int) -> _Reading:
+def _read(logits_RV: Tensor, chunk: Chunk, samples: Sequence[Sample], num_top: int, keeper: Keeper | None) -> _Reading:
     """Read a chunk without waiting for the device, unless it samples."""
     # One fused kernel, where torch's logsumexp takes several passes and differs by up to 1e-5.
     logprobs_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
     token_ids_G = draw_tokens(logits_RV if chunk.is_drawn_only else logits_RV[chunk.drawn_G], samples)
     top_logprobs_RK, top_ids_RK = logprobs_RV.topk(num_top)
+    nothing_R0 = logprobs_RV[:, :0]
+    kept = KeptTensors(nothing_R0, nothing_R0) if keeper is None else keeper.keep(logprobs_RV, chunk.shifts_R)
     return _Reading(
         token_ids_G,
         logprobs_RV[chunk.scored_S, chunk.token_ids_S],
         logprobs_RV[chunk.drawn_G, token_ids_G],
         top_ids_RK,
         top_logprobs_RK,
+        *kept,
     )
 
 

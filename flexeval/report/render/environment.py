@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from flexeval.config import format_size
 from flexeval.report import format as show
+from flexeval.report.fidelity import perplexity_ratio
 from flexeval.report.statistics import Estimate
 
 
@@ -32,6 +34,10 @@ def environment() -> Environment:
         change=_change,
         interval=_interval,
         p_value=show.p_value,
+        with_error=show.with_error,
+        percent=show.percent,
+        perplexity_ratio=perplexity_ratio,
+        exp=math.exp,
         digits=show.digits,
         count=show.count,
         seconds=show.seconds,

@@ -18,9 +18,11 @@ from flexeval.report.answer import CLEARLY, answer
 from flexeval.report.render import chart
 from flexeval.report.render.environment import environment, source
 from flexeval.report.render.questions import drill_down
+from flexeval.report.scored_through import scored_through
 from flexeval.report.statistics import SIGNIFICANT, Estimate
 from flexeval.report.tables import Comparison, TaskRow
 from flexeval.report.verdict import scale, tolerated, verdicts
+from flexeval.results import QUANTILES
 
 
 def page(comparison: Comparison) -> str:
@@ -34,6 +36,7 @@ def page(comparison: Comparison) -> str:
         c=comparison,
         verdicts=verdicts(comparison),
         answer=answer(comparison),
+        through_cache=scored_through(row.result.setting for row in comparison.settings),
         tolerated=tolerated(comparison) if comparison.averaged else "",
         clearly=CLEARLY,
         scale=scale(comparison) if comparison.averaged else "",
@@ -50,6 +53,7 @@ def page(comparison: Comparison) -> str:
         per=per,
         unit=unit,
         nothing=show.NOTHING,
+        quantiles=QUANTILES,
         significant=SIGNIFICANT,
         overall_scale=_scale(row.difference.estimate for row in comparison.settings if row.difference),
         task_scales=_task_scales(comparison),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from flexeval.report import format as show
 from flexeval.report.answer import answer
 from flexeval.report.render.environment import environment
+from flexeval.report.scored_through import scored_through
 from flexeval.report.statistics import SIGNIFICANT
 from flexeval.report.tables import Comparison, TaskRow
 from flexeval.report.verdict import scale, verdicts
@@ -30,6 +31,7 @@ def _render(comparison: Comparison, tasks: Sequence[TaskRow]) -> str:
         c=comparison,
         tasks=tasks,
         answer=answer(comparison),
+        through_cache=scored_through(row.result.setting for row in comparison.settings),
         verdicts=verdicts(comparison),
         scale=scale(comparison) if comparison.averaged and not comparison.in_points else "",
         per=per,

@@ -6,7 +6,9 @@ import csv
 import io
 from collections.abc import Iterator
 
-from flexeval.report.tables import Comparison, Difference
+from flexeval.report.fidelity import perplexity_ratio
+from flexeval.report.tables import Cell, Comparison, Difference
+from flexeval.results import QUANTILES
 
 
 def table(comparison: Comparison) -> str:
@@ -40,11 +42,34 @@ def _rows(comparison: Comparison) -> Iterator[dict[str, object]]:
                 "score_low": cell.score.low,
                 "score_high": cell.score.high,
                 **_difference(cell.difference, baseline),
+                **_closeness(cell),
                 "num_prompt_tokens": cell.num_prompt_tokens,
                 "num_generated_tokens": cell.num_generated_tokens,
                 "elapsed_s": cell.elapsed_s,
                 "questions_per_s": row.num_questions / cell.elapsed_s if cell.elapsed_s else None,
             }
+
+
+def _closeness(cell: Cell) -> dict[str, object]:
+    flips, one = cell.flips, cell.fidelity
+    ratio = perplexity_ratio(one) if one else None
+    return {
+        "num_flips_to_wrong": flips.num_to_wrong if flips else None,
+        "num_flips_to_right": flips.num_to_right if flips else None,
+        "num_positions": one.num_positions if one else None,
+        "kl": one.kl if one else None,
+        "kl_error": one.kl_error if one else None,
+        "kl_p99": one.kl_quantiles[QUANTILES.index(0.99)] if one else None,
+        "kl_at_least": one.kl_at_least if one else None,
+        "same_top": one.same_top if one else None,
+        "same_top_error": one.same_top_error if one else None,
+        "num_text_positions": one.num_text if one else None,
+        "perplexity_ratio": ratio.value if ratio else None,
+        "perplexity_ratio_error": ratio.error if ratio else None,
+        "probability_change": one.probability_change if one else None,
+        "probability_change_error": one.probability_change_error if one else None,
+        "probability_change_rms": one.probability_change_rms if one else None,
+    }
 
 
 def _difference(difference: Difference | None, baseline: str) -> dict[str, object]:

@@ -11,6 +11,8 @@ from flexeval.config import format_size
 from flexeval.report import format as show
 from flexeval.report.answer import answer
 from flexeval.report.compare import compare
+from flexeval.report.fidelity import perplexity_ratio
+from flexeval.report.scored_through import scored_through
 from flexeval.report.tables import Comparison, SettingRow
 from flexeval.report.verdict import scale
 from flexeval.results import RunResults
@@ -25,6 +27,10 @@ def print_table(results: RunResults, console: Console | None = None) -> None:
     comparison = compare(results)
     console = console or Console()
     console.print(_table(comparison))
+    if any(row.fidelity for row in comparison.settings):
+        console.print(_closeness(comparison))
+    if sentence := scored_through(row.result.setting for row in comparison.settings):
+        console.print(Text(show.visible(sentence)))
     not_run = [f"{len(results.skipped)} of the suite's tasks not run"] if results.skipped else []
     for note in (*comparison.notes, *not_run):
         console.print(Text(f"Caveat: {show.visible(note)}", style="yellow"))
@@ -48,10 +54,37 @@ def _table(comparison: Comparison) -> Table:
     return result
 
 
+def _closeness(comparison: Comparison) -> Table:
+    base = comparison.settings[comparison.baseline].result.setting
+    result = Table(box=SIMPLE_HEAD)
+    result.add_column(Text(show.visible(f"against\n{base}")))
+    for name in (
+        "KL diver-\ngence, nats",
+        "same top\ntoken, %",
+        "to wrong /\nto right",
+        "perplexity\nratio",
+        "probability\nof right token",
+    ):
+        result.add_column(name, justify="right", no_wrap=True)
+    for row in comparison.settings:
+        if one := row.fidelity:
+            ratio, change = perplexity_ratio(one), one.probability_change
+            cells = [
+                show.with_error(one.kl, one.kl_error),
+                show.percent(one.same_top, one.same_top_error),
+                f"{row.flips.num_to_wrong} / {row.flips.num_to_right}" if row.flips else show.NOTHING,
+                show.with_error(*ratio) if ratio else show.NOTHING,
+                show.NOTHING if change is None else show.percent(change, one.probability_change_error) + " %",
+            ]
+            lines = [cell.replace(" \N{PLUS-MINUS SIGN}", "\n\N{PLUS-MINUS SIGN}") for cell in cells]
+            result.add_row(Text(show.visible(row.result.setting)), *lines)
+    return result
+
+
 def _quality_name(comparison: Comparison) -> str:
     if comparison.in_points or not comparison.averaged:
         return "quality"
-    return "\n".join(["quality", *show.visible(scale(comparison)).split(", ")])
+    return "\n".join(["quality", *show.visible(scale(comparison)).replace("_", " ").split(", ")])
 
 
 def _quality(comparison: Comparison, row: SettingRow) -> str:
