@@ -14,6 +14,7 @@ from flexeval.backends.text import TextHalf
 from flexeval.config import Limits, Setting
 from flexeval.engine.checkpoint import Checkpoint, SafetensorsCheckpoint
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
+from flexeval.engine.codecs.hqq import HqqCodec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.family import check_family
@@ -62,7 +63,7 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
     return OpenModel(
         source=source,
         setting=chosen,
-        codec=None if chosen.weight_bits is None else IntegerCodec(chosen.weight_bits, chosen.group_size),
+        codec=_codec_of(chosen),
         kv_coding=None if chosen.kv_bits is None else KVCoding(chosen.kv_bits, chosen.group_size),
         device=place,
         anatomy=anatomy,
@@ -74,6 +75,12 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
             eos_ids=_eos_ids(source, config),
         ),
     )
+
+
+def _codec_of(setting: Setting) -> Codec | None:
+    if setting.weight_bits is None:
+        return None
+    return (HqqCodec if setting.is_refined else IntegerCodec)(setting.weight_bits, setting.group_size)
 
 
 def pick_device(name: str) -> torch.device:
