@@ -58,6 +58,14 @@ class Setting:
     is_refined: bool = False
     """Whether the minima of matrices' groups are refined by half-quadratic quantization."""
 
+    @property
+    def weights(self) -> str:
+        """The part of the name that says what becomes of weights: `w4-g128` of `w4kv4-g128`."""
+        if self.weight_bits is None:
+            return "none"
+        groups = "" if self.group_size == 64 else f"-g{self.group_size}"
+        return f"w{self.weight_bits}{groups}{'-hqq' if self.is_refined else ''}"
+
     @classmethod
     def parse(cls, name: str) -> Setting:
         """Read a setting's name. Raises `ConfigError` with the names that exist."""
