@@ -40,7 +40,10 @@ def run(
     ],
     model: Annotated[
         str,
-        typer.Option(metavar="REF", help="HF directory, hub name, GGUF file, smollm2, or dummy:NAME (random weights)."),
+        typer.Option(
+            metavar="REF",
+            help="HF or prepared directory, hub name, GGUF file, smollm2, or dummy:NAME (random weights).",
+        ),
     ] = "smollm2",
     setting: Annotated[
         list[str] | None,
