@@ -221,9 +221,9 @@ def test_damage_in_the_cache_is_named(model: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "dtype", "message"),
     [
-        ("none", "auto", r"prepared with w4-g32, setting 'none' has weights none.*--setting w4-g32"),
-        ("w4", "auto", r"prepared with w4-g32, setting 'w4' has weights w4"),
-        ("w4-g32-hqq", "auto", r"has weights w4-g32-hqq"),
+        ("none", "auto", r"prepared with w4-g32, setting 'none' wants weights as they are.*--setting w4-g32"),
+        ("w4", "auto", r"prepared with w4-g32, setting 'w4' wants w4 \("),
+        ("w4-g32-hqq", "auto", r"wants w4-g32-hqq"),
         (SETTING, "bfloat16", r"computed in float32, not in bfloat16.*--dtype bfloat16"),
     ],
 )

@@ -48,8 +48,9 @@ def dtype_of(source: ModelSource, setting: Setting, dtype: str) -> str:
         return dtype
     manifest = read_manifest(source.directory)
     if setting.weights != manifest.setting:
+        wanted = "weights as they are" if setting.weight_bits is None else setting.weights
         raise ModelError(
-            f"the model was prepared with {manifest.setting}, setting {setting.name!r} has weights {setting.weights}",
+            f"the model was prepared with {manifest.setting}, setting {setting.name!r} wants {wanted}",
             where=str(source.directory),
             mend=f"Choose --setting {manifest.setting}, or name the original model ({manifest.model})",
         )
