@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexeval.engine.codecs import codec as codec_module
+from flexeval.engine.codecs import hqq
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.codecs.hqq import HqqCodec
 from flexeval.errors import ModelError
@@ -173,3 +174,11 @@ def test_numbers_beyond_float16_in_a_range_that_fits_survive(codec: IntegerCodec
     values = torch.linspace(0, 2**18, codec.group_size)
     half_step = 2**18 / (2**codec.bits - 1) / 2
     assert (decode(codec, codec.encode(values)) - values).abs().max() <= half_step * (1.001 if codec.bits < 8 else 1.1)
+
+
+def test_roots_are_rounded_to_the_nearest() -> None:
+    """Else groups would be coded in other ways on other devices, under one name."""
+    numbers = torch.rand(2**18, generator=torch.Generator().manual_seed(0)) ** 3
+    nearest = np.sqrt(numbers.numpy().astype(np.float64)).astype(np.float32)
+    assert np.array_equal(hqq._root(numbers).numpy(), nearest)
+    assert torch.equal(hqq._root(torch.tensor([0.0, 2.0**-140, 4.0])), torch.tensor([0.0, 2.0**-70, 2.0]))
