@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from flexeval.errors import ConfigError
+from flexeval.shelf import HeldFolder, discard
 
 
 def cache_root() -> Path:
@@ -39,7 +41,7 @@ def cached_directory(kind: str, name: str, build: Callable[[Path], None]) -> Pat
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_name(f".{name}.lock")):
             if not directory.is_dir():
-                _build_whole(directory, build)
+                build_whole(directory, build)
     except OSError as error:
         raise ConfigError(
             f"cannot write the cache: {error.strerror or error}",
@@ -49,12 +51,32 @@ def cached_directory(kind: str, name: str, build: Callable[[Path], None]) -> Pat
     return directory
 
 
-def _build_whole(directory: Path, build: Callable[[Path], None]) -> None:
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+def build_whole(directory: Path, build: Callable[[Path], None]) -> None:
+    """Make a folder that is not there, or empty: all that `build` fills it with is on the disk before it has its name.
+
+    What a killed process has left of an earlier try goes. Raises `OSError`, and what `build` raises.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{directory.name}.flexeval-unfinished."
+    for leftover in directory.parent.glob(f"{glob.escape(prefix)}*"):
+        discard(leftover)
+    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+    hold = HeldFolder(unfinished)
     try:
         build(unfinished)
-        for path in (unfinished, *unfinished.rglob("*")):  # made private by mkdtemp and safetensors; caches are shared
+        for path in (*unfinished.rglob("*"), unfinished):  # made private by mkdtemp and safetensors; caches are shared
             path.chmod(0o755 if path.is_dir() else 0o644)
+            _sync(path)
         unfinished.rename(directory)
+        _sync(directory.parent)
     finally:
+        hold.let_go()
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -21,7 +21,9 @@ _UNIT_BYTES = {
     "gi": 2**30,
     "ti": 2**40,
 }
-_SETTING = re.compile(r"(?:w(?P<weight_bits>8|4))?(?:kv(?P<kv_bits>8|4|2))?(?:-g(?P<group_size>32|64|128))?")
+_SETTING = re.compile(
+    r"(?:w(?P<weight_bits>8|4))?(?:kv(?P<kv_bits>8|4|2))?(?:-g(?P<group_size>32|64|128))?(?P<hqq>-hqq)?"
+)
 
 
 def parse_size(text: str | int) -> int:
@@ -46,13 +48,23 @@ class Setting:
     """One way to compress the same model; its name is the identity of a HELM deployment."""
 
     name: str
-    """As the user wrote it: `none`, `w4`, `kv4`, `w4kv4-g128`."""
+    """As the user wrote it: `none`, `w4`, `kv4`, `w4kv4-g128`, `w4-hqq`."""
     weight_bits: int | None = None
     """Bits of a layer's matrices at rest; None keeps them as loaded."""
     kv_bits: int | None = None
     """Bits of keys and values at rest; None keeps them as computed."""
     group_size: int = 64
     """Numbers that share a scale and a minimum: of a matrix along its inputs, of keys and values along the head."""
+    is_refined: bool = False
+    """Whether the minima of matrices' groups are refined by half-quadratic quantization."""
+
+    @property
+    def weights(self) -> str:
+        """The part of the name that says what becomes of weights: `w4-g128` of `w4kv4-g128`."""
+        if self.weight_bits is None:
+            return "none"
+        groups = "" if self.group_size == 64 else f"-g{self.group_size}"
+        return f"w{self.weight_bits}{groups}{'-hqq' if self.is_refined else ''}"
 
     @classmethod
     def parse(cls, name: str) -> Setting:
@@ -61,10 +73,13 @@ class Setting:
             return cls(name=name)
         match = _SETTING.fullmatch(name)
         bits = {part: int(match[part]) for part in ("weight_bits", "kv_bits") if match and match[part]}
-        if not match or not bits:
-            mend = "A setting is none, w8, w4, kv8, kv4, kv2 or such as w4kv4; -g32 or -g128 behind it sets its groups"
+        if not match or not bits or (match["hqq"] and "weight_bits" not in bits):
+            mend = (
+                "A setting is none, w8, w4, kv8, kv4, kv2 or such as w4kv4; -g32 or -g128 behind it sets its groups, "
+                "-hqq behind one with w refines its weights' rounding"
+            )
             raise ConfigError(f"unknown setting {name!r}", mend=mend)
-        return cls(name=name, group_size=int(match["group_size"] or 64), **bits)
+        return cls(name=name, group_size=int(match["group_size"] or 64), is_refined=bool(match["hqq"]), **bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What a model REF means: a directory that the engine can read. Knows files and names; no layer, no tensor.
 
-A REF is a Hugging Face directory, a hub name (`org/name`), a `.gguf` file, `smollm2` (the demo model), or
-`dummy:` and a preset's name or a `config.json` (random weights of those dimensions).
+A REF is a Hugging Face directory or one that `flexeval prepare-model` wrote, a hub name (`org/name`), a `.gguf` file,
+`smollm2` (the demo model), or `dummy:` and a preset's name or a `config.json` (random weights of those dimensions).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flexeval.cache import cached_directory
 from flexeval.checkpoints import check_weights, read_config
 from flexeval.errors import ModelError
 from flexeval.files import read_json, write_json
+from flexeval.prepared import is_prepared, read_manifest
 from flexeval.presets import PRESETS, Config
 
 DEFAULT_MODEL = "smollm2"
@@ -53,6 +54,8 @@ class ModelSource:
     """Hugging Face directory: `config.json` and, unless `is_dummy`, safetensors weights."""
     is_dummy: bool = False
     """Whether the weights are to be made up, at random."""
+    is_prepared: bool = False
+    """Whether `flexeval prepare-model` wrote the directory; `is_dummy` then says what it was made of."""
     note: str = ""
     """What a reader of results should know about the weights."""
 
@@ -100,6 +103,11 @@ def resolve(ref: str) -> ModelSource:
 
 
 def _directory(ref: str, name: str, path: Path) -> ModelSource:
+    if is_prepared(path):
+        found = read_manifest(path)
+        return ModelSource(
+            ref=ref, name=found.name, directory=path, is_dummy=found.is_dummy, is_prepared=True, note=found.note
+        )
     config = read_config(path)
     check_weights(path, config)
     return ModelSource(ref=ref, name=name, directory=path)

@@ -240,6 +240,7 @@ def test_options_stay_what_they_are() -> None:
             "--warm-up",
         ],
         "compare": ["--out", "directories"],
+        "prepare-model": ["--device", "--dtype", "--model", "--out", "--setting"],
         "report": ["directory"],
     }
 

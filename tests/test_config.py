@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,23 @@ def test_settings_are_named_by_their_parts(
     name: str, weight_bits: int | None, kv_bits: int | None, group_size: int
 ) -> None:
     assert Setting.parse(name) == Setting(name=name, weight_bits=weight_bits, kv_bits=kv_bits, group_size=group_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("w4-hqq", "w4"), ("w8-g32-hqq", "w8-g32"), ("w4kv4-g128-hqq", "w4kv4-g128")]
+)
+def test_weights_may_be_refined(name: str, plain: str) -> None:
+    refined, unrefined = Setting.parse(name), Setting.parse(plain)
+    assert (refined.is_refined, unrefined.is_refined) == (True, False)
+    assert dataclasses.replace(refined, name=plain, is_refined=False) == unrefined
+
+
+@pytest.mark.parametrize(
+    "name", ["-hqq", "kv4-hqq", "kv4-g32-hqq", "none-hqq", "w4-hqq-g32", "w4-hqq-hqq", "w4hqq", "w4-HQQ"]
+)
+def test_a_refinement_that_there_is_not_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting.*-hqq behind one with w"):
+        Setting.parse(name)
 
 
 @pytest.mark.parametrize("name", ["", "None", "w3", "w2", "w4-g48", "w4-", "w4 ", "w4\n", "kv3", "kv4w4", "-g64", "kv"])

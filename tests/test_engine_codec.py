@@ -10,13 +10,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexeval.engine.codecs import codec as codec_module
+from flexeval.engine.codecs import hqq
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
+from flexeval.engine.codecs.hqq import HqqCodec
 from flexeval.errors import ModelError
 
 CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (IntegerCodec(4, 32), IntegerCodec(4, 64), IntegerCodec(4, 128))
+    codec.name: codec
+    for codec in (IntegerCodec(4, 32), IntegerCodec(4, 64), IntegerCodec(4, 128), IntegerCodec(8, 64), HqqCodec(4, 64))
 }
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+REFINED = [HqqCodec(4, 64), HqqCodec(4, 32), HqqCodec(8, 128)]
+every_refined = pytest.mark.parametrize("codec", REFINED, ids=lambda c: c.name)
+inputs = given(
+    seed=st.integers(0, 2**32 - 1),
+    offset=st.floats(-3e4, 3e4) | st.sampled_from([0.0, -0.0, 2.0**-24, 3e-8, 1e-40]),
+    log2_spread=st.floats(-149, 13) | st.none(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 
 
 def decode(codec: IntegerCodec, coded: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,23 +61,63 @@ def test_stored_bytes_are_exact(codec: IntegerCodec, num_groups: int) -> None:
     assert codec.num_bytes(num_values) == num_values * codec.bits // 8 + num_groups * 4
 
 
-@every_codec
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    offset=st.floats(-3e4, 3e4) | st.sampled_from([0.0, -0.0, 2.0**-24, 3e-8, 1e-40]),
-    log2_spread=st.floats(-149, 13) | st.none(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+def noise(codec: IntegerCodec, seed: int, offset: float, log2_spread: float | None, dtype: torch.dtype) -> Tensor:
+    """Five groups."""
+    unit = np.random.default_rng(seed).uniform(-1, 1, 5 * codec.group_size)
+    return torch.tensor(offset + (0.0 if log2_spread is None else 2.0**log2_spread) * unit).to(dtype)
+
+
+def errors(codec: IntegerCodec, values: Tensor) -> np.ndarray:
+    """Of each number, by group."""
+    error = decode(codec, codec.encode(values)).double() - values.double()
+    return error.abs().view(-1, codec.group_size).numpy()
+
+
+@pytest.mark.parametrize(
+    "codec", [codec for codec in CODECS.values() if type(codec) is IntegerCodec], ids=lambda c: c.name
 )
+@settings(max_examples=150, deadline=None)
+@inputs
 def test_decoded_numbers_are_close(
     codec: IntegerCodec, seed: int, offset: float, log2_spread: float | None, dtype: torch.dtype
 ) -> None:
-    noise = np.random.default_rng(seed).uniform(-1, 1, 5 * codec.group_size)
-    spread = 0.0 if log2_spread is None else 2.0**log2_spread
-    values = torch.tensor(offset + spread * noise).to(dtype)
+    values = noise(codec, seed, offset, log2_spread, dtype)
     groups = values.double().view(-1, codec.group_size).numpy()
-    error = np.abs(decode(codec, codec.encode(values)).double().view(-1, codec.group_size).numpy() - groups)
-    assert (error.max(1) <= error_bound(groups, codec.bits)).all()
+    assert (errors(codec, values).max(1) <= error_bound(groups, codec.bits)).all()
+
+
+@every_refined
+@settings(max_examples=150, deadline=None)
+@inputs
+def test_refined_minima_are_never_worse_in_any_group(
+    codec: HqqCodec, seed: int, offset: float, log2_spread: float | None, dtype: torch.dtype
+) -> None:
+    """Under the norm that is made small, but for float32's rounding of what is decoded."""
+    values = noise(codec, seed, offset, log2_spread, dtype)
+    plain = IntegerCodec(codec.bits, codec.group_size)
+    refined_norm, plain_norm = ((errors(one, values) ** 0.75).sum(1) for one in (codec, plain))
+    rounding = codec.group_size * (2.0**-22 * values.abs().max().item()) ** 0.75
+    assert (refined_norm <= plain_norm * 1.00001 + rounding).all()
+    assert codec.num_bytes(len(values)) == plain.num_bytes(len(values))
+    assert torch.equal(codec.split(codec.encode(values))[1][:, 0], plain.split(plain.encode(values))[1][:, 0])
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_refined_minima_of_4_bits_are_better_by_any_measure(group_size: int) -> None:
+    codec = HqqCodec(4, group_size)
+    values = torch.randn(500 * codec.group_size, generator=torch.Generator().manual_seed(0))
+    refined, plain = errors(codec, values), errors(IntegerCodec(codec.bits, codec.group_size), values)
+    for power in (0.75, 1.0, 2.0):
+        assert (refined**power).mean() < 0.99 * (plain**power).mean()
+
+
+@every_refined
+def test_a_group_is_refined_without_a_look_at_others(codec: HqqCodec) -> None:
+    values = torch.randn(9 * codec.group_size)
+    codes, affine = codec.split(codec.encode(values))
+    for group, own in enumerate(values.view(9, -1)):
+        own_codes, own_affine = codec.split(codec.encode(own))
+        assert torch.equal(own_codes[0], codes[group]) and torch.equal(own_affine[0], affine[group])
 
 
 @every_codec
@@ -123,3 +174,11 @@ def test_numbers_beyond_float16_in_a_range_that_fits_survive(codec: IntegerCodec
     values = torch.linspace(0, 2**18, codec.group_size)
     half_step = 2**18 / (2**codec.bits - 1) / 2
     assert (decode(codec, codec.encode(values)) - values).abs().max() <= half_step * (1.001 if codec.bits < 8 else 1.1)
+
+
+def test_roots_are_rounded_to_the_nearest() -> None:
+    """Else groups would be coded in other ways on other devices, under one name."""
+    numbers = torch.rand(2**18, generator=torch.Generator().manual_seed(0)) ** 3
+    nearest = np.sqrt(numbers.numpy().astype(np.float64)).astype(np.float32)
+    assert np.array_equal(hqq._root(numbers).numpy(), nearest)
+    assert torch.equal(hqq._root(torch.tensor([0.0, 2.0**-140, 4.0])), torch.tensor([0.0, 2.0**-70, 2.0]))

@@ -14,6 +14,7 @@ from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
 
 from flexeval.engine.checkpoint import SafetensorsCheckpoint
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
+from flexeval.engine.codecs.hqq import HqqCodec
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
@@ -108,6 +109,7 @@ def test_other_weights_types_and_codecs_are_kept_apart(tmp_path: Path) -> None:
         {"dtype": torch.bfloat16},
         {"codec": IntegerCodec(4, 32)},
         {"codec": IntegerCodec(4, 64)},
+        {"codec": HqqCodec(4, 64)},
     ]
     for number, variant in enumerate(variants, start=1):
         assert Run(tmp_path, ON_DISK, **variant).layers_read == [0, 1, 2, 3], variant
@@ -232,7 +234,7 @@ def test_host_memory_holds_about_two_layers_while_all_is_put_on_disk(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
+@pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32), HqqCodec(4, 32)], ids=["none", "w4", "w4-hqq"])
 def test_a_gpu_packs_the_same_bytes_as_a_cpu(codec: Codec | None, tmp_path: Path) -> None:
     gpu = torch.device("cuda", 0)
     on_cpu = Run(tmp_path, ON_DISK, codec=codec)

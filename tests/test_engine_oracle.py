@@ -24,6 +24,7 @@ from flexeval.backends.native import Engine
 from flexeval.backends.transformers import TransformersBackend, answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
+from flexeval.engine.codecs.hqq import HqqCodec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
@@ -107,30 +108,35 @@ def test_equals_transformers_on_gpu(family: str, placement: str, tmp_path: Path)
     assert_equal_results(measured, case.expected)
 
 
-@pytest.mark.parametrize(
-    ("family", "bits"), [("llama", 4), ("gpt2", 4), ("mixtral", 4), ("gpt_oss", 4), ("llama", 8), ("gpt_oss", 8)]
-)
+W8, W4, W4_HQQ = IntegerCodec(8, 32), IntegerCodec(4, 32), HqqCodec(4, 32)
+WEIGHT_CASES = [
+    *((family, W4) for family in ("llama", "gpt2", "mixtral", "gpt_oss")),
+    *((family, W8) for family in ("llama", "gpt_oss")),
+    *((family, W4_HQQ) for family in ("llama", "mixtral")),
+]
+
+
+@pytest.mark.parametrize(("family", "codec"), WEIGHT_CASES, ids=lambda value: getattr(value, "name", value))
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_coded_weights_equal_transformers_on_dequantized_weights(
-    family: str, bits: int, placement: str, tmp_path: Path
+    family: str, codec: Codec, placement: str, tmp_path: Path
 ) -> None:
-    check_weights(family, bits, PLACEMENTS[placement], tmp_path, CPU)
+    check_weights(family, codec, PLACEMENTS[placement], tmp_path, CPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("family", "bits"), [("llama", 4), ("opt", 4), ("gpt2", 4), ("mixtral", 4), ("gpt_oss", 4), ("llama", 8)]
+    ("family", "codec"), [("opt", W4), *WEIGHT_CASES], ids=lambda value: getattr(value, "name", value)
 )
 @pytest.mark.parametrize("placement", GPU_PLACEMENTS)
 def test_coded_weights_equal_transformers_on_dequantized_weights_on_gpu(
-    family: str, bits: int, placement: str, tmp_path: Path
+    family: str, codec: Codec, placement: str, tmp_path: Path
 ) -> None:
     """Rows of few tokens multiply matrices of 4 bits as they rest, others unpack them."""
-    check_weights(family, bits, GPU_PLACEMENTS[placement], tmp_path, torch.device("cuda", 0))
+    check_weights(family, codec, GPU_PLACEMENTS[placement], tmp_path, torch.device("cuda", 0))
 
 
-def check_weights(family: str, bits: int, policy: Policy, folder: Path, device: torch.device) -> None:
-    codec = IntegerCodec(bits, 32)
+def check_weights(family: str, codec: Codec, policy: Policy, folder: Path, device: torch.device) -> None:
     model = dequantized(tiny_model(family), codec)
     requests = ragged_requests()
     expected = [answer(model, request) for request in requests]

@@ -11,15 +11,16 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from flexeval.backends.text import TextHalf
+from flexeval.backends.weights import codec_of, dtype_of, open_weights
 from flexeval.config import Limits, Setting
-from flexeval.engine.checkpoint import Checkpoint, SafetensorsCheckpoint
-from flexeval.engine.codecs.codec import Codec, IntegerCodec
+from flexeval.engine.checkpoint import Checkpoint
+from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.family import check_family
-from flexeval.engine.random_checkpoint import RandomCheckpoint
 from flexeval.errors import ConfigError, ModelError
 from flexeval.models import ModelSource, resolve
+from flexeval.prepared import Content
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,7 +42,9 @@ class OpenModel:
     anatomy: Anatomy
     """Its parts."""
     checkpoint: Checkpoint
-    """Its weights."""
+    """Its weights, packed where they have been prepared."""
+    content: Content | None
+    """What its layers are once they are packed; None where no codec packs them."""
     text: TextHalf
     """Its tokenizer."""
 
@@ -58,15 +61,17 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
     source = resolve(model) if isinstance(model, str) else model
     config = _read_config(source)
     check_family(config)
-    anatomy = Anatomy(config, _pick_dtype(dtype, config, place))
+    anatomy = Anatomy(config, _pick_dtype(dtype_of(source, chosen, dtype), config, place))
+    weights = open_weights(source, anatomy, chosen)
     return OpenModel(
         source=source,
         setting=chosen,
-        codec=None if chosen.weight_bits is None else IntegerCodec(chosen.weight_bits, chosen.group_size),
+        codec=codec_of(chosen),
         kv_coding=None if chosen.kv_bits is None else KVCoding(chosen.kv_bits, chosen.group_size),
         device=place,
         anatomy=anatomy,
-        checkpoint=RandomCheckpoint(anatomy) if source.is_dummy else SafetensorsCheckpoint(anatomy, source.directory),
+        checkpoint=weights.checkpoint,
+        content=weights.content,
         text=TextHalf(
             lambda: source.tokenizer_dir,  # a dummy's is fetched, if it is needed at all
             vocab_size=config.get_text_config().vocab_size,

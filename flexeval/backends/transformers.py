@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from flexeval.backends.generation import Generator
 from flexeval.backends.loading import OpenModel, open_model
 from flexeval.backends.padded_batch import answer_batch
 from flexeval.config import Setting
+from flexeval.engine.memory.packing import Packer
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.errors import ConfigError
 from flexeval.models import ModelSource
@@ -86,13 +87,15 @@ def load_whole(opened: OpenModel, *, attention: str | None = "eager") -> PreTrai
         attention = register_coded_attention(opened.kv_coding)
     anatomy, cpu = opened.anatomy, torch.device("cpu")
     state: dict[str, Tensor] = dict(opened.checkpoint.rest())
-    for layer in range(anatomy.num_layers):
-        tensors: Mapping[str, Tensor] = opened.checkpoint.layer(layer)
-        if opened.codec is not None:
-            layout = SlabLayout(anatomy.layer_specs(layer), opened.codec)
-            workspace = torch.empty(layout.num_coded_values, dtype=layout.coded_dtype)
-            tensors = layout.unpack(layout.pack(tensors, device=cpu), workspace)
-        state.update((f"{anatomy.layers_name}.{layer}.{name}", tensor) for name, tensor in tensors.items())
+    layouts = [SlabLayout(anatomy.layer_specs(layer), opened.codec) for layer in range(anatomy.num_layers)]
+    layers = range(anatomy.num_layers)
+    with Packer(opened.checkpoint, layouts, layers, layers_name=anatomy.layers_name, device=cpu) as packer:
+        for layer, layout in enumerate(layouts):
+            slab = torch.empty(layout.num_bytes, dtype=torch.uint8)
+            packer.fill(layer, slab)
+            workspace = torch.empty(layout.num_coded_values, dtype=layout.coded_dtype) if opened.codec else None
+            tensors = layout.unpack(slab, workspace)
+            state.update((f"{anatomy.layers_name}.{layer}.{name}", tensor) for name, tensor in tensors.items())
     config = copy.deepcopy(anatomy.config)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -81,7 +81,7 @@ def run_bench(options: BenchOptions, progress: Progress) -> BenchResults:
     _check(options)
     with progress.activity(f"preparing {options.model}"):
         source = resolve(options.model)
-        opened = open_model(source, setting="none", device="cpu", dtype="float32")
+        opened = open_model(source, setting=options.settings[0], device="cpu", dtype=options.dtype)
     work = options.work
     if isinstance(work, SyntheticWork):
         vocab_size = opened.anatomy.config.get_text_config().vocab_size

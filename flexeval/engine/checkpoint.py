@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.packed import PackedLayer
 from flexeval.errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,10 +40,8 @@ _SAMPLE_BYTES = 2**20
 class Checkpoint(Protocol):
     """A source of weights for one anatomy."""
 
-    @property
-    def identity(self) -> str | None:
-        """Changes whenever a weight may have; None where the weights cannot be told from others."""
-        ...
+    identity: str | None
+    """Changes whenever a weight may have; None where the weights cannot be told from others."""
 
     def layer(self, layer: int) -> dict[str, Tensor]:
         """The tensors of a layer by their names within it, on the host, the caller's to use up. Raises `ModelError`."""
@@ -52,8 +51,12 @@ class Checkpoint(Protocol):
         """Embedding, norms and head by their full names, on the host. Raises `ModelError`."""
         ...
 
+    def packed(self, layer: int) -> PackedLayer | None:
+        """The layer's slab, packed before; None where it is to be made of `layer`'s tensors."""
+        return None
 
-class StateDictCheckpoint:
+
+class StateDictCheckpoint(Checkpoint):
     """The weights of a model that is already in memory."""
 
     identity = None
@@ -77,7 +80,7 @@ class StateDictCheckpoint:
         return self._rest
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(Checkpoint):
     """A Hugging Face directory with safetensors files."""
 
     def __init__(self, anatomy: Anatomy, directory: Path):

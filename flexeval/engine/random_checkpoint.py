@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.compute.anatomy import Anatomy
 
 
-class RandomCheckpoint:
+class RandomCheckpoint(Checkpoint):
     """Random weights of the right shapes: normal with deviation 0.02 for matrices, 1 for scales, 0 for biases.
 
     One block of random numbers is drawn once and laid end to end through each tensor, from a place that depends on the

@@ -75,6 +75,15 @@ _ENCODED_VALUES = {"cpu": 2**18, "cuda": 2**24}
 """Numbers coded at a time: on a CPU what its cache holds, on a GPU what 300 MB of temporary memory hold."""
 
 
+class Affine(NamedTuple):
+    """How groups are cut into steps: a code stands for minimum + scale * code."""
+
+    scale_G1: Tensor
+    """float16, not negative."""
+    minimum_G1: Tensor
+    """float16."""
+
+
 class IntegerCodec:
     """Group-wise asymmetric integers of 8, 4 or 2 bits (Shen et al. 2020; FlexGen section 5).
 
@@ -110,7 +119,7 @@ class IntegerCodec:
             values_GE = values[start : start + step].view(-1, self.group_size)
             packed_GP, affine = self.encode_groups(values_GE)
             # Covers every number: NaN and infinity spread to the ends of their group.
-            if not torch.isfinite((affine[:, 1].float() + self._top * affine[:, 0].float()).to(values.dtype)).all():
+            if not torch.isfinite((affine[:, 1].float() + self.top * affine[:, 0].float()).to(values.dtype)).all():
                 raise ModelError(
                     "a weight is infinite, NaN or too large, and cannot be quantized", mend="Use the setting none"
                 )
@@ -121,16 +130,20 @@ class IntegerCodec:
     def encode_groups(self, values_GE: Tensor) -> tuple[Tensor, Tensor]:
         """Codes `[G, P]` and (scale, minimum) `[G, 2]`; the same on every device."""
         groups_GE = values_GE.float()
-        minimum_G1 = groups_GE.amin(1, keepdim=True).half()
-        top = torch.full((), float(self._top), device=values_GE.device)  # by a plain number, a GPU would multiply
-        scale_G1 = ((groups_GE.amax(1, keepdim=True) - minimum_G1.float()) / top).half()
-        step_G1 = scale_G1.float().where(scale_G1 > 0, torch.ones_like(scale_G1, dtype=torch.float32))
-        codes_GE = (groups_GE - minimum_G1.float()).div_(step_G1).round_().clamp_(0, self._top).to(torch.uint8)
+        scale_G1, minimum_G1 = self.choose(groups_GE)
+        codes_GE = (groups_GE - minimum_G1.float()).div_(step_of(scale_G1)).round_().clamp_(0, self.top)
+        codes_GE = codes_GE.to(torch.uint8)
         packed_GP = codes_GE[:, : self.code_bytes]
         for part in range(1, self._parts):
             own = slice(part * self.code_bytes, (part + 1) * self.code_bytes)
             packed_GP = torch.add(packed_GP, codes_GE[:, own], alpha=1 << self.bits * part)
         return packed_GP, torch.cat([scale_G1, minimum_G1], dim=1)
+
+    def choose(self, groups_GE: Tensor) -> Affine:
+        """Scale and minimum of float32 groups: the ends of each are its first and last code."""
+        minimum_G1 = groups_GE.amin(1, keepdim=True).half()
+        top = torch.full((), float(self.top), device=groups_GE.device)  # by a plain number, a GPU would multiply
+        return Affine(((groups_GE.amax(1, keepdim=True) - minimum_G1.float()) / top).half(), minimum_G1)
 
     def decode(self, coded: Tensor, out: Tensor) -> None:
         """Write minimum + scale * code, computed in float32, a bounded number of groups at a time."""
@@ -179,7 +192,7 @@ class IntegerCodec:
         )
 
     @property
-    def _top(self) -> int:
+    def top(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
 
@@ -195,12 +208,17 @@ class IntegerCodec:
             own = codes_E[..., part * self.code_bytes : (part + 1) * self.code_bytes]
             torch.bitwise_right_shift(codes, self.bits * part, out=own)
             if part < self._parts - 1:
-                own.bitwise_and_(self._top)
+                own.bitwise_and_(self.top)
         is_float32 = out.dtype == torch.float32
         values = out if is_float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
         values.copy_(codes_E).mul_(affine[..., :1]).add_(affine[..., 1:])
         if not is_float32:
             out.copy_(values)
+
+
+def step_of(scale: Tensor) -> Tensor:
+    """What to divide by for codes, float32: 1 where all numbers of a group are alike."""
+    return scale.float().where(scale > 0, torch.ones_like(scale, dtype=torch.float32))
 
 
 class Int4Matrix(NamedTuple):

@@ -1,7 +1,7 @@
 """Bringing every layer's slab to where it rests. Knows checkpoints, layouts and tiers; not how slabs are used.
 
-While one layer is packed and put in its place, the next one's tensors are read: beside what rests there, host memory
-never holds more than about two layers. What goes to disk comes first, while the memory for the others is still free.
+Beside what rests there, host memory never holds more than about two layers. What goes to disk comes first, while the
+memory for the others is still free.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.memory.disk import DiskExtent
-from flexeval.engine.memory.lane import ThreadLane, ahead
+from flexeval.engine.memory.packing import Packer
 from flexeval.engine.memory.prepared import PreparedLayers
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.memory.tier import Extent, Tier, page_aligned
-from flexeval.errors import ModelError
 from flexeval.policy.policy import Tier as TierName
 
 
@@ -51,16 +50,7 @@ def load_layers(
     found = {layer: prepared.find(layer) if prepared else None for layer in order}
     missing = [layer for layer in order if found[layer] is None]
     extents: dict[int, Extent] = {}
-    lane = ThreadLane("loading", device)
-    tensors_ahead = ahead(lane, checkpoint.layer, missing)
-
-    def pack(layer: int, slab: Tensor) -> None:
-        tensors = next(tensors_ahead)
-        try:
-            layouts[layer].pack_into(tensors, slab, device=device)
-        except ModelError as error:
-            raise ModelError(error.what, where=f"{layers_name}.{layer}.{error.where}", mend=error.mend) from error
-
+    packer = Packer(checkpoint, layouts, missing, layers_name=layers_name, device=device)
     try:
         for num_before, layer in enumerate(order):
             tier, ready = tiers[layer], found[layer]
@@ -68,7 +58,7 @@ def load_layers(
                 extents[layer] = ready
             else:
                 extents[layer] = tier.allocate(layouts[layer].num_bytes)
-                _fill(extents[layer], ready, partial(pack, layer))
+                _fill(extents[layer], ready, partial(packer.fill, layer))
                 if prepared is not None and isinstance(extent := extents[layer], DiskExtent):
                     prepared.keep(layer, extent)
             found[layer] = None
@@ -79,7 +69,7 @@ def load_layers(
                 taken.free()
         raise
     finally:
-        lane.close()
+        packer.close()
     return [extents[layer] for layer in range(len(layouts))]
 
 

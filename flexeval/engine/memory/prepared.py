@@ -8,13 +8,14 @@ and the layout.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from flexeval.engine.memory.disk import DiskExtent, DiskTier
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.files import write_json
+from flexeval.prepared import Content, layer_file
 from flexeval.shelf import HeldFolder
 
 _MANIFEST = "manifest.json"
@@ -27,16 +28,10 @@ class PreparedLayers:
         """Look for what earlier runs kept. `weights` identifies them, as `Checkpoint.identity` does."""
         self._disk = disk
         self._layouts = layouts
-        self._manifest = {
-            "weights": weights,
-            "layouts": hashlib.sha256(" ".join(layout.fingerprint for layout in layouts).encode()).hexdigest(),
-            "codec": layouts[0].codec.name if layouts[0].codec else None,
-            "layer_bytes": [layout.num_bytes for layout in layouts],
-        }
-        self._name = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()[:24]
+        self._content = content_of(weights, layouts)
         self._folder: HeldFolder | None = None
-        if disk.shelf.has(self._name):
-            self._folder = disk.shelf.take(self._name)
+        if disk.shelf.has(self._content.name):
+            self._folder = disk.shelf.take(self._content.name)
 
     def find(self, layer: int) -> DiskExtent | None:
         """The layer's slab, if an earlier run kept it whole."""
@@ -47,8 +42,9 @@ class PreparedLayers:
     def keep(self, layer: int, extent: DiskExtent) -> None:
         """Let a layer's slab, written to `extent`, serve later runs as well."""
         if self._folder is None:
-            self._folder = self._disk.shelf.take(self._name)
-            write_json(self._folder.path / _MANIFEST, self._manifest)
+            self._folder = self._disk.shelf.take(self._content.name)
+            layer_bytes = [layout.num_bytes for layout in self._layouts]
+            write_json(self._folder.path / _MANIFEST, asdict(self._content) | {"layer_bytes": layer_bytes})
         extent.keep_as(self._path(self._folder, layer))
 
     def close(self) -> None:
@@ -58,4 +54,13 @@ class PreparedLayers:
 
     @staticmethod
     def _path(folder: HeldFolder, layer: int) -> Path:
-        return folder.path / f"layer-{layer:04d}.bin"
+        return folder.path / layer_file(layer)
+
+
+def content_of(weights: str, layouts: Sequence[SlabLayout]) -> Content:
+    """What layers of these weights are, laid out so."""
+    return Content(
+        weights=weights,
+        layouts=hashlib.sha256(" ".join(layout.fingerprint for layout in layouts).encode()).hexdigest(),
+        codec=layouts[0].codec.name if layouts[0].codec else None,
+    )
