@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from enum import StrEnum
 from pathlib import Path
 
 from flexeval.errors import ConfigError
@@ -21,7 +22,10 @@ _UNIT_BYTES = {
     "gi": 2**30,
     "ti": 2**40,
 }
-_SETTING = re.compile(r"(?:w(?P<weight_bits>8|4))?(?:kv(?P<kv_bits>8|4|2))?(?:-g(?P<group_size>32|64|128))?")
+_SETTING = re.compile(
+    r"(?=w|kv|topk|quest)(?:w(?P<weight_bits>8|4))?(?:kv(?P<kv_bits>8|4|2))?(?:-g(?P<group_size>32|64|128))?"
+    r"(?:(?:^|-)(?P<method>topk|quest)(?P<percent>[1-9][0-9]?))?"
+)
 
 
 def parse_size(text: str | int) -> int:
@@ -41,30 +45,60 @@ def format_size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
+class SparseMethod(StrEnum):
+    """How a query's keys are chosen."""
+
+    TOPK = "topk"
+    """Those with the highest scores (FlexGen: Sheng et al., ICML 2023, section 5)."""
+    QUEST = "quest"
+    """Pages of them with the highest bounds of their scores (Quest: Tang et al., ICML 2024)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparsity:
+    """Of the keys that a query may see, which it attends to."""
+
+    method: SparseMethod
+    """How they are chosen."""
+    percent: int
+    """How many, in percent of those it may see, rounded up; in [1, 99]."""
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.percent <= 99, self.percent
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """One way to compress the same model; its name is the identity of a HELM deployment."""
 
     name: str
-    """As the user wrote it: `none`, `w4`, `kv4`, `w4kv4-g128`."""
+    """As the user wrote it: `none`, `w4`, `kv4`, `w4kv4-g128-topk10`."""
     weight_bits: int | None = None
     """Bits of a layer's matrices at rest; None keeps them as loaded."""
     kv_bits: int | None = None
     """Bits of keys and values at rest; None keeps them as computed."""
     group_size: int = 64
     """Numbers that share a scale and a minimum: of a matrix along its inputs, of keys and values along the head."""
+    sparsity: Sparsity | None = None
+    """Which keys are attended to; None attends to all."""
 
     @classmethod
     def parse(cls, name: str) -> Setting:
-        """Read a setting's name. Raises `ConfigError` with the names that exist."""
+        """Read a setting's name: parts in the order `w kv -g -topk`, each at most once. Raises `ConfigError`."""
         if name == "none":
             return cls(name=name)
         match = _SETTING.fullmatch(name)
-        bits = {part: int(match[part]) for part in ("weight_bits", "kv_bits") if match and match[part]}
-        if not match or not bits:
-            mend = "A setting is none, w8, w4, kv8, kv4, kv2 or such as w4kv4; -g32 or -g128 behind it sets its groups"
+        if match is None:
+            mend = (
+                "A setting is none, w8, w4, kv8, kv4, kv2 or such as w4kv4; -g32 or -g128 behind it sets its groups; "
+                "topk10 or quest10, alone or last as in w4kv4-topk10, attends to 10 (1 to 99) percent of the keys"
+            )
             raise ConfigError(f"unknown setting {name!r}", mend=mend)
-        return cls(name=name, group_size=int(match["group_size"] or 64), **bits)
+        bits = {part: int(match[part]) for part in ("weight_bits", "kv_bits") if match[part]}
+        sparsity = None
+        if match["method"]:
+            sparsity = Sparsity(method=SparseMethod(match["method"]), percent=int(match["percent"]))
+        return cls(name=name, group_size=int(match["group_size"] or 64), sparsity=sparsity, **bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
