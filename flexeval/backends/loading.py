@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from flexeval.backends.text import TextHalf
-from flexeval.config import Limits, Setting
+from flexeval.config import Limits, Setting, Sparsity
 from flexeval.engine.checkpoint import Checkpoint, SafetensorsCheckpoint
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.codecs.kv_format import KVCoding
@@ -36,6 +36,8 @@ class OpenModel:
     """What the setting does to matrices; None leaves them as they are."""
     kv_coding: KVCoding | None
     """What it does to keys and values."""
+    sparsity: Sparsity | None
+    """Which keys it attends to; None attends to all."""
     device: torch.device
     """Where layers are computed."""
     anatomy: Anatomy
@@ -64,6 +66,7 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
         setting=chosen,
         codec=None if chosen.weight_bits is None else IntegerCodec(chosen.weight_bits, chosen.group_size),
         kv_coding=None if chosen.kv_bits is None else KVCoding(chosen.kv_bits, chosen.group_size),
+        sparsity=chosen.sparsity,
         device=place,
         anatomy=anatomy,
         checkpoint=RandomCheckpoint(anatomy) if source.is_dummy else SafetensorsCheckpoint(anatomy, source.directory),

@@ -1,31 +1,59 @@
-"""transformers' eager attention over keys and values as a setting's coding gives them back: the oracle of coded logs.
+"""transformers' eager attention under a setting: keys and values as its coding gives them back, and only those chosen.
 
-Shapes: B sequences, K KV heads, S tokens of each, T = B S, H size of a key, W size of a value.
+The oracle of coded logs and of sparse attention.
+
+Shapes: B sequences, N query heads, K KV heads, Q queries, S keys of a sequence, T = B S, H size of a key, W of a value.
 """
 
 from __future__ import annotations
 
 import sys
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from flexeval.backends.sparse_reference import chosen_keys
+from flexeval.config import Sparsity
 from flexeval.engine.codecs.kv_format import CodedFormat, KVCoding, KVShape
 
 
-def register_coded_attention(coding: KVCoding) -> str:
+def register_attention(coding: KVCoding | None, sparsity: Sparsity | None) -> str:
     """Make such attention known to transformers; the name to ask for it by. Harmless when done again."""
+    num_seen: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # tokens that a layer has seen of a sequence
 
     def attention(
-        module: nn.Module, query: Tensor, key_BKSH: Tensor, value_BKSW: Tensor, mask: Tensor | None, **kwargs: Any
+        module: nn.Module, q_BNQH: Tensor, key_BKSH: Tensor, value_BKSW: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Any:
         eager = sys.modules[type(module).__module__].eager_attention_forward  # each family has its own
-        return eager(module, query, *through_coding(key_BKSH, value_BKSW, coding), mask, **kwargs)
+        if coding is not None:
+            key_BKSH, value_BKSW = through_coding(key_BKSH, value_BKSW, coding)
+        if sparsity is not None:
+            num_queries, num_keys = q_BNQH.shape[2], key_BKSH.shape[2]
+            # Beside a window transformers forgets older keys. Before its first step a layer has as many as queries.
+            num_seen[module] = num_queries + (num_seen[module] if num_keys > num_queries else 0)
+            is_chosen_BNQS = chosen_keys(
+                q_BNQH,
+                key_BKSH,
+                None if mask is None else mask[..., :num_keys] == 0,
+                sparsity,
+                first_position=num_seen[module] - num_keys,
+                scale=kwargs["scaling"] if kwargs.get("scaling") is not None else q_BNQH.shape[-1] ** -0.5,
+                softcap=kwargs.get("softcap"),
+            )
+            hidden = torch.zeros(is_chosen_BNQS.shape, dtype=q_BNQH.dtype, device=q_BNQH.device)
+            mask = hidden.masked_fill_(~is_chosen_BNQS, torch.finfo(q_BNQH.dtype).min)
+        return eager(module, q_BNQH, key_BKSH, value_BKSW, mask, **kwargs)
 
-    name = f"eager-kv{coding.bits}-g{coding.group_size}"
+    parts = ["eager"]
+    if coding is not None:
+        parts.append(f"kv{coding.bits}-g{coding.group_size}")
+    if sparsity is not None:
+        parts.append(f"{sparsity.method}{sparsity.percent}")
+    name = "-".join(parts)
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, eager_mask)
     return name

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from flexeval.engine.compute.anatomy import Anatomy, LayerCall
-from flexeval.engine.compute.attention import PackedAttention
+from flexeval.engine.compute.attention import Attention
 from flexeval.engine.compute.port import Attend, AttentionOptions
 from flexeval.engine.compute.replay import LayerWeights, Replay
 from flexeval.engine.compute.row import Row
@@ -34,7 +34,7 @@ class Sweeper:
     """The model's layers."""
     weights: WeightStore
     """Their weights."""
-    attention: PackedAttention
+    attention: Attention
     """How packed rows attend."""
     host: AttentionLane
     """Where the CPU attends instead."""
@@ -77,7 +77,8 @@ class Sweeper:
                     if row.is_replayed:
                         assert self.replay is not None
                         is_apart = is_moving or any(row.index in apart for apart in on_host)
-                        attend_at = None if is_apart else partial(self._attend_in_place, for_later(row), cache)
+                        stays = self.attention.is_recordable and not is_apart
+                        attend_at = None if not stays else partial(self._attend_in_place, for_later(row), cache)
                         hidden_1TD = self.replay.begin(row, embedded, attend_at)
                 calls[row.index] = embedded.calls
                 hidden.save(row.index, hidden_1TD)
