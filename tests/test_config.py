@@ -89,8 +89,27 @@ def test_what_is_attended_to_comes_last(name: str, method: str, percent: int, re
 
 @pytest.mark.parametrize(
     "name",
-    "topk topk0 topk100 topk05 topk1.5 -topk10 w4topk10 topk10-w4 topk10-g32 -g32-topk10 none-topk10 topk10-quest10 "
-    "w4-topk10-g32 quest kv4-quest0 Topk10 topk10\n w4-topk topk10-".split(" "),
+    [
+        "topk",
+        "topk0",
+        "topk100",
+        "topk05",
+        "topk1.5",
+        "-topk10",
+        "w4topk10",
+        "topk10-w4",
+        "topk10-g32",
+        "-g32-topk10",
+        "none-topk10",
+        "topk10-quest10",
+        "w4-topk10-g32",
+        "quest",
+        "kv4-quest0",
+        "Topk10",
+        "topk10\n",
+        "w4-topk",
+        "topk10-",
+    ],
 )
 def test_an_attention_written_otherwise_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^unknown setting.*topk10 or quest10, alone or last.*1 to 99") as refused:
