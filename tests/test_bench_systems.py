@@ -206,10 +206,12 @@ def test_accelerate_fills_a_gpu_with_weights_beside_its_batch(monkeypatch: pytes
 @pytest.mark.gpu
 def test_accelerate_keeps_to_the_gpu_memory_given(source: ModelSource) -> None:
     asked = requests(num_requests=3)
+    torch.cuda.reset_peak_memory_stats()
+    of_others = torch.cuda.memory_allocated()  # a peer has a process of its own, but for these tests
     backend = AccelerateBackend(source, device="cuda", dtype="float32", limits=Limits(gpu_bytes=64 * 2**20))
     answers = [completion.token_ids for completion in backend.generate(asked)]
+    assert backend.usage().peak_bytes["gpu"] - of_others <= 64 * 2**20
     assert answers == peer(source, "transformers", asked).answers
-    assert backend.usage().peak_bytes["gpu"] <= 64 * 2**20
     backend.close()
 
 

@@ -97,13 +97,14 @@ def test_busy_seconds_are_counted(lane: Lane) -> None:
 
 @every_lane
 def test_work_belongs_to_the_lap_in_which_its_turn_comes(lane: Lane) -> None:
-    lane.submit(time.sleep, 0.01)
-    lane.submit(lane.watch.next_lap)
     lane.submit(time.sleep, 0.02)
+    lane.submit(lane.watch.next_lap)
+    lane.submit(time.sleep, 0.04)
     lane.submit(lane.watch.next_lap)
     drain(lane)
     first, second, third = lane.watch.laps()
-    assert 0.01 <= first < SOON_S and 0.02 <= second < SOON_S and third < 0.01
+    # a device's clock is not the host's: its events lay 0.1 ms closer once
+    assert 0.019 <= first < SOON_S and 0.039 <= second < SOON_S and third < 0.01
     assert lane.watch.laps() == [first, second, third], "reading changes nothing"
 
 

@@ -19,6 +19,7 @@ from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import Attention, PackedAttention
+from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.readout import read_row
 from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import Row, RowMaker
@@ -40,9 +41,10 @@ from flexeval.planning.host_rows import host_rows
 from flexeval.planning.rows import RowPlan
 from flexeval.planning.summary import PlanSummary
 from flexeval.policy.policy import Policy, check_sparse
-from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenRequest, TokenResult
 
+ROWS_AHEAD = 3
+"""Rows with prompts, at a layer each, that the host may have enqueued and the device not done."""
 LANES = ("weights", "kv_in", "kv_out", "hidden", "host_attention")
 
 
@@ -96,7 +98,6 @@ class Executor:
             self.tiers.check(policy)
             anatomy.bind_rest(checkpoint.rest(), device)
             self._kv_tiers = self.tiers.spread(policy.kv, num_layers)
-            self._is_kv_on_host = [tier.name is TierName.CPU for tier in self._kv_tiers]
             self._weights = WeightStore(
                 anatomy,
                 checkpoint,
@@ -126,6 +127,7 @@ class Executor:
             host=self._host,
             trace=self.trace,
             watch=self._watch,
+            pace=Pace(device, lead=ROWS_AHEAD),
         )
 
     def __enter__(self) -> Executor:
@@ -167,7 +169,12 @@ class Executor:
                 start = time.perf_counter()
                 plans = scheduler.plan_sweep()
                 self._begin_sweep(plans)
-                on_host = host_rows(plans, is_on_host=self._is_kv_on_host, share=self.policy.host_attention)
+                on_host = host_rows(
+                    plans,
+                    kv_bytes=[cache.host_token_bytes(layer) for layer in range(self._anatomy.num_layers)],
+                    weight_bytes=self._weights.moved_bytes(),
+                    share=self.policy.host_attention,
+                )
                 rows = self._make_rows(maker, plans)
                 num_fresh = sum(bool(plan.fresh) for plan in plans)
                 with closing(self._make_hidden(len(plans) - num_fresh, num_fresh)) as hidden:

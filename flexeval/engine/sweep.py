@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexeval.engine.compute.anatomy import Anatomy, LayerCall
 from flexeval.engine.compute.attention import Attention
+from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.port import Attend, AttentionOptions
 from flexeval.engine.compute.replay import LayerWeights, Replay
 from flexeval.engine.compute.row import Row
@@ -44,6 +45,8 @@ class Sweeper:
     """Where time is counted."""
     watch: Stopwatch
     """Counts when the compute device is at work, not when it waits for a lane."""
+    pace: Pace
+    """Of rows with prompts, whose buffers are large."""
 
     def sweep(
         self,
@@ -108,6 +111,8 @@ class Sweeper:
                     attend = self._attend(layer, row, cache, next(context_ahead))
                     call = calls[row.index][layer]
                     hidden.save(row.index, self._run(layer, row, hidden_1TD, call, attend, weights(row)))
+                    if row.fresh:
+                        self.pace.step()
                 for row, transfer in zip(apart, attended, strict=True):
                     out_TNW, hidden_1TD, call = (
                         self.host.take(transfer),

@@ -7,29 +7,60 @@ anyway, so it attends there; while the log that all rows share is rewritten, nob
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from math import floor
 
 from flexeval.planning.rows import SHARED, RowPlan
 
+ROUNDING = 1e-9
+"""What a sum of parts may fall short of the whole number that it is."""
 
-def host_rows(plans: Sequence[RowPlan], *, is_on_host: Sequence[bool], share: float) -> list[frozenset[int]]:
+
+def host_rows(
+    plans: Sequence[RowPlan], *, kv_bytes: Sequence[int], weight_bytes: Sequence[int], share: float
+) -> list[frozenset[int]]:
     """Indices of the rows that the CPU attends for at each layer: the first that may.
 
     Args:
         plans: The rows of a sweep.
-        is_on_host: Per layer, whether its KV rests in host memory.
-        share: Of the decode attention of these layers, how much the CPU takes.
+        kv_bytes: Per layer, bytes of a token's KV in host memory; 0 where it rests elsewhere.
+        weight_bytes: Per layer, bytes of weights that come to the device.
+        share: Of the decode attention over KV in host memory, how much the CPU takes.
     """
     is_rewriting = any(compaction.group == SHARED for plan in plans for compaction in plan.compactions)
-    num_decode = sum(bool(plan.decode) for plan in plans)
-    fit = [index for index, plan in enumerate(plans) if plan.decode and not plan.compactions and not is_rewriting]
-    rows, ordinal = [], 0
-    for is_here in is_on_host:
-        rows.append(frozenset(fit[: spread(ordinal, share * num_decode)]) if is_here else frozenset())
-        ordinal += is_here
-    return rows
+    decode = [index for index, plan in enumerate(plans) if plan.decode]
+    fit = [index for index in decode if not plans[index].compactions and not is_rewriting]
+    num_tokens = sum(_num_read(plans[index]) for index in decode)
+    parts = balanced([num_tokens * size for size in kv_bytes], weight_bytes, share=share)
+    ends = accumulate((part * len(decode) for part in parts), initial=0.0)
+    counts = [floor(end + ROUNDING) - floor(start + ROUNDING) for start, end in pairwise(ends)]
+    return [frozenset(fit[:count]) for count in counts]
 
 
-def spread(ordinal: int, per_layer: float) -> int:
-    """Whole rows of the layer with this ordinal: after any number of layers they are `per_layer` each, rounded down."""
-    return floor((ordinal + 1) * per_layer) - floor(ordinal * per_layer)
+def balanced(kv_bytes: Sequence[int], weight_bytes: Sequence[int], *, share: float) -> list[float]:
+    """Which part of each layer's KV the CPU attends to, so that of all KV it is `share`.
+
+    Each layer takes as long as the link or the CPU, whoever ends last. So the CPU takes the same part of what every
+    layer has to bring, weights and KV: more of the KV of a layer whose weights come, less where they are there. Where
+    that were more than all the layer's KV, the other layers' parts make up for it.
+    """
+    parts = [0.0] * len(kv_bytes)
+    left, open_layers = share * sum(kv_bytes), {layer for layer, size in enumerate(kv_bytes) if size}
+    while open_layers:
+        of_all = left / sum(kv_bytes[layer] + weight_bytes[layer] for layer in open_layers)
+        for layer in open_layers:
+            parts[layer] = of_all * (kv_bytes[layer] + weight_bytes[layer]) / kv_bytes[layer]
+        full = {layer for layer in open_layers if parts[layer] >= 1}
+        if not full:
+            break
+        for layer in full:
+            parts[layer] = 1.0
+        left = max(0.0, left - sum(kv_bytes[layer] for layer in full))
+        open_layers -= full
+    return parts
+
+
+def _num_read(plan: RowPlan) -> int:
+    """Tokens of logs that a decode row reads."""
+    above = sum(span.num_keys for span in plan.ancestors if span.source.group is not None)
+    return above + sum(span.log_length for span in plan.decode)

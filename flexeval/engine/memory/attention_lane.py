@@ -13,6 +13,7 @@ from torch import Tensor
 from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
+from flexeval.engine.kernels import has_triton
 from flexeval.engine.memory.kv_context import HostContext
 from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.trace import Trace
@@ -28,6 +29,7 @@ class AttentionLane:
         self._device = device
         self._trace = trace
         self._attention = HostAttention()
+        self._outputs: dict[int, Tensor] = {}  # by row, page-locked
         give_spare_cores(lambda take: lane.submit(take).wait())
 
     def submit(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Transfer[Tensor]:
@@ -37,10 +39,15 @@ class AttentionLane:
     def take(self, attended: Transfer[Tensor]) -> Tensor:
         """The output on the compute device.
 
-        It is sent for by whoever waits for it: on the lane's own stream it would stand behind gigabytes of weights and
-        KV in the link's queue, and the next row's queries behind it.
+        It is sent for by whoever waits for it, and by a kernel if there is one: in the link's queue it would stand
+        behind gigabytes of weights and KV, and the next row's queries behind it.
         """
-        return attended.wait().to(self._device, non_blocking=True)
+        out_TNW = attended.wait()
+        if has_triton(self._device):
+            from flexeval.engine.memory.fetch_kernel import fetch
+
+            return fetch(out_TNW, self._device)
+        return out_TNW.to(self._device, non_blocking=True)
 
     def _attend(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Tensor:
         context.wait()
@@ -52,4 +59,11 @@ class AttentionLane:
             torch.cuda.current_stream().synchronize()
         out_TNW, num_keys = self._attention(q_TNH, options, row, context)
         self._trace.moved("host_attention", num_keys * context.token_bytes)
-        return out_TNW.pin_memory() if self._device.type == "cuda" else out_TNW
+        return self._page_locked(row.index, out_TNW) if self._device.type == "cuda" else out_TNW
+
+    def _page_locked(self, row: int, out_TNW: Tensor) -> Tensor:
+        """The row's output, in the place of its last one: its queries are here, and so is all that they came from."""
+        room = self._outputs.get(row)
+        if room is None or room.shape != out_TNW.shape or room.dtype != out_TNW.dtype:
+            room = self._outputs[row] = torch.empty_like(out_TNW, pin_memory=True)
+        return room.copy_(out_TNW)

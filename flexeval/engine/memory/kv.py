@@ -23,9 +23,11 @@ from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVFormat, KVL
 from flexeval.engine.compute.row import CompactionBatch, Row
 from flexeval.engine.memory.kv_context import HostContext, LoadedContext, Log
 from flexeval.engine.memory.lane import Lane, Transfer, drain
+from flexeval.engine.memory.read_buffers import ReadBuffers
 from flexeval.engine.memory.tier import Tier
 from flexeval.engine.trace import Trace
 from flexeval.planning.rows import Keep, KeySource
+from flexeval.policy.policy import Tier as TierName
 
 COMPACTED_TOKENS = 4096
 """Tokens of a log that move at a time."""
@@ -52,15 +54,21 @@ class KVCache:
         self._tiers = tiers
         self._capacities = capacities
         self._coding = coding
-        self._device = device
         self._lane_out = lane_out
         self.lane_in = lane_in
         self._trace = trace
         self._logs: dict[tuple[int, int], Log] = {}
+        self._token_bytes: dict[int, int] = {}
         self._scratch: dict[int, KeysValues] = {}
+        self._buffers = ReadBuffers(device)
 
     def load(self, layer: int, row: Row) -> LoadedContext:
-        """Bring what a row reads at a layer to the device; runs on the lane for KV coming in."""
+        """Bring what a row reads at a layer to the device; runs on the lane for KV coming in.
+
+        Two loads may be outstanding: the one in use and the next. Where all lies in place, it may run anywhere.
+        """
+        if not self.is_in_place(layer):
+            self._buffers.next_turn()
         logs = {group: log for group in self._groups(row) if (log := self._logs.get((layer, group))) is not None}
         rooms = {batch.span.group: batch.num_sequences for batch in row.decode}
         held: dict[int, Tensor] = {}  # logs as a whole
@@ -110,6 +118,10 @@ class KVCache:
         self.store(layer, row, keys_TKH, values_TKW, LoadedContext({}, {}, {}))
         return HostContext({group: self._logs[layer, group] for group in self._groups(row)})
 
+    def host_token_bytes(self, layer: int) -> int:
+        """Bytes of a token's KV at a layer whose KV rests in host memory; 0 at others, and before there is any."""
+        return self._token_bytes.get(layer, 0) if self._tiers[layer].name is TierName.CPU else 0
+
     def is_in_place(self, layer: int) -> bool:
         """Whether a layer's logs lie, for as long as this cache, where the compute device reads and writes them."""
         return self._tiers[layer].is_addressable
@@ -145,7 +157,9 @@ class KVCache:
         if log.last_write is not None:
             log.last_write.wait()
         token_bytes = log.format.token_bytes
-        buffer = torch.empty((num_tokens + room) * token_bytes, dtype=torch.uint8, device=self._device)
+        num_bytes = (num_tokens + room) * token_bytes
+        most_bytes = log.extent.num_bytes - start * token_bytes if room else num_bytes  # a log that grows
+        buffer = self._buffers.take(num_bytes, most_bytes=most_bytes)
         log.extent.read(buffer[: num_tokens * token_bytes], start * token_bytes)
         self._trace.moved("kv_in", num_tokens * token_bytes)
         return log.tokens(buffer)
@@ -162,6 +176,7 @@ class KVCache:
             tokens_CB[start : start + places_C.numel()] = tokens_CB.index_select(0, places_C)
         if log.extent.view() is None:
             log.last_write = self._lane_out.submit(self._write, log, log.last_write, 0, tokens_CB[:num_tokens])
+            self._buffers.keep_for(log.last_write)
         return tokens_CB[: num_tokens + room]
 
     def _append(
@@ -213,6 +228,7 @@ class KVCache:
         if (layer, group) not in self._logs:
             form = _format_of(given, self._coding)
             extent = self._tiers[layer].allocate(self._capacities[group] * form.token_bytes)
+            self._token_bytes[layer] = form.token_bytes
             self._logs[layer, group] = Log(extent, form)
         return self._logs[layer, group]
 

@@ -101,6 +101,10 @@ class WeightStore:
         """Bytes of all slabs at rest."""
         return sum(layout.num_bytes for layout in self._layouts)
 
+    def moved_bytes(self) -> list[int]:
+        """Per layer, bytes that come to the compute device at most."""
+        return [0 if extent.view() is not None else extent.num_bytes for extent in self._extents]
+
     def stream(self, sweep_tokens: int, *, expects_more: bool) -> Iterator[Tensor]:
         """A sweep's slabs in the order of the layers, on the compute device, the next one always on its way.
 
