@@ -100,7 +100,9 @@ class Engine:
         self._opened = opened
         self._fixed_policy = policy
         self._limits = limits
-        self._shape = model_shape(opened.anatomy, opened.codec, opened.device, kv_coding=opened.kv_coding)
+        self._shape = model_shape(
+            opened.anatomy, opened.codec, opened.device, kv_coding=opened.kv_coding, sparsity=opened.sparsity
+        )
         self.text = opened.text
         self._executor: Executor | None = None
         self._hardware: Hardware | None = None

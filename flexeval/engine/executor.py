@@ -30,7 +30,9 @@ from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.memory.kv_context import Cache
 from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, drain
+from flexeval.engine.memory.sparse_kv import SparseKVCache
 from flexeval.engine.memory.tiers import Tiers
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.scheduler import Scheduler
@@ -88,6 +90,7 @@ class Executor:
         self._anatomy = anatomy
         self._device = device
         self._kv_coding = kv_coding
+        self._is_sparse = sparsity is not None
         self._watch = Stopwatch(device)
         self.tiers = Tiers(device, disk_tier)
         num_layers = anatomy.num_layers
@@ -252,8 +255,9 @@ class Executor:
         self.trace.mark(name)
         watch.next_lap()
 
-    def _make_cache(self, capacities: Mapping[int, int]) -> KVCache:
-        return KVCache(
+    def _make_cache(self, capacities: Mapping[int, int]) -> Cache:
+        make = SparseKVCache if self._is_sparse else KVCache
+        return make(
             self._kv_tiers,
             capacities=capacities,
             coding=self._kv_coding,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -19,8 +20,7 @@ from flexeval.engine.compute.replay import LayerWeights, Replay
 from flexeval.engine.compute.row import Row
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.hidden import HiddenStore
-from flexeval.engine.memory.kv import KVCache
-from flexeval.engine.memory.kv_context import LoadedContext
+from flexeval.engine.memory.kv_context import Cache
 from flexeval.engine.memory.lane import Transfer, ahead
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.stopwatch import Stopwatch
@@ -51,7 +51,7 @@ class Sweeper:
     def sweep(
         self,
         rows: Sequence[Row],
-        cache: KVCache,
+        cache: Cache,
         hidden: HiddenStore,
         on_host: Sequence[Collection[int]],
         *,
@@ -134,7 +134,7 @@ class Sweeper:
             return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
 
     def _attend_on_host(
-        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: KVCache, weights: LayerWeights
+        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: Cache, weights: LayerWeights
     ) -> Transfer[Tensor]:
         """Run a layer up to its attention and hand that to the CPU.
 
@@ -167,10 +167,10 @@ class Sweeper:
             not row.is_replayed or self.replay is None or self.replay.attends(row, layer)
         )
 
-    def _attend_in_place(self, row: Row, cache: KVCache, layer: int) -> Attend | None:
+    def _attend_in_place(self, row: Row, cache: Cache, layer: int) -> Attend | None:
         return self._attend(layer, row, cache, cache.load(layer, row)) if cache.is_in_place(layer) else None
 
-    def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
+    def _attend(self, layer: int, row: Row, cache: Cache, context: Any) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
             seen = cache.store(layer, row, k_TKH, v_TKW, context)
             return self.attention(q_TNH, *seen, options, row, context)

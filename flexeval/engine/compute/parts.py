@@ -11,13 +11,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexeval.engine.codecs.kv_format import KeysValues, KVLog
+from flexeval.engine.codecs.kv_format import ChosenKV, KeysValues
+from flexeval.engine.compute.contexts import DecodeBatch
+from flexeval.planning.rows import AncestorSpan
+
+
+class OwnLog(Protocol):
+    """Contexts in a log, whose values may lie elsewhere until they are chosen."""
+
+    def at(self, places: Tensor) -> ChosenKV:
+        """Some of its tokens."""
+        ...
+
+
+class SparseContext(Protocol):
+    """Gives a row the KV of earlier tokens at the current layer."""
+
+    def own_log(self, batch: DecodeBatch) -> OwnLog:
+        """The log of a decode batch, the new tokens' KV included."""
+        ...
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        """An ancestor that is not in the row itself."""
+        ...
 
 
 class Extremes(NamedTuple):
@@ -48,6 +70,8 @@ class NodePart:
     """Of its tokens."""
     num_columns = 0
     """Columns that a sheet must have for it, though they be behind all of the tokens' positions."""
+    num_gathered = 0
+    """Tokens of it whose keys and values are gathered for each token that sees it."""
 
     def cut(self, start: int, stop: int) -> NodePart:
         """What tokens `start` to `stop` of the row see of it, of which it has some; they are counted from 0 then."""
@@ -93,7 +117,7 @@ class LogPart:
     """As of a node."""
     num_columns: int
     """As of a node: padding has columns too."""
-    log: KVLog
+    log: OwnLog
     """Where they lie."""
     index_BL: Tensor
     """Place of each context token in the log."""
@@ -101,6 +125,11 @@ class LogPart:
     """Its position; behind the sequence's last where it is padding."""
     is_own = True
     """As of a node."""
+
+    @property
+    def num_gathered(self) -> int:
+        """As of a node."""
+        return self.index_BL.shape[1]
 
     def cut(self, start: int, stop: int) -> LogPart:
         """As of a node."""
@@ -120,7 +149,7 @@ class LogPart:
         """As of a node."""
         own_TKMS = weights_TKMS[self.start : self.stop]
         weights_BKML = own_TKMS.gather(-1, self._columns(own_TKMS))
-        values_BLKW = self._found.values_CKW.float()
+        values_BLKW = self._found.chosen_values((weights_BKML > 0).any(2).transpose(1, 2)).float()
         out_TKMW[self.start : self.stop] += torch.einsum("bkml,blkw->bkmw", weights_BKML, values_BLKW)
 
     def extremes(self, page_tokens: int, num_pages: int) -> Extremes:
@@ -134,7 +163,7 @@ class LogPart:
         )
 
     @cached_property
-    def _found(self) -> KeysValues:
+    def _found(self) -> ChosenKV:
         return self.log.at(self.index_BL)
 
     def _columns(self, own_TKMS: Tensor) -> Tensor:

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from flexeval.config import SparseMethod, Sparsity
+from flexeval.policy.sparse import PAGE_TOKENS
 
 N = TypeVar("N", int, Tensor)
-
-PAGE_TOKENS = 16
-"""Positions of a page of Quest, as in its paper's experiments."""
 
 
 class Sight(Protocol):

@@ -13,15 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexeval.engine.codecs.kv_format import KeysValues, KVLog
-from flexeval.engine.compute.attention import Context
+from flexeval.engine.codecs.kv_format import KeysValues
 from flexeval.engine.compute.contexts import DecodeBatch
-from flexeval.engine.compute.parts import Extremes, LogPart, NodePart, Part
+from flexeval.engine.compute.parts import Extremes, LogPart, NodePart, OwnLog, Part, SparseContext
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
 
 
-def find_parts(k_TKH: Tensor, v_TKW: Tensor, row: Row, context: Context) -> list[Part]:
+def find_parts(k_TKH: Tensor, v_TKW: Tensor, row: Row, context: SparseContext) -> list[Part]:
     """All that a row's tokens see; for each of its new tokens one part is its own."""
     positions, parts = row.plan.positions, list[Part]()
     for span in row.plan.fresh:
@@ -56,7 +55,7 @@ def find_parts(k_TKH: Tensor, v_TKW: Tensor, row: Row, context: Context) -> list
     return parts
 
 
-def _log_part(batch: DecodeBatch, row: Row, log: KVLog) -> LogPart:
+def _log_part(batch: DecodeBatch, row: Row, log: OwnLog) -> LogPart:
     stop = batch.span.start + batch.num_sequences
     first_B = row.positions_1T[0, batch.span.start : stop] + 1 - batch.lengths_B
     return LogPart(

@@ -8,24 +8,19 @@ Shapes: T tokens, K KV heads, M query heads to a KV head, N = K M, S positions, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.attention import Context
-from flexeval.engine.compute.parts import Part
+from flexeval.engine.compute.parts import Part, SparseContext
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
 from flexeval.engine.compute.selection import Selection
 from flexeval.engine.compute.sight import PartsInSight, find_parts
 from flexeval.planning.rows import Integers
-
-SHEET_SCORES = 2**23
-"""Scores written out at a time at most, or those of one token."""
-SHEET_BYTES = 32
-"""Memory for each of them: the scores and what is sorted of them, masks, weights."""
+from flexeval.policy.sparse import GATHERED_NUMBERS, SHEET_SCORES
 
 
 class SparseAttention:
@@ -38,7 +33,7 @@ class SparseAttention:
         self._selection = selection
 
     def __call__(
-        self, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions, row: Row, context: Context
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions, row: Row, context: SparseContext
     ) -> Tensor:
         """Attention output `[T, N, W]` of the row's new tokens, whose KV `context` already holds."""
         num_tokens, num_heads, _ = q_TNH.shape
@@ -47,7 +42,9 @@ class SparseAttention:
         q_TKMH = q_TNH.unflatten(1, (k_TKH.shape[1], -1)).float()
         out_TKMW = q_TKMH.new_zeros(*q_TKMH.shape[:-1], v_TKW.shape[-1])
         positions = np.asarray(row.plan.positions)
-        for start, stop in _stretches(num_tokens, num_heads * _num_columns(positions, parts)):
+        at_once = tokens_at_once(positions, parts, num_heads, num_numbers=k_TKH[0].numel() + v_TKW[0].numel())
+        for start in range(0, num_tokens, at_once):
+            stop = min(start + at_once, num_tokens)
             sight = PartsInSight(
                 [part.cut(start, stop) for part in parts if part.start < stop and part.stop > start],
                 q_TKMH[start:stop],
@@ -71,12 +68,9 @@ def softmax_with(scores_TKMS: Tensor, sinks_N: Tensor | None) -> Tensor:
     return weights_TKMS
 
 
-def _num_columns(positions: Integers, parts: list[Part]) -> int:
-    return max([int(positions.max()) + 1, *(part.num_columns for part in parts)])
-
-
-def _stretches(num_tokens: int, scores_per_token: int) -> Iterator[tuple[int, int]]:
-    """Tokens in stretches whose scores fit in memory."""
-    step = max(1, SHEET_SCORES // scores_per_token)
-    for start in range(0, num_tokens, step):
-        yield start, min(start + step, num_tokens)
+def tokens_at_once(positions: Integers, parts: Sequence[Part], num_heads: int, *, num_numbers: int) -> int:
+    """Tokens whose scores, and keys and values of `num_numbers` a token as far as they are gathered, fit in memory."""
+    num_columns = max([int(positions.max()) + 1, *(part.num_columns for part in parts)])
+    num_gathered = max(part.num_gathered for part in parts)
+    at_once = min(SHEET_SCORES // (num_heads * num_columns), GATHERED_NUMBERS // max(1, num_numbers * num_gathered))
+    return max(1, at_once)
