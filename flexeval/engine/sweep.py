@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +25,16 @@ from flexeval.engine.memory.lane import Transfer, ahead
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.trace import Trace
+
+
+class _Apart(NamedTuple):
+    """A row in the middle of a layer, for which the CPU attends."""
+
+    layer: int
+    hidden_1TD: Tensor
+    call: LayerCall
+    weights: LayerWeights
+    attended: Transfer[Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +72,14 @@ class Sweeper:
 
         The next layer's weights, the next row's KV and the next row's hidden states are always on their way while the
         current row is computed; where another sweep is expected, its first layer's weights too. At layer l the CPU
-        attends for the rows `on_host[l]`, while all others are computed. `for_later` is `RowMaker.for_later`.
+        attends for the rows `on_host[l]`, while all others are computed and the first of them go on to the next layer.
+        `for_later` is `RowMaker.for_later`.
         """
         layers = range(self.anatomy.num_layers)
         moving = [row.index for row in rows if not hidden.stays(row.index)]
         num_tokens = sum(row.plan.num_tokens for row in rows)
         is_moving = any(row.compactions for row in rows)
-        slabs = self.weights.stream(num_tokens, expects_more=expects_more)
+        self.weights.begin_sweep(num_tokens, expects_more=expects_more)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
         hidden_ahead = ahead(hidden.lane, hidden.load, moving * len(layers), depth=1 if len(moving) > 1 else 0)
         calls: dict[int, list[LayerCall]] = {}
@@ -87,23 +98,20 @@ class Sweeper:
                 hidden.save(row.index, hidden_1TD)
         cells = [(layer, row) for layer in layers for row in rows if self._is_cell(layer, row, on_host)]
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
+        apart: dict[int, _Apart] = {}
         with self.trace.phase("layers"):
             for layer in layers:
-                slab = next(slabs)
-                self.weights.begin_layer()
-
-                def weights(row: Row, layer: int = layer, slab: Tensor = slab) -> LayerWeights:
-                    num = row.plan.num_tokens
-                    bind = partial(self.weights.bind, layer, slab, row_tokens=num, sweep_tokens=num_tokens)
-                    return LayerWeights(self.weights.place(layer, slab, row_tokens=num), bind)
-
-                apart = [row for row in rows if row.index in on_host[layer]]
-                attended = [
-                    self._attend_on_host(
-                        layer, row, hidden.load(row.index), calls[row.index][layer], cache, weights(row)
-                    )
-                    for row in apart
-                ]
+                slab = self.weights.take(layer)
+                weights = partial(self._weights_of, layer, slab, num_tokens)
+                before, apart = apart, {}
+                for row in rows:  # the CPU has the next layer's queries of one row while it attends for another
+                    if row.index in before:
+                        self._come_back(row, before[row.index], hidden)
+                    if row.index in on_host[layer]:
+                        call = calls[row.index][layer]
+                        hidden_1TD = hidden.load(row.index)
+                        apart[row.index] = self._set_out(layer, row, hidden_1TD, call, cache, weights(row))
+                self.weights.send_for_next(layer)
                 for row in rows:
                     if not self._is_cell(layer, row, on_host):
                         continue
@@ -113,15 +121,16 @@ class Sweeper:
                     hidden.save(row.index, self._run(layer, row, hidden_1TD, call, attend, weights(row)))
                     if row.fresh:
                         self.pace.step()
-                for row, transfer in zip(apart, attended, strict=True):
-                    out_TNW, hidden_1TD, call = (
-                        self.host.take(transfer),
-                        hidden.load(row.index),
-                        calls[row.index][layer],
-                    )
-                    hidden.save(row.index, self._go_on(layer, row, hidden_1TD, call, out_TNW, weights(row)))
                 cache.end_layer()
+            for row in rows:
+                if row.index in apart:
+                    self._come_back(row, apart[row.index], hidden)
         yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
+
+    def _weights_of(self, layer: int, slab: Tensor, sweep_tokens: int, row: Row) -> LayerWeights:
+        num = row.plan.num_tokens
+        bind = partial(self.weights.bind, layer, slab, row_tokens=num, sweep_tokens=sweep_tokens)
+        return LayerWeights(self.weights.place(layer, slab, row_tokens=num), bind)
 
     def _run(
         self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, attend: Attend, weights: LayerWeights
@@ -133,9 +142,9 @@ class Sweeper:
             weights.bind()
             return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
 
-    def _attend_on_host(
+    def _set_out(
         self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: Cache, weights: LayerWeights
-    ) -> Transfer[Tensor]:
+    ) -> _Apart:
         """Run a layer up to its attention and hand that to the CPU.
 
         A layer that is not replayed is called once more to finish, so that norm and projections are computed twice.
@@ -148,18 +157,21 @@ class Sweeper:
                 weights.bind()
                 inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
             context = cache.store_for_host(layer, row, inputs.k_TKH, inputs.v_TKW)
-        return self.host.submit(row, inputs.q_TNH, inputs.options, context)
+        attended = self.host.submit(row, inputs.q_TNH, inputs.options, context)
+        return _Apart(layer, hidden_1TD, call, weights, attended)
 
-    def _go_on(
-        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, out_TNW: Tensor, weights: LayerWeights
-    ) -> Tensor:
-        """Run the rest of a layer, given its attention's output."""
+    def _come_back(self, row: Row, apart: _Apart, hidden: HiddenStore) -> None:
+        """Run the rest of a layer, once the CPU has attended."""
+        layer, hidden_1TD, call, weights, attended = apart
+        out_TNW = self.host.take(attended)
         with self.watch.running():
             if row.is_replayed:
                 assert self.replay is not None
-                return self.replay.run_from_attention(layer, row, out_TNW, weights)
-            weights.bind()
-            return self.anatomy.run_layer(layer, hidden_1TD, call, lambda q_TNH, k_TKH, v_TKW, options: out_TNW)
+                hidden_1TD = self.replay.run_from_attention(layer, row, out_TNW, weights)
+            else:
+                weights.bind()
+                hidden_1TD = self.anatomy.run_layer(layer, hidden_1TD, call, lambda *_: out_TNW)
+        hidden.save(row.index, hidden_1TD)
 
     def _is_cell(self, layer: int, row: Row, on_host: Sequence[Collection[int]]) -> bool:
         """Whether a row is run at a layer, and in one go: not in two halves, nor from a recording that goes past it."""

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flexeval.policy.experts import fetched_part, met_part
 from flexeval.policy.policy import KINDS, Policy, Tier
-from flexeval.policy.sparse import SHEET_BYTES, fetched_share, sparse_workspace_bytes
+from flexeval.policy.sparse import SHEET_BYTES, sparse_workspace_bytes, value_bytes
 from flexeval.policy.sweeps import Sweep, plan_sweeps
 from flexeval.policy.work import ModelShape, Workload
 
@@ -81,15 +81,6 @@ class Cost:
     """Phase (`prefill`, `decode`), lane: busy seconds over the whole run."""
     peak_bytes: Mapping[Tier, float]
     """Largest use of each tier."""
-
-
-class ValueBytes(NamedTuple):
-    """Values of a layer that a sweep could read, in bytes."""
-
-    spared: float
-    """Not chosen: they stay."""
-    chosen: float
-    """Fetched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +167,7 @@ class CostModel:
             kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)
             seconds[Lane.TO_GPU] = (moved({"kv": 1.0}, Tier.CPU, Tier.DISK) - placement.host_attention) * kv_layer_s
             if shape.sparsity is not None:
-                spared_bytes, chosen_bytes = self.value_bytes(sweep)
+                spared_bytes, chosen_bytes = value_bytes(shape, sweep)
                 spared_s = kv_layer_s - max((read_bytes["kv"] - spared_bytes) / hardware.to_gpu_bytes_per_s, least_s)
                 seconds[Lane.TO_GPU] -= moved({"kv": spared_s}, Tier.CPU)
                 seconds[Lane.COMPUTE] += moved({"kv": chosen_bytes / hardware.to_gpu_bytes_per_s}, Tier.CPU)
@@ -192,16 +183,6 @@ class CostModel:
             seconds[Lane.DISK_READ] = moved(read_bytes, Tier.DISK) / hardware.disk_read_bytes_per_s
             seconds[Lane.DISK_WRITE] = moved(written_bytes, Tier.DISK) / hardware.disk_write_bytes_per_s
         return seconds
-
-    def value_bytes(self, sweep: Sweep) -> ValueBytes:
-        """Of a layer's values in host memory that sequences have for themselves, what is left there and what comes."""
-        shape = self.shape
-        num_bytes = sweep.num_own_read * shape.value_bytes_per_token
-        if shape.sparsity is None or not num_bytes:
-            return ValueBytes(0.0, num_bytes)
-        heads_per_kv = shape.num_query_heads // shape.num_kv_heads
-        share = fetched_share(shape.sparsity, sweep.num_pairs / sweep.num_tokens, heads_per_kv=heads_per_kv)
-        return ValueBytes((1 - share) * num_bytes, share * num_bytes)
 
     def compute_seconds(self, sweep: Sweep) -> float:
         """Seconds the compute device is busy in one sweep.

@@ -29,7 +29,7 @@ from flexeval.policy.policy import Tier
 from flexeval.shelf import prepared_shelf
 from flexeval.team import give_spare_cores
 
-GPU_USABLE_SHARE = 15 / 16
+GPU_USABLE_SHARE = 31 / 32
 """The rest is left to fragmentation and to the workspaces of CUDA libraries."""
 HOST_USABLE_SHARE = 0.9
 """The rest is left to Python itself and to the page cache."""

@@ -98,7 +98,7 @@ def _grid(model: CostModel) -> Iterator[Policy]:
 
 
 def _row_sizes(model: CostModel) -> list[int]:
-    """The power of two from which layer calls run near their peak rate, and a sixteenth of it for tight memory.
+    """The power of two from which layer calls run near their peak rate, and a half and a sixteenth for tight memory.
 
     A call of t tokens runs at peak * t / (t + t_half) (see `CostModel.compute_seconds`); 8 t_half gives 8/9 of peak.
     """
@@ -107,7 +107,7 @@ def _row_sizes(model: CostModel) -> list[int]:
     half = call_s * hardware.flops_per_s / (2 * shape.layer_params)
     low, high = ROW_TOKENS
     large = min(high, max(low, 2 ** ceil(log2(8 * half))))
-    return sorted({large, max(TIGHT_ROW_TOKENS, large // 16)}, reverse=True)
+    return sorted({large, max(TIGHT_ROW_TOKENS, large // 2), max(TIGHT_ROW_TOKENS, large // 16)}, reverse=True)
 
 
 def _group_sizes(most: int) -> list[int]:

@@ -1,10 +1,13 @@
-"""What a sparse setting spares the link and asks of memory, in numbers. Knows a setting; no model and no tensor."""
+"""What a sparse setting spares the link and asks of memory, in numbers. Knows sizes; no policy and no tensor."""
 
 from __future__ import annotations
 
 from math import ceil
+from typing import NamedTuple
 
 from flexeval.config import SparseMethod, Sparsity
+from flexeval.policy.sweeps import Sweep
+from flexeval.policy.work import ModelShape
 
 SHEET_SCORES = 2**23
 """Scores written out at a time at most, or those of one token."""
@@ -16,6 +19,25 @@ GATHERED_BYTES = 12
 """Memory for each of them: as they rest, in 32 bits, and as a product wants them."""
 PAGE_TOKENS = 16
 """Positions of a page of Quest, as in its paper's experiments."""
+
+
+class ValueBytes(NamedTuple):
+    """Values of a layer that a sweep could read, in bytes."""
+
+    spared: float
+    """Not chosen: they stay."""
+    chosen: float
+    """Fetched."""
+
+
+def value_bytes(shape: ModelShape, sweep: Sweep) -> ValueBytes:
+    """Of one layer, if its KV rests in host memory: of the values that sequences have for themselves."""
+    num_bytes = sweep.num_own_read * shape.value_bytes_per_token
+    if shape.sparsity is None or not num_bytes:
+        return ValueBytes(0.0, num_bytes)
+    heads_per_kv = shape.num_query_heads // shape.num_kv_heads
+    share = fetched_share(shape.sparsity, sweep.num_pairs / sweep.num_tokens, heads_per_kv=heads_per_kv)
+    return ValueBytes((1 - share) * num_bytes, share * num_bytes)
 
 
 def num_kept(sparsity: Sparsity, num_visible: float) -> float:

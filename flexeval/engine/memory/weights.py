@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ from flexeval.policy.experts import is_by_need
 class _Bound(Enum):
     AS_IT_RESTS = "as it rests"
     UNPACKED = "unpacked"
+
+
+class _Coming(NamedTuple):
+    """A slab on its way."""
+
+    layer: int
+    slab: Transfer[Tensor]
 
 
 class WeightStore:
@@ -71,8 +79,9 @@ class WeightStore:
         ]
         """Per layer, up to how many tokens of a row it computes with its matrices as they rest."""
         self._is_bound = [False] * anatomy.num_layers
-        self._first: Transfer[Tensor] | None = None  # layer 0 on its way to the next sweep
-        self._bound: _Bound | None = None  # how the current layer's rows have been computed so far
+        self._coming: _Coming | None = None
+        self._sweep_tokens, self._expects_more = 0, False
+        self._bound: tuple[int, _Bound] | None = None  # a layer of this sweep, and how its rows were computed last
         self._prepared: PreparedLayers | None = None
         if disk_tier is not None and checkpoint.identity is not None:
             self._prepared = PreparedLayers(disk_tier, checkpoint.identity, self._layouts)
@@ -105,20 +114,33 @@ class WeightStore:
         """Per layer, bytes that come to the compute device at most."""
         return [0 if extent.view() is not None else extent.num_bytes for extent in self._extents]
 
-    def stream(self, sweep_tokens: int, *, expects_more: bool) -> Iterator[Tensor]:
-        """A sweep's slabs in the order of the layers, on the compute device, the next one always on its way.
+    def begin_sweep(self, num_tokens: int, *, expects_more: bool) -> None:
+        """A sweep of so many tokens begins: its first layer's slab is on its way, from the sweep before or from now on.
 
-        Where another sweep is expected, its first layer is sent for beside the last one of this sweep: whose experts
-        it will want is not known yet, so a layer with experts is not.
+        Where another sweep is expected, its first layer is sent for behind the last one of this sweep: whose experts it
+        will want is not known yet, so a layer with experts is not.
         """
-        transfer, self._first = self._first or self.lane.submit(self.load, 0, sweep_tokens), None
-        for layer in range(1, len(self._extents)):
-            ahead = self.lane.submit(self.load, layer, sweep_tokens)
-            yield transfer.wait()
-            transfer = ahead
-        if expects_more and not self._layouts[0].num_experts:
-            self._first = self.lane.submit(self.load, 0, sweep_tokens)
-        yield transfer.wait()
+        self._sweep_tokens = num_tokens
+        self._expects_more = expects_more and not self._layouts[0].num_experts
+        self._bound = None
+        if self._coming is None or self._coming.layer:
+            self._send_for(0)
+
+    def take(self, layer: int) -> Tensor:
+        """The slab of the next layer in order, on the compute device."""
+        coming, self._coming = self._coming, None
+        assert coming is not None and coming.layer == layer, (layer, coming)
+        return coming.slab.wait()
+
+    def send_for_next(self, layer: int) -> None:
+        """The layer before this one is done, so that the next slab may take its buffer."""
+        if layer + 1 < len(self._extents):
+            self._send_for(layer + 1)
+        elif self._expects_more:
+            self._send_for(0)
+
+    def _send_for(self, layer: int) -> None:
+        self._coming = _Coming(layer, self.lane.submit(self.load, layer, self._sweep_tokens))
 
     def load(self, layer: int, sweep_tokens: int) -> Tensor:
         """A layer's slab on the compute device for a sweep of so many tokens; runs on the weights' lane.
@@ -152,11 +174,11 @@ class WeightStore:
             Whether the layer computes with its tensors where the slab lies, not unpacked.
         """
         layout = self._layouts[layer]
-        takes_coded = row_tokens <= self._few_tokens[layer] and self._bound is not _Bound.UNPACKED
-        bound = _Bound.AS_IT_RESTS if takes_coded else _Bound.UNPACKED
+        takes_coded = row_tokens <= self._few_tokens[layer] and self._bound != (layer, _Bound.UNPACKED)
+        bound = (layer, _Bound.AS_IT_RESTS if takes_coded else _Bound.UNPACKED)
         is_in_slab = takes_coded or not layout.num_coded_values
         stays = self._extents[layer].view() is not None and is_in_slab
-        if self._bound is bound or (stays and self._is_bound[layer]):
+        if self._bound == bound or (stays and self._is_bound[layer]):
             return is_in_slab
         if takes_coded:
             self._anatomy.bind_layer(layer, layout.as_it_rests(slab))
@@ -176,13 +198,9 @@ class WeightStore:
 
     def bind_in_place(self, layer: int) -> bool:
         """Let a layer compute rows of few tokens with its tensors where they lie; False where they do not stay."""
-        self.begin_layer()
+        self._bound = None
         slab = self._extents[layer].view()
         return slab is not None and self.bind(layer, slab, row_tokens=1, sweep_tokens=1)
-
-    def begin_layer(self) -> None:
-        """The sweep comes to a layer: the workspace may hold another one's matrices."""
-        self._bound = None
 
     def _is_by_need(self, layer: int, sweep_tokens: int) -> bool:
         experts = self._anatomy.experts[layer]
