@@ -34,6 +34,7 @@ from flexeval.engine.codecs.codec import IntegerCodec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute import sparse
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import RowMaker
 from flexeval.engine.compute.selection import TopK, keep_best, make_selection
@@ -42,7 +43,7 @@ from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.errors import ConfigError
 from flexeval.models import ModelSource
-from flexeval.planning.rows import RowPlan
+from flexeval.planning.rows import AncestorSpan, FreshSpan, KeySource, RowPlan
 from flexeval.policy.policy import Policy
 from flexeval.request import Request, TokenRequest, TokenResult
 
@@ -153,6 +154,25 @@ def check_row(
     out_TNW = attention(tokens.q_TNH[index], tokens.k_TKH[index], tokens.v_TKW[index], asked, row, context)
     expected_TNW = torch.stack([attend_to_chosen(tokens, path, asked, sparsity) for path in paths])
     torch.testing.assert_close(out_TNW.cpu().double(), expected_TNW, atol=3e-6, rtol=0)
+
+
+def test_a_hundred_percent_is_dense_attention() -> None:
+    tokens = Tokens({"header": 40, "a": 3}, value_size=12, device="cpu")
+    tokens.turn(torch.float32, None)
+    plan = RowPlan(
+        token_ids=(0,) * 43,
+        positions=tuple(range(43)),
+        fresh=(FreshSpan(node=0, start=0, length=40), FreshSpan(node=1, start=40, length=3)),
+        ancestors=(
+            AncestorSpan(
+                start=40, length=3, num_keys=40, first_key_position=0, last_position=42, source=KeySource(row_start=0)
+            ),
+        ),
+    )
+    row = RowMaker(torch.device("cpu")).make(0, plan)
+    inputs = tokens.q_TNH, tokens.k_TKH, tokens.v_TKW, AttentionOptions(scale=0.4), row
+    context = HandMadeContext(tokens, logs={}, scratch={})
+    torch.testing.assert_close(SparseAttention(TopK(100))(*inputs, context), PackedAttention()(*inputs, context))
 
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
