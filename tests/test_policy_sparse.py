@@ -1,4 +1,4 @@
-"""What a sparse setting means to the cost model: values that stay, a CPU that does not attend, memory for the choice."""
+"""A sparse setting in the cost model: values that stay, a CPU that does not attend, memory for the choice."""
 
 from __future__ import annotations
 
