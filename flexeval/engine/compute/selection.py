@@ -9,8 +9,9 @@ leading dimensions.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,10 +101,36 @@ def keep_best(scores_XS: Tensor, num_X: Tensor, *, most: int) -> Tensor:
 
     None but the best is kept where a row has fewer than `num_X` above -inf.
     """
-    best_XS = scores_XS.topk(min(most, scores_XS.shape[-1])).values
-    last_X1 = (num_X - 1).clamp(min=0).expand(best_XS.shape[:-1])[..., None]
-    worst_X1 = best_XS.gather(-1, last_X1).masked_fill(num_X[..., None] < 1, torch.inf)
+    num_X1 = num_X.expand(scores_XS.shape[:-1])[..., None]
+    worst_X1, next_X1 = _ranked(scores_XS, num_X1, most)
+    worst_X1 = worst_X1.masked_fill(num_X1 < 1, torch.inf)
+    if scores_XS.device.type == "cpu" and not ((next_X1 == worst_X1) | (worst_X1 == -torch.inf)).any():
+        return scores_XS >= worst_X1  # nothing is equal to the worst: a device would be waited for to know
     is_above_XS = scores_XS > worst_X1
     is_equal_XS = (scores_XS == worst_X1) & (scores_XS > -torch.inf)
-    num_left_X1 = num_X[..., None] - is_above_XS.sum(-1, keepdim=True)
+    num_left_X1 = num_X1 - is_above_XS.sum(-1, keepdim=True)
     return is_above_XS | (is_equal_XS & (is_equal_XS.cumsum(-1, dtype=torch.int32) <= num_left_X1))
+
+
+class _Ranked(NamedTuple):
+    """Of each row, the score of the last that is kept and of the first that is not; -inf where there is none."""
+
+    worst_X1: Tensor
+    next_X1: Tensor
+
+
+def _ranked(scores_XS: Tensor, num_X1: Tensor, most: int) -> _Ranked:
+    size = scores_XS.shape[-1]
+    last_X1 = (num_X1 - 1).clamp(min=0)
+    if scores_XS.device.type == "cpu":  # numpy sorts a row in a sixth of the time that torch selects in
+        last_X1 = size - 1 - last_X1
+        sorted_XS = torch.from_numpy(np.sort(scores_XS.numpy(), axis=-1))
+        return _Ranked(sorted_XS.gather(-1, last_X1), _gather(sorted_XS, last_X1 - 1))
+    best_XS = scores_XS.topk(min(most + 1, size)).values
+    return _Ranked(best_XS.gather(-1, last_X1), _gather(best_XS, last_X1 + 1))
+
+
+def _gather(sorted_XS: Tensor, place_X1: Tensor) -> Tensor:
+    is_there_X1 = (place_X1 >= 0) & (place_X1 < sorted_XS.shape[-1])
+    found_X1 = sorted_XS.gather(-1, place_X1.clamp(0, sorted_XS.shape[-1] - 1))
+    return found_X1.masked_fill(~is_there_X1, -torch.inf)

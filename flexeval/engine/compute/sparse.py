@@ -60,11 +60,11 @@ class SparseAttention:
 
 
 def softmax_with(scores_TKMS: Tensor, sinks_N: Tensor | None) -> Tensor:
-    """Softmax, in place; a sink adds exp(sink) to the denominator of its head and is never chosen away."""
-    lse_TKM = scores_TKMS.logsumexp(-1)
+    """Softmax; a sink adds exp(sink) to the denominator of its head and is never chosen away."""
+    weights_TKMS = scores_TKMS.softmax(-1)
     if sinks_N is not None:
-        lse_TKM = torch.logaddexp(lse_TKM, sinks_N.float().view(lse_TKM.shape[1:]))
-    weights_TKMS: Tensor = scores_TKMS.sub_(lse_TKM[..., None]).exp_()
+        lse_TKM = scores_TKMS.logsumexp(-1)
+        weights_TKMS *= torch.sigmoid(lse_TKM - sinks_N.float().view(lse_TKM.shape[1:]))[..., None]
     return weights_TKMS
 
 
