@@ -175,3 +175,15 @@ def test_workloads_are_counted_as_by_hand(name: str) -> None:
     requests, expected = WORKLOADS[name]
     assert measure_workload(requests) == expected
     assert measure_workload(requests[::-1]) == expected
+
+
+def test_the_feed_forward_width_is_that_of_all_experts_that_a_token_passes() -> None:
+    opt, llama, mixtral, deepseek = (tiny_config(name) for name in ("opt", "llama", "mixtral", "deepseek_v3"))
+    expected = [
+        (opt, opt.ffn_dim),
+        (llama, llama.intermediate_size),
+        (mixtral, mixtral.intermediate_size * mixtral.num_experts_per_tok),
+        (deepseek, max(deepseek.intermediate_size, deepseek.moe_intermediate_size * deepseek.num_experts_per_tok)),
+    ]
+    for config, width in expected:
+        assert model_shape(Anatomy(config, torch.float32), None, CPU).intermediate_size == width, config.model_type

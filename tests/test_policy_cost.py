@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_30B, OPT_125M, T4, generating, opt, scoring
 
-from flexeval.policy.cost import OPERATIONS_PER_LOAD, CostModel, Lane
+from flexeval.policy.cost import OPERATIONS_PER_HOST_ROW, OPERATIONS_PER_LOAD, PACKED_RATE, CostModel, Lane
 from flexeval.policy.hardware import Hardware
 from flexeval.policy.policy import Policy, Split, Tier
 from flexeval.policy.sweeps import plan_sweeps
@@ -59,7 +59,7 @@ def test_disk_shares_cross_both_links():
 
 
 def test_what_the_cpu_attends_to_does_not_cross_the_link():
-    """In its lane also stand the halves of the layers that it waits for: as many as it attends for."""
+    """Each row that it attends for takes it a while beside its reading."""
     machine = replace(T4, host_attention_bytes_per_s=10e9)
     half = replace(FLEXGEN_30B, kv=Split(gpu=0.25, cpu=0.5, disk=0.25), host_attention=0.5)
     policies = (replace(half, host_attention=0.0), half)
@@ -67,7 +67,8 @@ def test_what_the_cpu_attends_to_does_not_cross_the_link():
     host_bytes = 31 * 12 * 144 * (512 + 16) * OPT_30B.kv_bytes_per_token  # half of the 24 layers on the cpu
     lanes = shared.lanes["decode"]
     assert (by_link.lanes["decode"][Lane.TO_GPU] - lanes[Lane.TO_GPU]) * 12e9 == pytest.approx(host_bytes)
-    assert lanes[Lane.HOST_ATTENTION] == pytest.approx(host_bytes / 10e9 + lanes[Lane.COMPUTE] * 12 / 48)
+    rows_s = 31 * 12 * 3 * OPERATIONS_PER_HOST_ROW * T4.launch_s  # three groups of 48
+    assert lanes[Lane.HOST_ATTENTION] == pytest.approx(host_bytes / 10e9 + rows_s)
     assert by_link.lanes["decode"][Lane.HOST_ATTENTION] == shared.lanes["prefill"][Lane.HOST_ATTENTION] == 0
     for lane in (Lane.COMPUTE, Lane.FROM_GPU, Lane.DISK_READ, Lane.DISK_WRITE):
         assert lanes[lane] == by_link.lanes["decode"][lane]
@@ -146,7 +147,8 @@ def test_few_tokens_read_packed_weights_as_they_rest():
     as_it_rests = replace(unpacked, few_tokens=16)
     policy = replace(FLEXGEN_30B, group_sequences=16, num_groups=1)
     before, after = (cost_of(policy, shape, generating(16), T4) for shape in (unpacked, as_it_rests))
-    saved_s = 31 * 48 * 2 * unpacked.layer_compute_bytes / T4.memory_bytes_per_s
+    unpacking_bytes = unpacked.layer_bytes + 2 * unpacked.layer_compute_bytes
+    saved_s = 31 * 48 * (unpacking_bytes - unpacked.layer_bytes / PACKED_RATE) / T4.memory_bytes_per_s
     saved = before.lanes["decode"][Lane.COMPUTE] - after.lanes["decode"][Lane.COMPUTE]
     assert saved == pytest.approx(saved_s, rel=1e-6)
     assert before.lanes["prefill"] == after.lanes["prefill"]

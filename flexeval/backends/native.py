@@ -204,7 +204,10 @@ class Engine:
         """The machine, measured once: before the engine itself fills the memory."""
         if self._hardware is None:
             place: Literal["cuda", "cpu"] = "cuda" if self._opened.device.type == "cuda" else "cpu"
-            attends_on_host = self._fixed_policy is not None and self._fixed_policy.host_attention > 0
+            if self._fixed_policy is not None:
+                attends_on_host = self._fixed_policy.host_attention > 0
+            else:  # the rate is that of keys and values as computed
+                attends_on_host = self._opened.kv_coding is None
             dtype = self._opened.anatomy.dtype
             self._hardware = detect(place, self._limits, dtype, attends_on_host=attends_on_host)
         return self._hardware

@@ -52,7 +52,7 @@ def model_shape(
     return ModelShape(
         num_layers=anatomy.num_layers,
         hidden_size=text.hidden_size,
-        intermediate_size=max(_intermediate_size(text), getattr(text, "moe_intermediate_size", None) or 0),
+        intermediate_size=_intermediate_size(text, active),
         layer_bytes=largest.num_bytes,
         layer_compute_bytes=max(SlabLayout(list(layer), None).num_bytes for layer in kinds),
         resident_bytes=anatomy.resident_bytes,
@@ -80,12 +80,12 @@ def model_shape(
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
-def _intermediate_size(text: object) -> int:
-    """Width of the feed-forward block, by the names it has in configurations."""
-    for name in ("intermediate_size", "ffn_dim", "n_inner"):
-        if isinstance(size := getattr(text, name, None), int):
-            return size
-    return 4 * int(text.hidden_size)  # type: ignore[attr-defined]
+def _intermediate_size(text: object, experts_per_token: int) -> int:
+    """Width of what a token passes in the feed-forward block, by the names it has in configurations."""
+    sizes = (getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    width = next((size for size in sizes if isinstance(size, int)), 4 * text.hidden_size)  # type: ignore[attr-defined]
+    of_expert = getattr(text, "moe_intermediate_size", None)
+    return max(width, of_expert * experts_per_token) if of_expert else width * experts_per_token
 
 
 def measure_workload(requests: Sequence[TokenRequest]) -> Workload:

@@ -36,8 +36,17 @@ LOGITS_CHUNK_BYTES = 256 * 2**20
 """Most bytes of 32-bit logits made at once."""
 LOGITS_COPIES = 3
 """Logits, their log-softmax and one temporary live together."""
-HIDDEN_COPIES, INTERMEDIATE_COPIES = 8, 3
-"""Buffers of the model's width and of the feed-forward width that live together inside a layer call."""
+OPERATIONS_PER_HOST_ROW = 1000
+"""The same for a row that the CPU attends for at a layer, beside its reading: it waits for queries, the device for it.
+On an H100 with 16 cores about 5 ms: see docs/architecture.md."""
+LEAST_HOST_ROWS = 3
+"""Rows of a sweep from which on the CPU and the link have work at the same time, at every layer."""
+ATTENTION_COPIES = 8
+"""Buffers of the model's width that live together while a layer call attends."""
+HIDDEN_COPIES, INTERMEDIATE_COPIES = 3, 3
+"""Buffers of the model's width and of the feed-forward width that live together in its feed-forward block."""
+PACKED_RATE = 0.55
+"""Part of the device's memory bandwidth at which products of few tokens read matrices as they rest."""
 EXPOSED_SHARE = 0.01
 """Share of every lane's time that overlap does not hide; makes the search prefer less of it among equals."""
 UNFINISHED_SHARE = 0.01
@@ -142,9 +151,8 @@ class CostModel:
         """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3).
 
         The KV of a call is sent for when that of the one before has been taken, so that many small ones take as long as
-        Python. What the CPU attends to does not cross the link. Its attention stands in a chain with the two halves of
-        a layer that the compute device computes, so their seconds count in its lane as well. Nor do values cross it
-        that rest in host memory and are not chosen; for the others the computation waits, once it has chosen.
+        Python. What the CPU attends to does not cross the link. Nor do values that rest in host memory and are not chosen;
+        for the others the computation waits, once it has chosen.
         """
         shape, hardware = self.shape, self.hardware
         num_rows = self.num_items(policy)["hidden"]
@@ -175,10 +183,9 @@ class CostModel:
             seconds[Lane.TO_GPU] += moved(others, Tier.CPU, Tier.DISK) / hardware.to_gpu_bytes_per_s
             seconds[Lane.FROM_GPU] = moved(written_bytes, Tier.CPU, Tier.DISK) / hardware.from_gpu_bytes_per_s
         if self.can_attend_on_host:
-            chained_s = seconds[Lane.COMPUTE] / shape.num_layers if read_bytes["kv"] else 0.0
-            host_bytes = placement.host_attention * read_bytes["kv"]
-            seconds[Lane.HOST_ATTENTION] = host_bytes / hardware.host_attention_bytes_per_s
-            seconds[Lane.HOST_ATTENTION] += placement.host_attention * chained_s
+            rows_s = sweep.num_calls * OPERATIONS_PER_HOST_ROW * hardware.launch_s if read_bytes["kv"] else 0.0
+            layer_s = read_bytes["kv"] / hardware.host_attention_bytes_per_s + rows_s
+            seconds[Lane.HOST_ATTENTION] = placement.host_attention * layer_s
         if hardware.disk_bytes:
             seconds[Lane.DISK_READ] = moved(read_bytes, Tier.DISK) / hardware.disk_read_bytes_per_s
             seconds[Lane.DISK_WRITE] = moved(written_bytes, Tier.DISK) / hardware.disk_write_bytes_per_s
@@ -203,7 +210,7 @@ class CostModel:
         if shape.sparsity is not None:
             device_bytes += SHEET_BYTES * shape.num_query_heads * sweep.num_pairs
         if shape.is_packed and sweep.num_tokens <= sweep.num_calls * shape.few_tokens:
-            device_bytes += sweep.num_calls * shape.layer_bytes
+            device_bytes += sweep.num_calls * shape.layer_bytes / PACKED_RATE
         else:
             met = met_part(shape, sweep.num_tokens / sweep.num_calls)
             device_bytes += sweep.num_calls * shape.layer_compute_bytes * met
@@ -248,7 +255,8 @@ class CostModel:
         """Bytes of the compute device that no policy can move: embedding and head, and one layer's temporaries."""
         work, shape = self.workload, self.shape
         width = max(shape.hidden_size, shape.num_query_heads * shape.head_size)
-        token_bytes = (HIDDEN_COPIES * width + INTERMEDIATE_COPIES * shape.intermediate_size) * shape.dtype_bytes
+        inner = INTERMEDIATE_COPIES * shape.intermediate_size
+        token_bytes = max(ATTENTION_COPIES * width, HIDDEN_COPIES * width + inner) * shape.dtype_bytes
         group = min(policy.group_sequences, work.num_generating_sequences)
         call_tokens = max(min(policy.row_tokens, work.num_prompt_tokens), group)
         # The KV of nodes that later rows of a sweep descend from stays until the layer ends.

@@ -1,9 +1,9 @@
 """The integer linear program that places weights, KV cache and hidden states. The only module that knows PuLP.
 
 FlexGen's linear program (Sheng et al., ICML 2023, section 4.3) with whole layers and rows in place of fractions, so
-that its memory bounds hold for the policy as it runs. Every formula is `cost.py`'s; how much work is in flight, and how
-much decode attention the CPU takes, is given. Solved by HiGHS in process, or by the CBC that PuLP brings where highspy
-is not installed.
+that its memory bounds hold for the policy as it runs. How much decode attention the CPU takes is a variable as well.
+Every formula is `cost.py`'s; how much work is in flight is given. Solved by HiGHS in process, or by the CBC that PuLP
+brings where highspy is not installed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pulp  # type: ignore[import-untyped]
 
-from flexeval.policy.cost import CostModel, Linear, Placement
+from flexeval.policy.cost import LEAST_HOST_ROWS, CostModel, Linear, Placement
 from flexeval.policy.policy import Policy, Split, Tier
 from flexeval.policy.sweeps import plan_sweeps
 
@@ -25,6 +25,8 @@ TIME_LIMIT_S = 5.0
 """Seconds until the best placement found so far is taken; programs take milliseconds."""
 TOLERANCE_GB = 1e-6
 """What the solver takes for zero; twice this much of each tier is left free."""
+SHARE_DIGITS = 3
+"""Of the CPU's share of attention; finer than whole rows come true, and fit to be read."""
 STREAMING_COST_MS = 1e-6
 """Decides for the compute device where nothing else does."""
 
@@ -41,7 +43,12 @@ def best_placement(model: CostModel, sizes: Policy) -> Policy | None:
     if not _solve(problem, whole=True):
         return None
     splits = {kind: _split(counts) for kind, counts in placement.counts.items()}
-    return replace(sizes, weights=splits["weights"], kv=splits["kv"], hidden=splits["hidden"])
+    num_on_host = pulp.value(placement.counts["kv"][Tier.CPU])
+    share = pulp.value(placement.host_attention) / num_on_host if num_on_host else 0.0
+    host_attention = round(min(1.0, share), SHARE_DIGITS)
+    return replace(
+        sizes, weights=splits["weights"], kv=splits["kv"], hidden=splits["hidden"], host_attention=host_attention
+    )
 
 
 def missing_bytes(model: CostModel, sizes: Policy, price: Mapping[Tier, float]) -> dict[Tier, float] | None:
@@ -95,7 +102,10 @@ def _constrain(
         problem += pulp.lpSum(counts[kind].values()) == num
         problem += num - counts[kind][hardware.home] <= num * streams[kind]
         problem += counts[kind][Tier.DISK] <= num * on_disk[kind]
-    host_attention = sizes.host_attention * counts["kv"][Tier.CPU] if model.can_attend_on_host else 0
+    host_attention: Linear = 0
+    if model.can_attend_on_host and sizes.num_groups >= LEAST_HOST_ROWS:
+        host_attention = problem.add_variable("host_attention", 0)
+        problem += host_attention <= counts["kv"][Tier.CPU]
     placement = Placement(counts=counts, streams=streams, on_disk=on_disk, host_attention=host_attention)
     for tier, peak in model.peak_bytes(sizes, placement).items():
         if tier in tiers:
