@@ -151,8 +151,8 @@ class CostModel:
         """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3).
 
         The KV of a call is sent for when that of the one before has been taken, so that many small ones take as long as
-        Python. What the CPU attends to does not cross the link. Nor do values that rest in host memory and are not chosen;
-        for the others the computation waits, once it has chosen.
+        Python. What the CPU attends to does not cross the link. Nor do values that rest in host memory and are not
+        chosen; for the others the computation waits, once it has chosen.
         """
         shape, hardware = self.shape, self.hardware
         num_rows = self.num_items(policy)["hidden"]
