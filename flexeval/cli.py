@@ -48,7 +48,10 @@ def run(
     ] = "smollm2",
     setting: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Compression to compare: none, w8, w4, kv4, w4kv4, ... Repeatable."),
+        typer.Option(
+            metavar="NAME",
+            help="What to compare: none, w8, w4, kv4, w4kv4, topk10, quest10, w4kv4-topk10, ... Repeatable.",
+        ),
     ] = None,
     max_eval_instances: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
@@ -175,7 +178,10 @@ def bench(
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")] = False,
     setting: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Compression to measure: none, w8, w4, kv4, w4kv4, ... Repeatable."),
+        typer.Option(
+            metavar="NAME",
+            help="What to measure: none, w8, w4, kv4, w4kv4, topk10, quest10, w4kv4-topk10, ... Repeatable.",
+        ),
     ] = None,
     policy: Annotated[
         str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from enum import StrEnum
 from pathlib import Path
 
 from flexeval.errors import ConfigError
@@ -22,7 +23,8 @@ _UNIT_BYTES = {
     "ti": 2**40,
 }
 _SETTING = re.compile(
-    r"(?:w(?P<weight_bits>8|4))?(?:kv(?P<kv_bits>8|4|2))?(?:-g(?P<group_size>32|64|128))?(?P<hqq>-hqq)?"
+    r"(?=w|kv|topk|quest)(?:w(?P<weight_bits>8|4))?(?:kv(?P<kv_bits>8|4|2))?(?:-g(?P<group_size>32|64|128))?"
+    r"(?P<hqq>-hqq)?(?:(?:^|-)(?P<method>topk|quest)(?P<percent>[1-9][0-9]?))?"
 )
 
 
@@ -43,12 +45,34 @@ def format_size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
+class SparseMethod(StrEnum):
+    """How a query's keys are chosen."""
+
+    TOPK = "topk"
+    """Those with the highest scores (FlexGen: Sheng et al., ICML 2023, section 5)."""
+    QUEST = "quest"
+    """Pages of them with the highest bounds of their scores (Quest: Tang et al., ICML 2024)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparsity:
+    """Of the keys that a query may see, which it attends to."""
+
+    method: SparseMethod
+    """How they are chosen."""
+    percent: int
+    """How many, in percent of those it may see, rounded up; in [1, 99]."""
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.percent <= 99, self.percent
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """One way to compress the same model; its name is the identity of a HELM deployment."""
 
     name: str
-    """As the user wrote it: `none`, `w4`, `kv4`, `w4kv4-g128`, `w4-hqq`."""
+    """As the user wrote it: `none`, `w4`, `kv4`, `w4kv4-g128-topk10`, `w4-hqq`."""
     weight_bits: int | None = None
     """Bits of a layer's matrices at rest; None keeps them as loaded."""
     kv_bits: int | None = None
@@ -57,6 +81,8 @@ class Setting:
     """Numbers that share a scale and a minimum: of a matrix along its inputs, of keys and values along the head."""
     is_refined: bool = False
     """Whether the minima of matrices' groups are refined by half-quadratic quantization."""
+    sparsity: Sparsity | None = None
+    """Which keys are attended to; None attends to all."""
 
     @property
     def weights(self) -> str:
@@ -68,18 +94,28 @@ class Setting:
 
     @classmethod
     def parse(cls, name: str) -> Setting:
-        """Read a setting's name. Raises `ConfigError` with the names that exist."""
+        """Read a setting's name: parts in the order `w kv -g -topk`, each at most once. Raises `ConfigError`."""
         if name == "none":
             return cls(name=name)
         match = _SETTING.fullmatch(name)
-        bits = {part: int(match[part]) for part in ("weight_bits", "kv_bits") if match and match[part]}
-        if not match or not bits or (match["hqq"] and "weight_bits" not in bits):
+        if match is None or (match["hqq"] and not match["weight_bits"]):
             mend = (
-                "A setting is none, w8, w4, kv8, kv4, kv2 or such as w4kv4; -g32 or -g128 behind it sets its groups, "
-                "-hqq behind one with w refines its weights' rounding"
+                "A setting is none, w8, w4, kv8, kv4, kv2 or such as w4kv4; -g32 or -g128 behind it sets its groups; "
+                "-hqq behind it, of one with w, refines its weights' rounding; "
+                "topk10 or quest10, alone or last as in w4kv4-topk10, attends to 10 (1 to 99) percent of the keys"
             )
             raise ConfigError(f"unknown setting {name!r}", mend=mend)
-        return cls(name=name, group_size=int(match["group_size"] or 64), is_refined=bool(match["hqq"]), **bits)
+        bits = {part: int(match[part]) for part in ("weight_bits", "kv_bits") if match[part]}
+        sparsity = None
+        if match["method"]:
+            sparsity = Sparsity(method=SparseMethod(match["method"]), percent=int(match["percent"]))
+        return cls(
+            name=name,
+            group_size=int(match["group_size"] or 64),
+            is_refined=bool(match["hqq"]),
+            sparsity=sparsity,
+            **bits,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

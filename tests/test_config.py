@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexeval.config import Setting, format_size, parse_disk, parse_size
+from flexeval.config import Setting, SparseMethod, Sparsity, format_size, parse_disk, parse_size
 from flexeval.errors import ConfigError
 
 
@@ -83,8 +83,57 @@ def test_weights_may_be_refined(name: str, plain: str) -> None:
     "name", ["-hqq", "kv4-hqq", "kv4-g32-hqq", "none-hqq", "w4-hqq-g32", "w4-hqq-hqq", "w4hqq", "w4-HQQ"]
 )
 def test_a_refinement_that_there_is_not_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"unknown setting.*-hqq behind one with w"):
+    with pytest.raises(ConfigError, match=r"unknown setting.*-hqq behind it, of one with w,"):
         Setting.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "percent", "rest"),
+    [
+        ("topk10", "topk", 10, "none"),
+        ("topk1", "topk", 1, "none"),
+        ("quest99", "quest", 99, "none"),
+        ("w4-topk10", "topk", 10, "w4"),
+        ("w4kv4-topk10", "topk", 10, "w4kv4"),
+        ("kv8-g32-topk25", "topk", 25, "kv8-g32"),
+        ("w8kv2-g128-quest5", "quest", 5, "w8kv2-g128"),
+        ("w4-g32-hqq-topk10", "topk", 10, "w4-g32-hqq"),
+    ],
+)
+def test_what_is_attended_to_comes_last(name: str, method: str, percent: int, rest: str) -> None:
+    sparsity = Sparsity(method=SparseMethod(method), percent=percent)
+    assert Setting.parse(name) == dataclasses.replace(Setting.parse(rest), name=name, sparsity=sparsity)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "topk",
+        "topk0",
+        "topk100",
+        "topk05",
+        "topk1.5",
+        "-topk10",
+        "w4topk10",
+        "topk10-w4",
+        "topk10-g32",
+        "-g32-topk10",
+        "none-topk10",
+        "topk10-quest10",
+        "w4-topk10-g32",
+        "quest",
+        "kv4-quest0",
+        "Topk10",
+        "topk10\n",
+        "w4-topk",
+        "topk10-",
+        "w4-topk10-hqq",
+    ],
+)
+def test_an_attention_written_otherwise_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^unknown setting.*topk10 or quest10, alone or last.*1 to 99") as refused:
+        Setting.parse(name)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["", "None", "w3", "w2", "w4-g48", "w4-", "w4 ", "w4\n", "kv3", "kv4w4", "-g64", "kv"])

@@ -19,8 +19,8 @@ from tiny_models import (
     tiny_model,
 )
 
-from flexeval.backends.coded_attention import register_coded_attention
 from flexeval.backends.native import Engine
+from flexeval.backends.setting_attention import register_attention
 from flexeval.backends.transformers import TransformersBackend, answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
@@ -169,7 +169,7 @@ def test_coded_kv_equals_transformers_on_coded_kv_on_gpu(
 @cache
 def answers_on_coded_kv(family: str, coding: KVCoding) -> list[TokenResult]:
     model = copy.deepcopy(tiny_model(family))
-    model.set_attn_implementation(register_coded_attention(coding))
+    model.set_attn_implementation(register_attention(coding, None))
     return [answer(model, request) for request in tiny_case(family).requests]
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from flexeval.backends.text import TextHalf
 from flexeval.backends.weights import codec_of, dtype_of, open_weights
-from flexeval.config import Limits, Setting
+from flexeval.config import Limits, Setting, Sparsity
 from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding
@@ -37,6 +37,8 @@ class OpenModel:
     """What the setting does to matrices; None leaves them as they are."""
     kv_coding: KVCoding | None
     """What it does to keys and values."""
+    sparsity: Sparsity | None
+    """Which keys it attends to; None attends to all."""
     device: torch.device
     """Where layers are computed."""
     anatomy: Anatomy
@@ -68,6 +70,7 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
         setting=chosen,
         codec=codec_of(chosen),
         kv_coding=None if chosen.kv_bits is None else KVCoding(chosen.kv_bits, chosen.group_size),
+        sparsity=chosen.sparsity,
         device=place,
         anatomy=anatomy,
         checkpoint=weights.checkpoint,

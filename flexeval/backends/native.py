@@ -30,7 +30,7 @@ from flexeval.models import ModelSource
 from flexeval.planning.summary import PlanSummary, summarize
 from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
-from flexeval.policy.policy import Policy
+from flexeval.policy.policy import Policy, check_sparse
 from flexeval.policy.search import check, search
 from flexeval.policy.work import Workload
 from flexeval.request import Completion, Request, TokenRequest
@@ -75,7 +75,10 @@ class Engine:
         """
         fixed, limits = read_policy(policy), read_limits(gpu_memory, cpu_memory, disk)
         check_gpu_limit(limits, pick_device(device))
-        return cls(open_model(model, setting=setting, device=device, dtype=dtype), fixed, limits)
+        chosen = Setting.parse(setting) if isinstance(setting, str) else setting
+        if fixed is not None and chosen.sparsity is not None:
+            check_sparse(fixed)
+        return cls(open_model(model, setting=chosen, device=device, dtype=dtype), fixed, limits)
 
     @staticmethod
     def check_options(
@@ -97,7 +100,9 @@ class Engine:
         self._opened = opened
         self._fixed_policy = policy
         self._limits = limits
-        self._shape = model_shape(opened.anatomy, opened.codec, opened.device, kv_coding=opened.kv_coding)
+        self._shape = model_shape(
+            opened.anatomy, opened.codec, opened.device, kv_coding=opened.kv_coding, sparsity=opened.sparsity
+        )
         self.text = opened.text
         self._executor: Executor | None = None
         self._hardware: Hardware | None = None
@@ -227,6 +232,7 @@ class Engine:
             policy,
             codec=opened.codec,
             kv_coding=opened.kv_coding,
+            sparsity=opened.sparsity,
             device=opened.device,
             disk_tier=DiskTier(disk_dir, limit_bytes=self._limits.disk_bytes) if disk_dir is not None else None,
             on_layer=lambda layer: on_layer(layer + 1, opened.anatomy.num_layers),

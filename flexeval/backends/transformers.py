@@ -1,7 +1,7 @@
 """transformers itself as a backend, wholly on one device: no offloading, nothing shared. The oracle of the engine.
 
-Under a lossy setting it runs on the weights, keys and values that the setting's codecs give back, so that the engine
-can be held to it.
+Under a lossy setting it runs on the weights, keys and values that the setting's codecs give back, and attends to the
+keys that the setting chooses, so that the engine can be held to it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexeval.backends.backend import OnCompletions, Usage
-from flexeval.backends.coded_attention import register_coded_attention
 from flexeval.backends.generation import Generator
 from flexeval.backends.loading import OpenModel, open_model
 from flexeval.backends.padded_batch import answer_batch
+from flexeval.backends.setting_attention import register_attention
 from flexeval.config import Setting
 from flexeval.engine.memory.packing import Packer
 from flexeval.engine.memory.slab import SlabLayout
@@ -53,7 +53,11 @@ class TransformersBackend:
             attention: transformers' name of an implementation; None leaves the choice to it.
         """
         start = time.perf_counter()
-        opened = open_model(model, setting=setting, device=device, dtype=dtype)
+        chosen = Setting.parse(setting) if isinstance(setting, str) else setting
+        if chosen.sparsity is not None and batch_size > 1:
+            what = f"setting {chosen.name!r} chooses keys by their positions, which padded batches move"
+            raise ConfigError(what, mend="Use a batch size of 1")
+        opened = open_model(model, setting=chosen, device=device, dtype=dtype)
         self.text = opened.text
         whole = load_whole(opened, attention=attention)
         whole.to(opened.device)  # type: ignore[arg-type]
@@ -78,13 +82,13 @@ class TransformersBackend:
 def load_whole(opened: OpenModel, *, attention: str | None = "eager") -> PreTrainedModel:
     """The model in host memory, its matrices, keys and values as the setting's codecs give them back.
 
-    Raises `ConfigError` for an `attention` that does not code keys and values where the setting does.
+    Raises `ConfigError` for an `attention` that does not do to keys and values what the setting does.
     """
-    if opened.kv_coding is not None:
+    if opened.kv_coding is not None or opened.sparsity is not None:
         if attention != "eager":
-            what = f"attention {attention!r} does not code keys and values, as setting {opened.setting.name!r} demands"
-            raise ConfigError(what, mend="Choose attention 'eager', or a setting without kv")
-        attention = register_coded_attention(opened.kv_coding)
+            what = f"attention {attention!r} does not treat keys and values as setting {opened.setting.name!r} demands"
+            raise ConfigError(what, mend="Choose attention 'eager', or a setting without kv, topk and quest")
+        attention = register_attention(opened.kv_coding, opened.sparsity)
     anatomy, cpu = opened.anatomy, torch.device("cpu")
     state: dict[str, Tensor] = dict(opened.checkpoint.rest())
     layouts = [SlabLayout(anatomy.layer_specs(layer), opened.codec) for layer in range(anatomy.num_layers)]

@@ -13,22 +13,27 @@ from contextlib import closing
 
 import torch
 
+from flexeval.config import Sparsity
 from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.compute.attention import PackedAttention
+from flexeval.engine.compute.attention import Attention, PackedAttention
 from flexeval.engine.compute.keeping import make_keeper
 from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.readout import read_row
 from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import Row, RowMaker
+from flexeval.engine.compute.selection import make_selection
+from flexeval.engine.compute.sparse import SparseAttention
 from flexeval.engine.compute.tape import CudaTapes
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.memory.kv_context import Cache
 from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, drain
+from flexeval.engine.memory.sparse_kv import SparseKVCache
 from flexeval.engine.memory.tiers import Tiers
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.scheduler import Scheduler
@@ -38,7 +43,7 @@ from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.planning.host_rows import host_rows
 from flexeval.planning.rows import RowPlan
 from flexeval.planning.summary import PlanSummary
-from flexeval.policy.policy import Policy
+from flexeval.policy.policy import Policy, check_sparse
 from flexeval.request import TokenRequest, TokenResult
 
 ROWS_AHEAD = 3
@@ -57,6 +62,7 @@ class Executor:
         *,
         codec: Codec | None,
         kv_coding: KVCoding | None = None,
+        sparsity: Sparsity | None = None,
         device: torch.device,
         disk_tier: DiskTier | None,
         on_layer: Callable[[int], None] = lambda layer: None,
@@ -70,11 +76,14 @@ class Executor:
             policy: Where everything rests, and how much is in flight.
             codec: How layers' matrices rest; None as they are.
             kv_coding: How keys and values rest; None as they are.
+            sparsity: Which keys are attended to; None attends to all.
             device: Where layers are computed.
             disk_tier: Room on disk; needed where the policy uses it. The executor closes it.
             on_layer: Told, for each layer that is loaded, how many were before it.
             overlap: Whether transfers run beside the computation; by default where there are any.
         """
+        if sparsity is not None:
+            check_sparse(policy)
         self.policy = policy
         self.trace = Trace()
         self.plan: PlanSummary | None = None
@@ -82,6 +91,7 @@ class Executor:
         self._anatomy = anatomy
         self._device = device
         self._kv_coding = kv_coding
+        self._is_sparse = sparsity is not None
         self._watch = Stopwatch(device)
         self.tiers = Tiers(device, disk_tier)
         num_layers = anatomy.num_layers
@@ -109,12 +119,14 @@ class Executor:
             self._close_lanes()
             self.tiers.close()
             raise
+        selection = make_selection(sparsity)
+        attention: Attention = PackedAttention() if selection is None else SparseAttention(selection)
         self._replay = self._make_replay()
         self._host = AttentionLane(self._lanes["host_attention"], device=device, trace=self.trace)
         self._sweeper = Sweeper(
             anatomy=anatomy,
             weights=self._weights,
-            attention=PackedAttention(),
+            attention=attention,
             replay=self._replay,
             host=self._host,
             trace=self.trace,
@@ -246,8 +258,9 @@ class Executor:
         self.trace.mark(name)
         watch.next_lap()
 
-    def _make_cache(self, capacities: Mapping[int, int]) -> KVCache:
-        return KVCache(
+    def _make_cache(self, capacities: Mapping[int, int]) -> Cache:
+        make = SparseKVCache if self._is_sparse else KVCache
+        return make(
             self._kv_tiers,
             capacities=capacities,
             coding=self._kv_coding,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from flexeval.config import Sparsity
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding, make_format
 from flexeval.engine.compute.anatomy import Anatomy
@@ -21,7 +22,12 @@ from flexeval.request import TokenRequest
 
 
 def model_shape(
-    anatomy: Anatomy, codec: Codec | None, device: torch.device, *, kv_coding: KVCoding | None = None
+    anatomy: Anatomy,
+    codec: Codec | None,
+    device: torch.device,
+    *,
+    kv_coding: KVCoding | None = None,
+    sparsity: Sparsity | None = None,
 ) -> ModelShape:
     """Sizes of a model as the engine computes it on `device`; where layers differ, the largest.
 
@@ -39,6 +45,8 @@ def model_shape(
     named = (n for key in _NUM_EXPERTS if isinstance(n := getattr(text, key, None), int) and n > 0)
     experts, active = largest.num_experts or next(named, 1), experts_per_token(text)
     kv_shapes = [anatomy.kv_shape(layer) for layer in kinds.values()]
+    kv_shape = max(kv_shapes, key=lambda shape: make_format(shape, anatomy.dtype, kv_coding).token_bytes)
+    kv_bytes = make_format(kv_shape, anatomy.dtype, kv_coding).token_bytes
     num_query_heads = text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_query_heads
     return ModelShape(
@@ -54,13 +62,15 @@ def model_shape(
         num_query_heads=num_query_heads,
         num_kv_heads=num_kv_heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        kv_bytes_per_token=max(make_format(kv, anatomy.dtype, kv_coding).token_bytes for kv in kv_shapes),
+        kv_bytes_per_token=kv_bytes,
+        value_bytes_per_token=kv_bytes * kv_shape.value_size // (kv_shape.key_size + kv_shape.value_size),
+        sparsity=sparsity,
         kv_compute_bytes_per_token=max(kv.num_values for kv in kv_shapes) * anatomy.dtype.itemsize,
         hidden_bytes_per_token=text.hidden_size * anatomy.dtype.itemsize,
         vocab_size=text.vocab_size,
         dtype_bytes=anatomy.dtype.itemsize,
         few_tokens=codec.few_tokens(device) if codec is not None and takes_coded else 0,
-        decode_copies=decode_copies(device, heads_per_kv=num_query_heads // num_kv_heads),
+        decode_copies=0 if sparsity else decode_copies(device, heads_per_kv=num_query_heads // num_kv_heads),
         num_experts=max(1, largest.num_experts),
         experts_per_token=active,
         expert_share=1 - largest.num_dense_bytes / largest.num_bytes,

@@ -8,20 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from flexeval.engine.compute.anatomy import Anatomy, LayerCall
-from flexeval.engine.compute.attention import PackedAttention
+from flexeval.engine.compute.attention import Attention
 from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.port import Attend, AttentionOptions
 from flexeval.engine.compute.replay import LayerWeights, Replay
 from flexeval.engine.compute.row import Row
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.hidden import HiddenStore
-from flexeval.engine.memory.kv import KVCache
-from flexeval.engine.memory.kv_context import LoadedContext
+from flexeval.engine.memory.kv_context import Cache
 from flexeval.engine.memory.lane import Transfer, ahead
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.stopwatch import Stopwatch
@@ -46,7 +45,7 @@ class Sweeper:
     """The model's layers."""
     weights: WeightStore
     """Their weights."""
-    attention: PackedAttention
+    attention: Attention
     """How packed rows attend."""
     host: AttentionLane
     """Where the CPU attends instead."""
@@ -62,7 +61,7 @@ class Sweeper:
     def sweep(
         self,
         rows: Sequence[Row],
-        cache: KVCache,
+        cache: Cache,
         hidden: HiddenStore,
         on_host: Sequence[Collection[int]],
         *,
@@ -92,7 +91,8 @@ class Sweeper:
                     if row.is_replayed:
                         assert self.replay is not None
                         is_apart = is_moving or any(row.index in apart for apart in on_host)
-                        attend_at = None if is_apart else partial(self._attend_in_place, for_later(row), cache)
+                        stays = self.attention.is_recordable and not is_apart
+                        attend_at = None if not stays else partial(self._attend_in_place, for_later(row), cache)
                         hidden_1TD = self.replay.begin(row, embedded, attend_at)
                 calls[row.index] = embedded.calls
                 hidden.save(row.index, hidden_1TD)
@@ -143,7 +143,7 @@ class Sweeper:
             return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
 
     def _set_out(
-        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: KVCache, weights: LayerWeights
+        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: Cache, weights: LayerWeights
     ) -> _Apart:
         """Run a layer up to its attention and hand that to the CPU.
 
@@ -179,10 +179,10 @@ class Sweeper:
             not row.is_replayed or self.replay is None or self.replay.attends(row, layer)
         )
 
-    def _attend_in_place(self, row: Row, cache: KVCache, layer: int) -> Attend | None:
+    def _attend_in_place(self, row: Row, cache: Cache, layer: int) -> Attend | None:
         return self._attend(layer, row, cache, cache.load(layer, row)) if cache.is_in_place(layer) else None
 
-    def _attend(self, layer: int, row: Row, cache: KVCache, context: LoadedContext) -> Attend:
+    def _attend(self, layer: int, row: Row, cache: Cache, context: Any) -> Attend:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
             seen = cache.store(layer, row, k_TKH, v_TKW, context)
             return self.attention(q_TNH, *seen, options, row, context)

@@ -17,7 +17,8 @@ class LaneTrace:
     """One lane's work."""
 
     num_bytes: int = 0
-    """Bytes moved between tiers; of `host_attention`, those that the CPU attended to where they rest."""
+    """Bytes moved between tiers; of `host_attention`, those that the CPU attended to where they rest. Values that a
+    sparse setting leaves where they are do not count."""
     busy_s: float = 0.0
     """Seconds at work: of the device where it is a GPU, else of the host."""
 

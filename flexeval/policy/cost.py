@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flexeval.policy.experts import fetched_part, met_part
 from flexeval.policy.policy import KINDS, Policy, Tier
+from flexeval.policy.sparse import SHEET_BYTES, sparse_workspace_bytes, value_bytes
 from flexeval.policy.sweeps import Sweep, plan_sweeps
 from flexeval.policy.work import ModelShape, Workload
 
@@ -143,13 +144,15 @@ class CostModel:
     @property
     def can_attend_on_host(self) -> bool:
         """Whether there is a CPU beside the compute device that attends."""
-        return self.hardware.home is Tier.GPU and self.hardware.host_attention_bytes_per_s > 0
+        attends = self.hardware.home is Tier.GPU and self.hardware.host_attention_bytes_per_s > 0
+        return attends and self.shape.sparsity is None
 
     def lane_seconds(self, policy: Policy, sweep: Sweep, placement: Placement) -> dict[Lane, Linear]:
         """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3).
 
         The KV of a call is sent for when that of the one before has been taken, so that many small ones take as long as
-        Python. What the CPU attends to does not cross the link.
+        Python. What the CPU attends to does not cross the link. Nor do values that rest in host memory and are not
+        chosen; for the others the computation waits, once it has chosen.
         """
         shape, hardware = self.shape, self.hardware
         num_rows = self.num_items(policy)["hidden"]
@@ -171,6 +174,11 @@ class CostModel:
             least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
             kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)
             seconds[Lane.TO_GPU] = (moved({"kv": 1.0}, Tier.CPU, Tier.DISK) - placement.host_attention) * kv_layer_s
+            if shape.sparsity is not None:
+                spared_bytes, chosen_bytes = value_bytes(shape, sweep)
+                spared_s = kv_layer_s - max((read_bytes["kv"] - spared_bytes) / hardware.to_gpu_bytes_per_s, least_s)
+                seconds[Lane.TO_GPU] -= moved({"kv": spared_s}, Tier.CPU)
+                seconds[Lane.COMPUTE] += moved({"kv": chosen_bytes / hardware.to_gpu_bytes_per_s}, Tier.CPU)
             others = {kind: num_bytes for kind, num_bytes in read_bytes.items() if kind != "kv"}
             seconds[Lane.TO_GPU] += moved(others, Tier.CPU, Tier.DISK) / hardware.to_gpu_bytes_per_s
             seconds[Lane.FROM_GPU] = moved(written_bytes, Tier.CPU, Tier.DISK) / hardware.from_gpu_bytes_per_s
@@ -189,8 +197,9 @@ class CostModel:
         A layer call of t tokens takes 2 P t / peak + bytes / bandwidth + launches: a roofline (Williams et al., 2009)
         summed rather than maximized, which is a rate of peak * t / (t + t_half) with t_half = (bytes / bandwidth +
         launches) * peak / (2 P). Attention takes 4 H D operations a pair (FlexGen, appendix A.3) and reads the KV
-        once. A packed slab is unpacked once a layer, or read as it rests by every call of few tokens. Of experts, only
-        those that tokens chose are read, and unpacked where the sweep is short.
+        once; where keys are chosen, every score is written out. A packed slab is unpacked once a layer, or read as it
+        rests by every call of few tokens. Of experts, only those that tokens chose are read, and unpacked where the
+        sweep is short.
         """
         shape, hardware = self.shape, self.hardware
         flops = 2 * shape.layer_params * sweep.num_tokens
@@ -198,6 +207,8 @@ class CostModel:
         device_bytes = sweep.num_kv_read * shape.kv_bytes_per_token
         if shape.is_kv_coded and not sweep.num_kv_read:  # prompts are coded, and attended to as they come back
             device_bytes += 2 * sweep.num_tokens * (shape.kv_bytes_per_token + shape.kv_compute_bytes_per_token)
+        if shape.sparsity is not None:
+            device_bytes += SHEET_BYTES * shape.num_query_heads * sweep.num_pairs
         if shape.is_packed and sweep.num_tokens <= sweep.num_calls * shape.few_tokens:
             device_bytes += sweep.num_calls * shape.layer_bytes / PACKED_RATE
         else:
@@ -256,6 +267,11 @@ class CostModel:
         if shape.is_kv_coded:  # a row's own, coded and as they come back; and a prefix that it attends to
             kv_bytes += call_tokens * (shape.kv_bytes_per_token + shape.kv_compute_bytes_per_token)
             kv_bytes += work.max_prompt_tokens * shape.kv_compute_bytes_per_token
+        if shape.sparsity is not None:
+            kv_bytes += sparse_workspace_bytes(
+                num_scores=call_tokens * shape.num_query_heads * (work.max_prompt_tokens + work.max_own_tokens),
+                num_numbers=group * work.max_own_tokens * shape.kv_compute_bytes_per_token // shape.dtype_bytes,
+            )
         logits_bytes = min(LOGITS_CHUNK_BYTES, work.max_logits_rows * shape.vocab_size * 4)
         return (
             shape.resident_bytes

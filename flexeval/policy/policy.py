@@ -173,6 +173,13 @@ class Policy:
         return cls.from_json(cls().to_json() | sizes | shares, where="policy")
 
 
+def check_sparse(policy: Policy) -> None:
+    """Refuse what does not go with attention to some of the keys. Raises `ConfigError`."""
+    if policy.host_attention:
+        what = f"host_attention={policy.host_attention:g} asks the CPU to attend, which attends to all keys only"
+        raise ConfigError(what, where="policy", mend="Set host_attention to 0, or use a setting without topk or quest")
+
+
 _SIZES = ("row_tokens", "sweep_tokens", "group_sequences", "num_groups")
 
 

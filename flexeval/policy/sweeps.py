@@ -28,6 +28,8 @@ class Sweep:
     """Positions whose logits are computed."""
     num_kv_read: float
     """Tokens whose keys and values are read from the cache at each layer."""
+    num_own_read: float
+    """Of these, the ones of sequences' own contexts."""
     num_kv_written: float
     """Tokens whose keys and values are added to it."""
 
@@ -54,6 +56,7 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
         num_pairs=num_tokens * workload.mean_context_tokens,
         num_logits_rows=workload.num_sequences / num_prefills,
         num_kv_read=0,
+        num_own_read=0,
         num_kv_written=num_kept / num_prefills,
     )
     num_left = workload.num_generated_tokens - num_generating
@@ -72,6 +75,7 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
         num_pairs=num_active * (workload.mean_context_tokens + half_generated),
         num_logits_rows=num_active,
         num_kv_read=num_active * (num_own + half_generated) + num_calls * num_shared,
+        num_own_read=num_active * (num_own + half_generated),
         num_kv_written=num_active,
     )
     return {"prefill": prefill, "decode": decode}

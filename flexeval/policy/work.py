@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexeval.config import Sparsity
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -47,6 +49,10 @@ class ModelShape:
     """Experts of a layer, where they lie apart."""
     experts_per_token: int = 1
     """How many of them a token meets."""
+    value_bytes_per_token: int = 0
+    """Of `kv_bytes_per_token`, those of values; said where keys are chosen."""
+    sparsity: Sparsity | None = None
+    """Which keys are attended to; None attends to all."""
     expert_share: float = 0.0
     """Share of a layer's bytes that are theirs; 0 without experts."""
 

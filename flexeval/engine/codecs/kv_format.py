@@ -22,11 +22,28 @@ Places = slice | Tensor
 """Tokens of a log: neighbours or evenly spaced ones, or an index of any shape."""
 
 
+class ChosenKV(Protocol):
+    """Keys of some tokens, and values of those that are chosen by them."""
+
+    @property
+    def keys_CKH(self) -> Tensor:
+        """Of all."""
+        ...
+
+    def chosen_values(self, is_chosen_CK: Tensor) -> Tensor:
+        """Values `[C, K, W]`, right where a KV head has chosen a token."""
+        ...
+
+
 class KeysValues(NamedTuple):
     """KV of some tokens at one layer; a token stands for as many dimensions as its places had."""
 
     keys_CKH: Tensor
     values_CKW: Tensor
+
+    def chosen_values(self, is_chosen_CK: Tensor) -> Tensor:
+        """All of them: they are at hand."""
+        return self.values_CKW
 
 
 class KVShape(NamedTuple):

@@ -41,8 +41,23 @@ class Context(Protocol):
         ...
 
 
+class Attention(Protocol):
+    """How packed rows attend."""
+
+    is_recordable: bool
+    """Whether it launches the same on the same places, so that a recording of it can be replayed."""
+
+    def __call__(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions, row: Row, context: Context
+    ) -> Tensor:
+        """Attention output `[T, N, W]` of the row's new tokens, whose KV `context` already holds."""
+        ...
+
+
 class PackedAttention:
     """Dense attention; one instance serves every row and layer."""
+
+    is_recordable = True
 
     def __call__(
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions, row: Row, context: Context

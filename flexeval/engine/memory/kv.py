@@ -13,7 +13,7 @@ Shapes: T new tokens of a row, C tokens of a log, B bytes of a token, K KV heads
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -29,6 +29,7 @@ from flexeval.engine.trace import Trace
 from flexeval.planning.rows import Keep, KeySource
 from flexeval.policy.policy import Tier as TierName
 
+MakeForm = Callable[[KVShape, torch.dtype, KVCoding | None], KVFormat]
 COMPACTED_TOKENS = 4096
 """Tokens of a log that move at a time."""
 
@@ -46,10 +47,22 @@ class KVCache:
         lane_in: Lane,
         lane_out: Lane,
         trace: Trace,
+        make_form: MakeForm = make_format,
+        brings_own: bool = True,
     ):
         """A cache whose layer l rests on `tiers[l]`, each token as `coding` says.
 
-        `capacities` are the most tokens of each group's log.
+        Args:
+            tiers: Of each layer.
+            capacities: The most tokens of each group's log.
+            coding: What the setting does to keys and values.
+            device: Where they are computed.
+            lane_in: For KV coming in.
+            lane_out: For KV going out.
+            trace: Where bytes are counted.
+            make_form: How a layer's tokens rest.
+            brings_own: Whether the logs of sequences that decode are read where they do not lie in place; what is
+                rewritten is read in any case.
         """
         self._tiers = tiers
         self._capacities = capacities
@@ -60,6 +73,8 @@ class KVCache:
         self._logs: dict[tuple[int, int], Log] = {}
         self._token_bytes: dict[int, int] = {}
         self._scratch: dict[int, KeysValues] = {}
+        self._make_form = make_form
+        self._brings_own = brings_own
         self._buffers = ReadBuffers(device)
 
     def load(self, layer: int, row: Row) -> LoadedContext:
@@ -74,7 +89,7 @@ class KVCache:
         held: dict[int, Tensor] = {}  # logs as a whole
         for compaction in row.compactions:
             held[compaction.group] = self._compact(logs[compaction.group], compaction, rooms.get(compaction.group, 0))
-        for batch in row.decode:
+        for batch in row.decode if self._brings_own else ():
             if batch.span.group in logs and batch.span.group not in held:
                 log, span = logs[batch.span.group], batch.span
                 held[span.group] = self._read(log, 0, span.log_length, room=batch.num_sequences)
@@ -101,7 +116,7 @@ class KVCache:
         seen = given = KeysValues(keys_TKH, values_TKW)
         coded_TB = None
         if self._coding is not None and row.plan.fresh:
-            coded = _format_of(given, self._coding)
+            coded = self._format_of(given)
             coded_TB = keys_TKH.new_empty(len(keys_TKH), coded.token_bytes, dtype=torch.uint8)
             coded.write(keys_TKH, values_TKW, coded_TB)
             seen = coded.read(coded_TB, slice(None))
@@ -125,6 +140,10 @@ class KVCache:
     def is_in_place(self, layer: int) -> bool:
         """Whether a layer's logs lie, for as long as this cache, where the compute device reads and writes them."""
         return self._tiers[layer].is_addressable
+
+    def log(self, layer: int, group: int) -> Log:
+        """A log that there is."""
+        return self._logs[layer, group]
 
     def end_layer(self) -> None:
         """Forget the scratch: the sweep moves on to the next layer."""
@@ -226,12 +245,11 @@ class KVCache:
     def _log(self, layer: int, group: int, given: KeysValues) -> Log:
         """The log, made when its first tokens arrive: only then is the layer's shape known."""
         if (layer, group) not in self._logs:
-            form = _format_of(given, self._coding)
+            form = self._format_of(given)
             extent = self._tiers[layer].allocate(self._capacities[group] * form.token_bytes)
             self._token_bytes[layer] = form.token_bytes
             self._logs[layer, group] = Log(extent, form)
         return self._logs[layer, group]
 
-
-def _format_of(given: KeysValues, coding: KVCoding | None) -> KVFormat:
-    return make_format(KVShape.of(*given), given.keys_CKH.dtype, coding)
+    def _format_of(self, given: KeysValues) -> KVFormat:
+        return self._make_form(KVShape.of(*given), given.keys_CKH.dtype, self._coding)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from flexeval.engine.codecs.kv_format import KeysValues, KVFormat, KVLog
 from flexeval.engine.compute.contexts import DecodeBatch
-from flexeval.engine.memory.lane import Transfer
+from flexeval.engine.compute.row import Row
+from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.memory.tier import Extent
 from flexeval.planning.rows import AncestorSpan, KeySource
 
@@ -86,3 +87,42 @@ class HostContext:
         memory = log.extent.memory()
         assert memory is not None and memory.device.type == "cpu", "the CPU attends in host memory only"
         return KVLog(log.format, log.tokens(memory))
+
+
+class Cache(Protocol):
+    """The KV of one batch of requests, as a sweep uses it."""
+
+    lane_in: Lane
+    """For KV coming in."""
+
+    def load(self, layer: int, row: Row) -> Any:
+        """What a row reads at a layer: a context of the cache's own kind, for `store` and for attention."""
+        ...
+
+    def store(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor, context: Any) -> KeysValues:
+        """Take the KV of a row's new tokens; what its own tokens attend to."""
+        ...
+
+    def store_for_host(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor) -> HostContext:
+        """The same for a row that nothing was loaded for; where the CPU finds what the row reads."""
+        ...
+
+    def host_token_bytes(self, layer: int) -> int:
+        """Bytes of a token's KV that the CPU could attend to where they rest; 0 where it could not."""
+        ...
+
+    def is_in_place(self, layer: int) -> bool:
+        """Whether a layer's logs lie, for as long as this cache, where the compute device reads and writes them."""
+        ...
+
+    def end_layer(self) -> None:
+        """The sweep moves on to the next layer."""
+        ...
+
+    def flush(self) -> None:
+        """Wait for what is written behind; raises where any of it failed, read or not."""
+        ...
+
+    def close(self) -> None:
+        """Give back everything, also in the middle of a sweep."""
+        ...
