@@ -128,6 +128,13 @@ def test_it_is_said_where_scores_went_through_a_compressed_cache(labels, named):
     assert scored_through(labels).partition(" went")[0] == named
 
 
+def test_it_is_said_where_scores_saw_some_of_the_keys():
+    sparse = "With topk10 and w4kv4-quest5, every token attended to the chosen part of its keys alone, also in prompts"
+    assert scored_through(["none", "topk10", "w4"]).startswith("With topk10, every token attended")
+    both = scored_through(["none", "topk10", "w4kv4-quest5"])
+    assert both.startswith("With w4kv4-quest5, all scores went through") and sparse in both
+
+
 def test_all_forms_say_that_scores_went_through_the_cache():
     plain = synthetic(settings=["none", "w4"])
     renamed = [replace(one, setting=one.setting.replace("w4", "kv4")) for one in plain.settings]
