@@ -11,13 +11,16 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 import flexeval
-from flexeval.errors import FlexevalError
+from flexeval.errors import ConfigError, FlexevalError
+
+if TYPE_CHECKING:  # opening it would import torch
+    from flexeval.pipeline import RunOptions
 
 _INTERRUPTED = 130
 _OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG}
@@ -30,8 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_Directories = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories that `flexeval run` wrote.")]
 
 
 @app.command()
@@ -79,11 +80,8 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Answer again what an earlier run has answered.")] = False,
 ) -> None:
     """Evaluate a model on a suite, once per setting, and write a report."""
-    from flexeval.pipeline import RunOptions, run_suite
-    from flexeval.progress import choose_progress
-    from flexeval.report.render.terminal import print_table
+    from flexeval.pipeline import RunOptions
 
-    console = Console()
     options = RunOptions(
         suite=suite,
         model=model,
@@ -101,23 +99,54 @@ def run(
         fresh=fresh,
         command=shlex.join(["flexeval", *sys.argv[1:]]),
     )
-    done = run_suite(options, choose_progress(console))
-    print_table(done.results, console)
-    console.print(f"Report: {done.page}", soft_wrap=True, highlight=False)
+    _evaluate(options)
 
 
 @app.command()
 def compare(
-    directories: _Directories,
+    directories: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR...]", help="Directories that `flexeval run` wrote.")
+    ] = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(metavar="none,w4,...", help="Instead: run these on a suite, the baseline first, and compare."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE.conf", help="What to ask them.", show_default="compression")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="REF", help="Which model.", show_default="smollm2")] = None,
+    max_eval_instances: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a report of the comparison here.")] = None,
 ) -> None:
     """Compare runs question by question; the first one's `none` is the baseline."""
+    from flexeval.pipeline import RunOptions
     from flexeval.report.fidelity import measure
     from flexeval.report.merge import distribution_files, merge
     from flexeval.report.render.terminal import print_table
     from flexeval.report.write import write_report
     from flexeval.results import RunResults
 
+    if settings is not None:
+        if directories:
+            mend = "Name directories, or settings to run"
+            raise ConfigError("directories were run already", where="--settings", mend=mend)
+        options = RunOptions(
+            suite=suite or "compression",
+            model=model or "smollm2",
+            settings=tuple(settings.split(",")),
+            max_eval_instances=max_eval_instances,
+            out=out,
+            command=shlex.join(["flexeval", *sys.argv[1:]]),
+        )
+        _evaluate(options)
+        return
+    for option, value in {"--suite": suite, "--model": model, "--max-eval-instances": max_eval_instances}.items():
+        if value is not None:
+            raise ConfigError("directories were run already", where=option, mend="It goes with --settings none,w4,...")
+    if not directories:
+        raise ConfigError("there is nothing to compare", mend="Name directories (DIR...), or --settings none,w4,...")
     console = Console()
     runs = [RunResults.load(directory) for directory in directories]
     results = merge(runs)
@@ -285,6 +314,17 @@ def prepare_model(
     found = done.manifest
     words = f"{found.setting}, {found.dtype}, {format_size(done.num_bytes)}" + ("" if done.is_new else ", as before")
     console.print(f"Prepared: {done.directory} ({words})", soft_wrap=True, highlight=False)
+
+
+def _evaluate(options: RunOptions) -> None:
+    from flexeval.pipeline import run_suite
+    from flexeval.progress import choose_progress
+    from flexeval.report.render.terminal import print_table
+
+    console = Console()
+    done = run_suite(options, choose_progress(console))
+    print_table(done.results, console)
+    console.print(f"Report: {done.page}", soft_wrap=True, highlight=False)
 
 
 def _print_version(value: bool) -> None:

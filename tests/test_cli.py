@@ -181,13 +181,31 @@ def test_a_directory_without_results_is_named(
         (["run", "--suite", "demo", "--max-eval-instances", "0"], ["--max-eval-instances", "greater"]),
         (["run", "--suite", "demo", "--max-eval-instances", "many"], ["--max-eval-instances", "integer"]),
         (["walk"], ["No such command 'walk'"]),
-        (["compare"], ["DIR"]),
     ],
 )
 def test_usage_errors_take_one_line_too(
     arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_mistake(call(monkeypatch, *arguments), capsys, *words, "flexeval --help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["nothing to compare", "DIR", "--settings none,w4"]),
+        (["some", "--settings", "none,w4"], ["--settings", "Name directories, or settings"]),
+        (["some", "--suite", "demo"], ["--suite", "--settings"]),
+        (["--model", "smollm2"], ["--model", "--settings"]),
+        (["--settings", "none,w5"], ["unknown setting 'w5'"]),
+        (["--settings", "none,"], ["unknown setting ''"]),
+        (["--settings", "none,w4,none"], ["'none' is named twice"]),
+        (["--settings", "none", "--suite", "nowhere"], ["unknown suite 'nowhere'"]),
+    ],
+)
+def test_what_cannot_be_compared_takes_one_line(
+    arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_mistake(call(monkeypatch, "compare", *arguments), capsys, *words)
 
 
 def test_options_stay_what_they_are() -> None:
@@ -239,7 +257,7 @@ def test_options_stay_what_they_are() -> None:
             "--suite",
             "--warm-up",
         ],
-        "compare": ["--out", "directories"],
+        "compare": ["--max-eval-instances", "--model", "--out", "--settings", "--suite", "directories"],
         "prepare-model": ["--device", "--dtype", "--model", "--out", "--setting"],
         "report": ["directory"],
     }
@@ -336,3 +354,14 @@ def test_a_run_and_its_report(
     assert (out / "index.html").is_file()
     assert call(monkeypatch, "compare", out, out, "--out", tmp_path / "both") == 0
     assert (tmp_path / "both" / "index.html").is_file()
+
+
+def test_settings_are_run_and_compared(
+    suite: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    chosen = ("--settings", "none,w4kv4-topk50", "--suite", suite, "--model", model, "--max-eval-instances", 2)
+    assert call(monkeypatch, "compare", *chosen, "--out", out) == 0
+    assert "w4kv4-topk50" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert [setting["setting"] for setting in results["settings"]] == ["none", "w4kv4-topk50"]
