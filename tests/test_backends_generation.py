@@ -14,11 +14,10 @@ from tiny_models import FAMILIES, assert_equal_results, ragged_requests, tiny_ca
 from transformers import AutoModelForCausalLM
 
 from flexeval.backends import generation
-from flexeval.backends.batching import batch_bytes, largest_batch, streamed_bytes
+from flexeval.backends.batching import GPU_USABLE_SHARE, batch_bytes, largest_batch, streamed_bytes
 from flexeval.backends.padded_batch import BatchAnswer, answer_batch, top_logprobs
 from flexeval.backends.transformers import TransformersBackend, _fill_buffers
 from flexeval.errors import CapacityError
-from flexeval.policy.hardware import GPU_USABLE_SHARE
 from flexeval.request import Request, TokenRequest
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from flexeval.backends import accelerate, offloaded
 from flexeval.backends.accelerate import AccelerateBackend
-from flexeval.backends.batching import batch_bytes
+from flexeval.backends.batching import GPU_USABLE_SHARE, batch_bytes
 from flexeval.backends.deepspeed import DeepSpeedBackend
 from flexeval.backends.loading import open_model
 from flexeval.bench.engine import EngineJob, measure_engine
@@ -25,7 +25,6 @@ from flexeval.config import Limits
 from flexeval.engine.sizes import model_shape
 from flexeval.errors import CapacityError, ConfigError
 from flexeval.models import ModelSource, resolve
-from flexeval.policy.hardware import GPU_USABLE_SHARE
 from flexeval.progress import LineProgress
 from flexeval.request import Request, TokenRequest
 

@@ -53,7 +53,7 @@ def test_the_bound_is_the_merged_divergence_and_never_above_the_true_one(
     tokens = np.random.default_rng(seed).integers(vocab_size, size=8) if has_token else None
     found = divergences(*(make_rows(one, num_top, tokens) for one in (p, q)))
     assert found.at_least_N == pytest.approx(merged_divergence(p, q, num_top, tokens), abs=ROUNDING, rel=1e-4)
-    assert (found.at_least_N <= true_divergence(p, q) + ROUNDING).all()
+    assert (found.at_least_N <= true_divergence(p, q) * (1 + 2e-4) + ROUNDING).all()  # a rest of 32-bit numbers
     assert (found.estimate_N >= found.at_least_N).all()
 
 

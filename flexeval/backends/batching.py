@@ -11,11 +11,12 @@ import torch
 
 from flexeval.config import Limits
 from flexeval.errors import CapacityError
-from flexeval.policy.cost import HIDDEN_COPIES, INTERMEDIATE_COPIES
-from flexeval.policy.hardware import GPU_USABLE_SHARE
+from flexeval.policy.room import ATTENTION_COPIES, INTERMEDIATE_COPIES
 from flexeval.policy.work import ModelShape
 from flexeval.request import TokenRequest
 
+GPU_USABLE_SHARE = 15 / 16
+"""Caches that grow leave holes, and CUDA's libraries have workspaces."""
 _CACHE_LAYERS = 1
 """A layer's cache grows by copying: for a moment there are two of it."""
 _EVEN = 4
@@ -30,7 +31,7 @@ def batch_bytes(shape: ModelShape, requests: Sequence[TokenRequest], num_sequenc
     num_prompt_tokens = max(len(request.prompt_ids) for request in requests)
     num_logits = num_prompt_tokens if any(request.score_prompt for request in requests) else 1
     cache_bytes = num_tokens * (shape.num_layers + _CACHE_LAYERS) * shape.kv_compute_bytes_per_token
-    widths = HIDDEN_COPIES * shape.hidden_size + INTERMEDIATE_COPIES * shape.intermediate_size
+    widths = ATTENTION_COPIES * shape.hidden_size + INTERMEDIATE_COPIES * shape.intermediate_size
     layer_bytes = num_prompt_tokens * widths * shape.dtype_bytes
     logits_bytes = num_logits * shape.vocab_size * (shape.dtype_bytes + _LOGITS_BYTES)
     return num_sequences * (cache_bytes + max(layer_bytes, logits_bytes))

@@ -11,40 +11,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from math import ceil
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from flexeval.policy.experts import fetched_part, met_part
+from flexeval.policy.placement import Linear, Placement
 from flexeval.policy.policy import KINDS, Policy, Tier
-from flexeval.policy.sparse import SHEET_BYTES, sparse_workspace_bytes, value_bytes
+from flexeval.policy.room import RoomModel
+from flexeval.policy.sparse import SHEET_BYTES, value_bytes
 from flexeval.policy.sweeps import Sweep, plan_sweeps
 from flexeval.policy.work import ModelShape, Workload
 
 if TYPE_CHECKING:  # hardware.py measures with torch; predicting must not need it
     from flexeval.policy.hardware import Hardware
 
-Linear: TypeAlias = Any
-"""A number, or an affine expression in LP variables."""
-
-NUM_BUFFERS = 2
-"""Staging buffers of anything that streams: one is used while the next is filled."""
 KERNELS_PER_CALL = 24
 """Kernels a decoder layer launches: 7 matrix products, 2 norms, rotary, attention, activation, residuals, KV append."""
 OPERATIONS_PER_LOAD = 400
 """Small operations that take as long as Python from one load of KV to the next: about 2 ms beside a GPU's lanes."""
-LOGITS_CHUNK_BYTES = 256 * 2**20
-"""Most bytes of 32-bit logits made at once."""
-LOGITS_COPIES = 3
-"""Logits, their log-softmax and one temporary live together."""
 OPERATIONS_PER_HOST_ROW = 1000
 """The same for a row that the CPU attends for at a layer, beside its reading: it waits for queries, the device for it.
 On an H100 with 16 cores about 5 ms: see docs/architecture.md."""
 LEAST_HOST_ROWS = 3
 """Rows of a sweep from which on the CPU and the link have work at the same time, at every layer."""
-ATTENTION_COPIES = 8
-"""Buffers of the model's width that live together while a layer call attends."""
-HIDDEN_COPIES, INTERMEDIATE_COPIES = 3, 3
-"""Buffers of the model's width and of the feed-forward width that live together in its feed-forward block."""
 PACKED_RATE = 0.55
 """Part of the device's memory bandwidth at which products of few tokens read matrices as they rest."""
 EXPOSED_SHARE = 0.01
@@ -62,20 +50,6 @@ class Lane(StrEnum):
     DISK_READ = "disk_read"
     DISK_WRITE = "disk_write"
     HOST_ATTENTION = "host_attention"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """How many items of each kind rest on each tier: layers of weights and KV, rows of hidden states."""
-
-    counts: Mapping[str, Mapping[Tier, Linear]]
-    """Kind, tier: number of items."""
-    streams: Mapping[str, Linear]
-    """Kind: 1 if any item rests off the compute device, else 0."""
-    on_disk: Mapping[str, Linear]
-    """Kind: 1 if any item rests on disk, else 0."""
-    host_attention: Linear = 0
-    """Layers' worth of decode attention that the CPU computes beside a GPU: at most the layers of KV on the cpu."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,14 +95,14 @@ class CostModel:
         exposed_s = EXPOSED_SHARE * sum(lane_s.values())
         return sweep.num_sweeps * (sweep_s + exposed_s) + UNFINISHED_SHARE * sweep_s
 
+    @property
+    def room(self) -> RoomModel:
+        """What a policy takes up."""
+        return RoomModel(shape=self.shape, workload=self.workload, home=self.hardware.home)
+
     def num_items(self, policy: Policy) -> dict[str, int]:
         """Items a policy places: layers of weights and KV, rows of a full sweep's hidden states."""
-        num_rows = ceil(self.sweep_tokens(policy) / policy.row_tokens)
-        return {"weights": self.shape.num_layers, "kv": self.shape.num_layers, "hidden": num_rows}
-
-    def sweep_tokens(self, policy: Policy) -> int:
-        """New tokens of the largest sweep."""
-        return min(policy.sweep_tokens, self.workload.num_prompt_tokens)
+        return self.room.num_items(policy)
 
     def place(self, policy: Policy) -> Placement:
         """The policy's fractions as whole items."""
@@ -226,57 +200,5 @@ class CostModel:
         return shape.num_layers * layer_s + head_s
 
     def peak_bytes(self, policy: Policy, placement: Placement) -> dict[Tier, Linear]:
-        """Most bytes of each tier in use at once: what rests there, staging buffers and workspace."""
-        work, shape, home = self.workload, self.shape, self.hardware.home
-        num_generating = work.num_generating_sequences
-        row_tokens = min(policy.row_tokens, work.num_prompt_tokens)
-        block = min(policy.block_sequences, num_generating)
-        group = min(policy.group_sequences, num_generating)
-        group_kv = (group * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token
-        row_bytes = row_tokens * shape.hidden_bytes_per_token
-        item_bytes = {
-            "weights": shape.layer_bytes,
-            "kv": (block * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token,
-            "hidden": self.sweep_tokens(policy) * shape.hidden_bytes_per_token / self.num_items(policy)["hidden"],
-        }
-        buffer_bytes = {"weights": shape.layer_bytes, "kv": group_kv, "hidden": row_bytes}
-
-        peak = {tier: sum(item_bytes[kind] * placement.counts[kind][tier] for kind in KINDS) for tier in Tier}
-        peak[home] += self.workspace_bytes(policy) + row_bytes  # rows are unequal: one may be over
-        peak[home] += block * shape.hidden_bytes_per_token
-        peak[home] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.streams[kind] for kind in KINDS)
-        if home is Tier.GPU:  # what streams from disk passes through host memory
-            peak[Tier.CPU] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.on_disk[kind] for kind in KINDS)
-            peak[Tier.CPU] += row_bytes * placement.streams["hidden"]
-        peak[Tier.DISK] += row_bytes * placement.on_disk["hidden"]
-        return peak
-
-    def workspace_bytes(self, policy: Policy) -> int:
-        """Bytes of the compute device that no policy can move: embedding and head, and one layer's temporaries."""
-        work, shape = self.workload, self.shape
-        width = max(shape.hidden_size, shape.num_query_heads * shape.head_size)
-        inner = INTERMEDIATE_COPIES * shape.intermediate_size
-        token_bytes = max(ATTENTION_COPIES * width, HIDDEN_COPIES * width + inner) * shape.dtype_bytes
-        group = min(policy.group_sequences, work.num_generating_sequences)
-        call_tokens = max(min(policy.row_tokens, work.num_prompt_tokens), group)
-        # The KV of nodes that later rows of a sweep descend from stays until the layer ends.
-        is_tree = work.num_prompt_tokens < work.num_sequences * work.mean_context_tokens
-        is_tree |= work.max_prompt_tokens > policy.row_tokens
-        kv_tokens = shape.decode_copies * group * work.max_own_tokens + (self.sweep_tokens(policy) if is_tree else 0)
-        kv_bytes = kv_tokens * shape.kv_compute_bytes_per_token
-        if shape.is_kv_coded:  # a row's own, coded and as they come back; and a prefix that it attends to
-            kv_bytes += call_tokens * (shape.kv_bytes_per_token + shape.kv_compute_bytes_per_token)
-            kv_bytes += work.max_prompt_tokens * shape.kv_compute_bytes_per_token
-        if shape.sparsity is not None:
-            kv_bytes += sparse_workspace_bytes(
-                num_scores=call_tokens * shape.num_query_heads * (work.max_prompt_tokens + work.max_own_tokens),
-                num_numbers=group * work.max_own_tokens * shape.kv_compute_bytes_per_token // shape.dtype_bytes,
-            )
-        logits_bytes = min(LOGITS_CHUNK_BYTES, work.max_logits_rows * shape.vocab_size * 4)
-        return (
-            shape.resident_bytes
-            + (shape.layer_compute_bytes if shape.is_packed else 0)
-            + call_tokens * token_bytes
-            + kv_bytes
-            + LOGITS_COPIES * logits_bytes
-        )
+        """Most bytes of each tier in use at once."""
+        return self.room.peak_bytes(policy, placement)

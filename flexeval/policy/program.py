@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import pulp  # type: ignore[import-untyped]
 
-from flexeval.policy.cost import LEAST_HOST_ROWS, CostModel, Linear, Placement
+from flexeval.policy.cost import LEAST_HOST_ROWS, CostModel
+from flexeval.policy.placement import Linear, Placement
 from flexeval.policy.policy import Policy, Split, Tier
 from flexeval.policy.sweeps import plan_sweeps
 
