@@ -21,9 +21,10 @@ from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.host_attention import HostAttention
-from flexeval.engine.executor import LANES, Executor
+from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskExtent, DiskTier
 from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.parts import LANES
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.errors import CapacityError
 from flexeval.policy.cost import CostModel

@@ -10,9 +10,10 @@ from tiny_models import assert_equal_results, ragged_requests, tiny_case, tiny_c
 
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.executor import LANES, Executor
+from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.lane import ThreadLane, drain
+from flexeval.engine.parts import LANES
 from flexeval.engine.sizes import model_shape
 from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.policy.policy import Policy

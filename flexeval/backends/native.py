@@ -20,7 +20,8 @@ from flexeval.backends.loading import (
     open_model,
     pick_device,
 )
-from flexeval.config import Limits, Setting, parse_disk, parse_size
+from flexeval.backends.options import read_limits, read_policy
+from flexeval.config import Limits, Setting
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.sizes import measure_workload, model_shape
@@ -239,27 +240,3 @@ class Engine:
         )
         self._load_s = time.perf_counter() - start
         return self._executor
-
-
-def read_policy(policy: str | Policy) -> Policy | None:
-    """A policy from what the user wrote; None where it is to be searched for. Raises `ConfigError`."""
-    if policy == "auto":
-        return None
-    if isinstance(policy, Policy):
-        return policy
-    try:
-        is_file = Path(policy).is_file()
-    except OSError:  # too long for a path
-        is_file = False
-    return Policy.load(Path(policy)) if is_file else Policy.parse(policy)
-
-
-def read_limits(gpu_memory: str | int | None, cpu_memory: str | int | None, disk: str | Path | None) -> Limits:
-    """Limits from what the user wrote. Raises `ConfigError`."""
-    disk_dir, disk_bytes = parse_disk(str(disk)) if disk is not None else (None, 0)
-    return Limits(
-        gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
-        cpu_bytes=None if cpu_memory is None else parse_size(cpu_memory),
-        disk_bytes=disk_bytes,
-        disk_dir=disk_dir,
-    )

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flexeval.backends.loading import open_model
-from flexeval.backends.native import Engine, read_limits
+from flexeval.backends.native import Engine
+from flexeval.backends.options import read_limits
 from flexeval.bench.child import ChildFailure, run_in_child
 from flexeval.bench.comparison import hold_against
 from flexeval.bench.engine import EngineJob, measure_engine

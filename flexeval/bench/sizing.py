@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flexeval.backends.native import Engine, read_policy
+from flexeval.backends.native import Engine
+from flexeval.backends.options import read_policy
 from flexeval.bench.work import SyntheticWork
 from flexeval.errors import CapacityError
 from flexeval.models import ModelSource

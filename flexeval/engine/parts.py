@@ -1,0 +1,214 @@
+"""The engine's parts under one policy: tiers, lanes, weights, stores; made together, and given back together.
+
+Knows which part needs which; not in what order they work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
+
+import torch
+
+from flexeval.config import Sparsity
+from flexeval.engine.checkpoint import Checkpoint
+from flexeval.engine.codecs.codec import Codec
+from flexeval.engine.codecs.kv_format import KVCoding
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.attention import Attention, PackedAttention
+from flexeval.engine.compute.pace import Pace
+from flexeval.engine.compute.replay import Replay
+from flexeval.engine.compute.row import Row, RowMaker
+from flexeval.engine.compute.selection import make_selection
+from flexeval.engine.compute.sparse import SparseAttention
+from flexeval.engine.compute.tape import CudaTapes
+from flexeval.engine.memory.attention_lane import AttentionLane
+from flexeval.engine.memory.disk import DiskTier
+from flexeval.engine.memory.hidden import HiddenStore
+from flexeval.engine.memory.kv import KVCache
+from flexeval.engine.memory.kv_context import Cache
+from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, drain
+from flexeval.engine.memory.sparse_kv import SparseKVCache
+from flexeval.engine.memory.tiers import Tiers
+from flexeval.engine.memory.weights import WeightStore
+from flexeval.engine.stopwatch import Stopwatch
+from flexeval.engine.sweep import Sweeper
+from flexeval.engine.trace import SweepTrace, Trace
+from flexeval.planning.rows import RowPlan
+from flexeval.policy.policy import Policy, check_sparse
+
+ROWS_AHEAD = 3
+"""Rows with prompts, at a layer each, that the host may have enqueued and the device not done."""
+LANES = ("weights", "kv_in", "kv_out", "hidden", "host_attention")
+
+
+class EngineParts:
+    """What answers with one model under one policy. Close it, or use it in a `with` block."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        checkpoint: Checkpoint,
+        policy: Policy,
+        *,
+        codec: Codec | None,
+        kv_coding: KVCoding | None = None,
+        sparsity: Sparsity | None = None,
+        device: torch.device,
+        disk_tier: DiskTier | None,
+        on_layer: Callable[[int], None] = lambda layer: None,
+        overlap: bool | None = None,
+    ):
+        """Load the weights to where the policy wants them.
+
+        Args:
+            anatomy: The model's parts.
+            checkpoint: Its weights.
+            policy: Where everything rests, and how much is in flight.
+            codec: How layers' matrices rest; None as they are.
+            kv_coding: How keys and values rest; None as they are.
+            sparsity: Which keys are attended to; None attends to all.
+            device: Where layers are computed.
+            disk_tier: Room on disk; needed where the policy uses it. The executor closes it.
+            on_layer: Told, for each layer that is loaded, how many were before it.
+            overlap: Whether transfers run beside the computation; by default where there are any.
+        """
+        if sparsity is not None:
+            check_sparse(policy)
+        self.policy = policy
+        self.trace = Trace()
+        self._anatomy = anatomy
+        self._device = device
+        self._kv_coding = kv_coding
+        self._is_sparse = sparsity is not None
+        self._watch = Stopwatch(device)
+        self.tiers = Tiers(device, disk_tier)
+        num_layers = anatomy.num_layers
+        if overlap is None:
+            overlap = not all(self.tiers.is_home(split) for split in (policy.weights, policy.kv, policy.hidden))
+        self._lanes: dict[str, Lane] = {name: ThreadLane(name, device) if overlap else InlineLane() for name in LANES}
+        try:
+            self.tiers.check(policy)
+            anatomy.bind_rest(checkpoint.rest(), device)
+            self._kv_tiers = self.tiers.spread(policy.kv, num_layers)
+            self._weights = WeightStore(
+                anatomy,
+                checkpoint,
+                self.tiers.spread(policy.weights, num_layers),
+                codec=codec,
+                device=device,
+                device_tier=self.tiers.home,
+                disk_tier=disk_tier,
+                lane=self._lanes["weights"],
+                trace=self.trace,
+                watch=self._watch,
+                on_layer=on_layer,
+            )
+        except BaseException:
+            self._close_lanes()
+            self.tiers.close()
+            raise
+        selection = make_selection(sparsity)
+        attention: Attention = PackedAttention() if selection is None else SparseAttention(selection)
+        self._replay = self._make_replay()
+        self._host = AttentionLane(self._lanes["host_attention"], device=device, trace=self.trace)
+        self._sweeper = Sweeper(
+            anatomy=anatomy,
+            weights=self._weights,
+            attention=attention,
+            replay=self._replay,
+            host=self._host,
+            trace=self.trace,
+            watch=self._watch,
+            pace=Pace(device, lead=ROWS_AHEAD),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back memory, threads and files."""
+        self._close_lanes()
+        self._weights.close()
+        self.tiers.close()
+
+    def peak_bytes(self) -> dict[str, int]:
+        """The most that was used of each tier: on a GPU everything, elsewhere what the engine's stores hold."""
+        peak = self.tiers.peak_bytes()
+        if self._device.type != "cuda":
+            peak[self.tiers.home.name] += self._anatomy.resident_bytes
+        return peak
+
+    def _make_replay(self) -> Replay | None:
+        """Recordings are of layers whose experts need not be fetched."""
+        has_experts = any(experts is not None for experts in self._anatomy.experts)
+        if self._device.type != "cuda" or has_experts:
+            return None
+        stream = torch.cuda.Stream(self._device)
+        return Replay(self._anatomy, lambda: CudaTapes(stream), self._weights.bind_in_place)
+
+    def _make_rows(self, maker: RowMaker, plans: Sequence[RowPlan]) -> list[Row]:
+        sizes = [None if self._replay is None else self._replay.size(plan) for plan in plans]
+        return [
+            maker.make(index, plan, replayed_size=size)
+            for index, (plan, size) in enumerate(zip(plans, sizes, strict=True))
+        ]
+
+    def _begin_sweep(self, plans: Sequence[RowPlan]) -> None:
+        """Open the sweep's account. Each lane does so in its turn: what an earlier sweep left to it counts there."""
+        num_fresh = sum(plan.num_tokens for plan in plans if plan.fresh)
+        num_decode = sum(plan.num_tokens for plan in plans) - num_fresh
+        self.trace.sweeps.append(SweepTrace(num_fresh_tokens=num_fresh, num_decode_tokens=num_decode))
+        self._begin_lap("compute", self._watch)
+        for name, lane in self._lanes.items():
+            lane.submit(self._begin_lap, name, lane.watch)
+
+    def _begin_lap(self, name: str, watch: Stopwatch) -> None:
+        self.trace.mark(name)
+        watch.next_lap()
+
+    def _make_cache(self, capacities: Mapping[int, int]) -> Cache:
+        make = SparseKVCache if self._is_sparse else KVCache
+        return make(
+            self._kv_tiers,
+            capacities=capacities,
+            coding=self._kv_coding,
+            device=self._device,
+            lane_in=self._lanes["kv_in"],
+            lane_out=self._lanes["kv_out"],
+            trace=self.trace,
+        )
+
+    def _end_batch(self, cache: Cache) -> None:
+        """Give the cache back, and settle the account of every lane."""
+        drain(self._lanes["host_attention"])  # it reads logs where they rest
+        if self._replay is not None:
+            self._replay.forget_logs()
+        cache.close()
+        for name, lane in self._lanes.items():
+            drain(lane)
+            self.trace.settle(name, lane.watch.laps())
+        self.trace.settle("compute", self._watch.laps())
+
+    def _make_hidden(self, num_decode: int, num_fresh: int) -> HiddenStore:
+        """A sweep's rows, those that decode first: their few tokens would wait for larger copies, so they stay.
+
+        A lone row's hidden states stay as well: they are the next layer's input at once.
+        """
+        home = self.tiers.home
+        is_lone = num_decode + num_fresh == 1
+        fresh = [home] * num_fresh if is_lone else self.tiers.spread(self.policy.hidden, num_fresh)
+        return HiddenStore(
+            [home] * num_decode + fresh,
+            device=self._device,
+            device_tier=home,
+            lane=self._lanes["hidden"],
+            trace=self.trace,
+        )
+
+    def _close_lanes(self) -> None:
+        for lane in self._lanes.values():
+            lane.close()
