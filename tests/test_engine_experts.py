@@ -95,6 +95,27 @@ def test_answers_are_transformers(family: str, placement: str, overlap: bool, tm
     assert any(by_need) and not all(by_need), "both ways are taken"
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_a_failed_short_sweep_has_sent_for_serves_no_long_one(
+    overlap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds no experts: those would have followed as they were chosen."""
+    anatomy = Anatomy(config_of("qwen3_moe"), torch.float32)
+    checkpoint = StateDictCheckpoint(anatomy, model_of("qwen3_moe").state_dict())
+    long = [TokenRequest(prompt_ids=tuple(range(5, 75)), max_tokens=1)]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("before the first layer")
+
+    with Executor(
+        anatomy, checkpoint, DISK, codec=None, device=CPU, disk_tier=DiskTier(tmp_path), overlap=overlap
+    ) as executor:
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="before the first layer"):
+            patch.setattr(Anatomy, "embed", fail)
+            executor.execute([TokenRequest(prompt_ids=(7, 9), max_tokens=1)])
+        assert_equal_results(executor.execute(long), [answer(model_of("qwen3_moe"), long[0])])
+
+
 @pytest.mark.parametrize("family", CHANGES)
 @pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
 def test_a_short_sweep_moves_what_all_tokens_need_and_the_experts_that_were_chosen(

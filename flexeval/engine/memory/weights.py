@@ -123,7 +123,8 @@ class WeightStore:
         self._sweep_tokens = num_tokens
         self._expects_more = expects_more and not self._layouts[0].num_experts
         self._bound = None
-        if self._coming is None or self._coming.layer:
+        is_of_a_failed_sweep = self._coming is not None and (self._coming.layer > 0 or self._layouts[0].num_experts > 0)
+        if self._coming is None or is_of_a_failed_sweep:
             self._send_for(0)
 
     def take(self, layer: int) -> Tensor:
