@@ -53,7 +53,7 @@ class FarTiers(Tiers):
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Answers of an engine whose KV rests far away, and what it counted."""
-    monkeypatch.setattr("flexeval.engine.executor.Tiers", FarTiers)
+    monkeypatch.setattr("flexeval.engine.parts.Tiers", FarTiers)
 
     def run(
         family: str,

@@ -94,6 +94,7 @@ def _end(process: BaseProcess) -> None:
 def _serve(sender: Connection, function: Callable[[J, Progress], R], job: J) -> None:
     """The child's whole life."""
     os.dup2(_STANDARD_ERROR, _STANDARD_OUTPUT)  # what a peer prints is no result of ours
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     try:
         sender.send(("result", function(job, _PipeProgress(sender))))
     except FlexevalError as error:
