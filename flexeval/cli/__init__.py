@@ -1,0 +1,75 @@
+"""The command line: a module for each group of commands. Knows options and exit codes; not how anything is done.
+
+Exit codes: 0 success; 2 something the user can mend, said in one line; 1 our own bug, with its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+import flexeval
+from flexeval.cli import bench, evaluate, prepare
+from flexeval.errors import FlexevalError
+
+_INTERRUPTED = 130
+_OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG}
+"""Errors of files that are no bug of ours."""
+
+app = typer.Typer(
+    help="How good a language model is on HELM, how fast this machine evaluates it, and what compression costs.",
+    epilog="To begin with: flexeval run --suite demo --setting none --setting w4",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+for command in (evaluate.run, evaluate.compare, evaluate.report, bench.bench, prepare.prepare_model):
+    app.command()(command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"flexeval {flexeval.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait give way: beside other work, 4x as fast
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # ragged rows fragment a GPU's memory
+    try:
+        code = app(standalone_mode=False)
+    except FlexevalError as error:
+        _fail(str(error))
+    except typer.TyperException as error:  # an option that there is not, a value that cannot be read
+        if not error.format_message():  # no command at all: the help has been shown
+            sys.exit(error.exit_code)
+        _fail(f"{error.format_message().rstrip('.')}. See flexeval --help")
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            raise
+        _fail(f"{error.strerror} ({error.filename or 'while writing'}). Make room there, or name another place")
+    if code == _INTERRUPTED:
+        print("flexeval: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    print("flexeval:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

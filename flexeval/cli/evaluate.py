@@ -1,0 +1,164 @@
+"""`flexeval run`, `compare` and `report`: options, and what is printed. Nothing is imported before it is needed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from flexeval.errors import ConfigError
+
+if TYPE_CHECKING:  # opening it would import torch
+    from flexeval.pipeline import RunOptions
+
+
+def run(
+    suite: Annotated[
+        str, typer.Option(metavar="NAME|FILE.conf", help="What to ask: demo, helm-lite, or a file of HELM run entries.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="REF",
+            help="HF or prepared directory, hub name, GGUF file, smollm2, or dummy:NAME (random weights).",
+        ),
+    ] = "smollm2",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What to compare: none, w8, w4, kv4, w4kv4, topk10, quest10, w4kv4-topk10, ... Repeatable.",
+        ),
+    ] = None,
+    max_eval_instances: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the report goes.", show_default="reports/SUITE")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where layers are computed.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the arithmetic.")
+    ] = "auto",
+    gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory at most: 16GiB.")] = None,
+    cpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory at most: 64GiB.")] = None,
+    disk: Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="Folder for what fits nowhere else.")] = None,
+    policy: Annotated[
+        str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")
+    ] = "auto",
+    keep_top: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Keep N most probable tokens, by which settings are compared; 0: answers alone."
+        ),
+    ] = 32,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Answer again what an earlier run has answered.")] = False,
+) -> None:
+    """Evaluate a model on a suite, once per setting, and write a report."""
+    from flexeval.pipeline import RunOptions
+
+    options = RunOptions(
+        suite=suite,
+        model=model,
+        settings=tuple(setting or ["none"]),
+        max_eval_instances=max_eval_instances,
+        out=out,
+        device=device,
+        dtype=dtype,
+        gpu_memory=gpu_memory,
+        cpu_memory=cpu_memory,
+        disk=disk,
+        policy=policy,
+        keep_top=keep_top,
+        skip_missing=skip_missing,
+        fresh=fresh,
+        command=shlex.join(["flexeval", *sys.argv[1:]]),
+    )
+    _evaluate(options)
+
+
+def compare(
+    directories: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR...]", help="Directories that `flexeval run` wrote.")
+    ] = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(metavar="none,w4,...", help="Instead: run these on a suite, the baseline first, and compare."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE.conf", help="What to ask them.", show_default="compression")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="REF", help="Which model.", show_default="smollm2")] = None,
+    max_eval_instances: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a report of the comparison here.")] = None,
+) -> None:
+    """Compare runs question by question; the first one's `none` is the baseline."""
+    from flexeval.pipeline import RunOptions
+    from flexeval.report.fidelity import measure
+    from flexeval.report.merge import distribution_files, merge
+    from flexeval.report.render.terminal import print_table
+    from flexeval.report.write import write_report
+    from flexeval.results import RunResults
+
+    if settings is not None:
+        if directories:
+            mend = "Name directories, or settings to run"
+            raise ConfigError("directories were run already", where="--settings", mend=mend)
+        options = RunOptions(
+            suite=suite or "compression",
+            model=model or "smollm2",
+            settings=tuple(settings.split(",")),
+            max_eval_instances=max_eval_instances,
+            out=out,
+            command=shlex.join(["flexeval", *sys.argv[1:]]),
+        )
+        _evaluate(options)
+        return
+    for option, value in {"--suite": suite, "--model": model, "--max-eval-instances": max_eval_instances}.items():
+        if value is not None:
+            raise ConfigError("directories were run already", where=option, mend="It goes with --settings none,w4,...")
+    if not directories:
+        raise ConfigError("there is nothing to compare", mend="Name directories (DIR...), or --settings none,w4,...")
+    console = Console()
+    runs = [RunResults.load(directory) for directory in directories]
+    results = merge(runs)
+    if found := measure(results, distribution_files(runs, directories)):
+        results = replace(results, fidelity=found)
+    print_table(results, console)
+    if out is not None:
+        results.save(out)
+        console.print(f"Report: {write_report(results, out)}", soft_wrap=True, highlight=False)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `flexeval run` wrote.")],
+) -> None:
+    """Write a run's report again from its results."""
+    from flexeval.report.render.terminal import print_table
+    from flexeval.report.write import write_report
+    from flexeval.results import RunResults
+
+    console = Console()
+    results = RunResults.load(directory)
+    page = write_report(results, directory if directory.is_dir() else directory.parent)
+    print_table(results, console)
+    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+
+
+def _evaluate(options: RunOptions) -> None:
+    from flexeval.pipeline import run_suite
+    from flexeval.progress import choose_progress
+    from flexeval.report.render.terminal import print_table
+
+    console = Console()
+    done = run_suite(options, choose_progress(console))
+    print_table(done.results, console)
+    console.print(f"Report: {done.page}", soft_wrap=True, highlight=False)
