@@ -155,6 +155,8 @@ def _run_setting(
             answered = list(_answered(requests, completions, scored))
             rows = gather(answered, read, vocabulary=engine.text.vocabulary)
             save(rows, distribution_path(out, setting.name))
+        else:
+            distribution_path(out, setting.name).unlink(missing_ok=True)  # an earlier run's
     return _Outcome(scored=scored, result=result, skipped=helm.skipped)
 
 

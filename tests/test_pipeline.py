@@ -99,9 +99,11 @@ def test_a_run_compares_what_settings_hold_probable(options: RunOptions) -> None
 
 def test_a_run_may_keep_answers_alone(options: RunOptions) -> None:
     assert options.out is not None
-    results = run(dataclasses.replace(options, settings=("none", "w4-g32"), keep_top=0))
-    assert results.fidelity == []
+    answers_alone = dataclasses.replace(options, settings=("none", "w4-g32"), keep_top=0)
+    assert run(answers_alone).fidelity == []
     assert not (options.out / "distributions").exists()
+    assert run(dataclasses.replace(answers_alone, keep_top=2)).fidelity != []
+    assert run(answers_alone).fidelity == [], "those of an earlier run do not count"
 
 
 def test_a_run_of_fewer_questions_keeps_what_they_share_with_the_others(options: RunOptions, tmp_path: Path) -> None:
