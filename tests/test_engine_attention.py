@@ -19,10 +19,11 @@ from flexeval.engine.codecs.kv_format import CodedFormat, KeysValues, KVCoding, 
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_attention import HostAttention
+from flexeval.engine.compute.host_kernel import build
+from flexeval.engine.compute.host_plan import HostPlan
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import RowMaker
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, KeySource, RowPlan
-from flexeval.planning.stretches import Layout, lay_out
 
 NUM_HEADS, NUM_KV_HEADS, KEY_SIZE = 4, 2, 16
 
@@ -161,8 +162,9 @@ def check(
     expected_TNW = torch.stack([tokens.attend(path, options) for path in paths])
     outs, num_read = [PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)], 0
     if plan.decode and q_TNH.device.type == "cpu":
-        out_TNW, num_read = HostAttention()(q_TNH, options, made, context)
-        outs.append(out_TNW)
+        for kernel in (None, build(2)):  # torch's, and ours, which reads heads of some sizes only
+            out_TNW, num_read = HostAttention(kernel, num_threads=2)(q_TNH, options, made, context)
+            outs.append(out_TNW)
     tolerance = 3e-6 if dtype == torch.float32 else 0.03
     for out_TNW in outs:
         assert out_TNW.dtype == dtype
@@ -355,10 +357,10 @@ def test_long_contexts_are_read_where_they_lie(
     coding: KVCoding | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Prompts and steps are long enough for stretches, which are cut into parts where many threads want to be busy."""
+    """Contexts are cut into parts where many threads want to be busy."""
     if is_cut:
-        monkeypatch.setattr("flexeval.planning.stretches.MIN_PART_TOKENS", 7)
-        monkeypatch.setattr("flexeval.engine.compute.host_plan.SHARES_PER_THREAD", 100)
+        monkeypatch.setattr("flexeval.engine.compute.host_plan.MIN_PART_TOKENS", 7)
+        monkeypatch.setattr("flexeval.engine.compute.host_plan.PIECES_PER_THREAD", 100)
     plan, lengths, log = lived_in(num_steps=180)
     tokens = Tokens(lengths, value_size=value_size, device="cpu")
     header, *own = (list(run) for run in tokens.runs.values())
@@ -386,21 +388,20 @@ class Calls(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("num_drawn", "most_others"), [(9, 24), (2, 32)], ids=["in place", "gathered"])
+@pytest.mark.parametrize(("has_kernel", "num_attends", "most_others"), [(True, 0, 12), (False, 1, 24)])
 @pytest.mark.parametrize("num_sequences", [10, 40])
-def test_contexts_that_lie_alike_take_few_calls(
-    num_sequences: int, num_drawn: int, most_others: int, monkeypatch: pytest.MonkeyPatch
+def test_a_row_takes_few_calls(
+    num_sequences: int, has_kernel: bool, num_attends: int, most_others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts are one call, what was drawn is another; layers that see as far share one plan."""
-    num_plans = 0
+    """However many sequences it has; layers that see as far share one plan."""
+    plans: list[HostPlan] = []
 
-    def count(*args: Any, **kwargs: Any) -> Layout:
-        nonlocal num_plans
-        num_plans += 1
-        return lay_out(*args, **kwargs)
+    def plan_for(*args: Any, **kwargs: Any) -> HostPlan:
+        plans.append(HostPlan(*args, **kwargs))
+        return plans[-1]
 
-    monkeypatch.setattr("flexeval.engine.compute.host_plan.lay_out", count)
-    starts, num_prompt = range(0, 70 * num_sequences, 70), 70 * num_sequences
+    monkeypatch.setattr("flexeval.engine.compute.host_attention.HostPlan", plan_for)
+    starts, num_prompt, num_drawn = range(0, 70 * num_sequences, 70), 70 * num_sequences, 9
     own = [
         [*range(start, start + 70), *range(num_prompt + index, num_prompt + num_sequences * num_drawn, num_sequences)]
         for index, start in enumerate(starts)
@@ -418,7 +419,8 @@ def test_contexts_that_lie_alike_take_few_calls(
     )
     positions = (69 + num_drawn,) * num_sequences
     plan = RowPlan(token_ids=(0,) * num_sequences, positions=positions, decode=(span,))
-    row, attend = RowMaker(torch.device("cpu")).make(0, plan), HostAttention()
+    row = RowMaker(torch.device("cpu")).make(0, plan)
+    attend = HostAttention(build(2) if has_kernel else None, num_threads=2)
     context = HandMadeContext(tokens, logs={0: list(range(num_tokens))}, scratch={})
     log = context.own_log(row.decode[0])
     monkeypatch.setattr(context, "own_log", lambda batch: log)
@@ -429,11 +431,11 @@ def test_contexts_that_lie_alike_take_few_calls(
             out_TNW, _ = attend(tokens.q_TNH[index], options, row, context)
         expected_TNW = torch.stack([tokens.attend(path, options) for path in own])
         torch.testing.assert_close(out_TNW.double(), expected_TNW, atol=3e-6, rtol=0)
-    assert calls.num_attends == 2
+    assert calls.num_attends == num_attends
     assert calls.num_others <= most_others
-    assert num_plans == 2
+    assert len(plans) == 2
     attend(tokens.q_TNH[index], options, RowMaker(torch.device("cpu")).make(0, replace(plan)), context)
-    assert num_plans == 3, "another step"
+    assert len(plans) == 3, "another step"
 
 
 def test_spans_of_very_different_lengths_are_not_padded_to_the_longest() -> None:

@@ -203,13 +203,12 @@ def test_overlap_changes_nothing(placement: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("family", ["opt", "llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3"])
-def test_the_cpu_attends_in_stretches_too(
+def test_the_cpu_attends_in_parts_too(
     family: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts here are short: with short stretches, cut in parts, all ways through the CPU's attention are taken."""
-    for least, num_tokens in (("MIN_LENGTH", 2), ("MIN_TOKENS", 4), ("MIN_PART_TOKENS", 4)):
-        monkeypatch.setattr(f"flexeval.planning.stretches.{least}", num_tokens)
-    monkeypatch.setattr("flexeval.engine.compute.host_plan.SHARES_PER_THREAD", 40)
+    """Prompts here are short: cut in parts nevertheless, all ways through the CPU's attention are taken."""
+    monkeypatch.setattr("flexeval.engine.compute.host_plan.MIN_PART_TOKENS", 4)
+    monkeypatch.setattr("flexeval.engine.compute.host_plan.PIECES_PER_THREAD", 40)
     policy = Policy(host_attention=share, row_tokens=40, group_sequences=2, num_groups=3)
     case = tiny_case(family)
     assert_equal_results(run(family, policy, case.requests, tmp_path, overlap=True), case.expected)

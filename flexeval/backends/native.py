@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from flexeval.backends.backend import OnCompletions, Usage, add_up
 from flexeval.backends.batch import Batch
@@ -22,8 +22,10 @@ from flexeval.backends.loading import (
 )
 from flexeval.backends.options import read_limits, read_policy
 from flexeval.config import Limits, Setting
+from flexeval.engine.codecs.kv_format import PlainFormat
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
+from flexeval.engine.memory.host_rate import host_attention_rate
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.engine.trace import Trace
 from flexeval.errors import CapacityError
@@ -204,13 +206,16 @@ class Engine:
     def _measure(self) -> Hardware:
         """The machine, measured once: before the engine itself fills the memory."""
         if self._hardware is None:
-            place: Literal["cuda", "cpu"] = "cuda" if self._opened.device.type == "cuda" else "cpu"
+            opened, is_gpu = self._opened, self._opened.device.type == "cuda"
+            self._hardware = detect("cuda" if is_gpu else "cpu", self._limits, opened.anatomy.dtype)
             if self._fixed_policy is not None:
                 attends_on_host = self._fixed_policy.host_attention > 0
             else:  # the rate is that of keys and values as computed
-                attends_on_host = self._opened.kv_coding is None
-            dtype = self._opened.anatomy.dtype
-            self._hardware = detect(place, self._limits, dtype, attends_on_host=attends_on_host)
+                attends_on_host = opened.kv_coding is None
+            if attends_on_host and is_gpu:
+                form = PlainFormat(opened.anatomy.kv_shape(0), opened.anatomy.dtype)
+                rate = host_attention_rate(form, self._shape.num_query_heads, is_link_busy=True)
+                self._hardware = replace(self._hardware, host_attention_bytes_per_s=rate)
         return self._hardware
 
     def _ready(self, workload: Workload, on_layer: OnLayer) -> Executor:

@@ -25,6 +25,7 @@ from flexeval.engine.memory.lane import Transfer, ahead
 from flexeval.engine.memory.weights import WeightStore
 from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.trace import Trace
+from flexeval.planning.turns import take_turns
 
 
 class _Apart(NamedTuple):
@@ -76,7 +77,8 @@ class Sweeper:
         `for_later` is `RowMaker.for_later`.
         """
         layers = range(self.anatomy.num_layers)
-        moving = [row.index for row in rows if not hidden.stays(row.index)]
+        in_turn = [rows[index] for index in take_turns([row.plan for row in rows])]
+        moving = [row.index for row in in_turn if not hidden.stays(row.index)]
         num_tokens = sum(row.plan.num_tokens for row in rows)
         is_moving = any(row.compactions for row in rows)
         self.weights.begin_sweep(num_tokens, expects_more=expects_more)
@@ -96,7 +98,7 @@ class Sweeper:
                         hidden_1TD = self.replay.begin(row, embedded, attend_at)
                 calls[row.index] = embedded.calls
                 hidden.save(row.index, hidden_1TD)
-        cells = [(layer, row) for layer in layers for row in rows if self._is_cell(layer, row, on_host)]
+        cells = [(layer, row) for layer in layers for row in in_turn if self._is_cell(layer, row, on_host)]
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         apart: dict[int, _Apart] = {}
         with self.trace.phase("layers"):
@@ -112,7 +114,7 @@ class Sweeper:
                         hidden_1TD = hidden.load(row.index)
                         apart[row.index] = self._set_out(layer, row, hidden_1TD, call, cache, weights(row))
                 self.weights.send_for_next(layer)
-                for row in rows:
+                for row in in_turn:
                     if not self._is_cell(layer, row, on_host):
                         continue
                     hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)

@@ -26,9 +26,12 @@ if TYPE_CHECKING:  # hardware.py measures with torch; predicting must not need i
 
 KERNELS_PER_CALL = 24
 """Kernels a decoder layer launches: 7 matrix products, 2 norms, rotary, attention, activation, residuals, KV append."""
+OPERATIONS_PER_STEP = 200
+"""Small operations that take as long as Python for a row that decodes at a layer, beside a GPU's lanes: about 1 ms.
+Where weights and KV stay on the GPU, a step is one recording instead."""
 OPERATIONS_PER_LOAD = 400
 """Small operations that take as long as Python from one load of KV to the next: about 2 ms beside a GPU's lanes."""
-OPERATIONS_PER_HOST_ROW = 1000
+OPERATIONS_PER_HOST_ROW = 200
 """The same for a row that the CPU attends for at a layer, beside its reading: it waits for queries, the device for it.
 On an H100 with 16 cores about 5 ms: see docs/architecture.md."""
 LEAST_HOST_ROWS = 3
@@ -112,6 +115,7 @@ class CostModel:
             counts=counts,
             streams={kind: int(counts[kind][home] < sum(counts[kind].values())) for kind in KINDS},
             on_disk={kind: int(counts[kind][Tier.DISK] > 0) for kind in KINDS},
+            is_step_in_parts=int(any(counts[kind][home] < sum(counts[kind].values()) for kind in ("weights", "kv"))),
             host_attention=policy.host_attention * counts["kv"][Tier.CPU] if self.can_attend_on_host else 0,
         )
 
@@ -145,6 +149,9 @@ class CostModel:
 
         seconds = {Lane.COMPUTE: self.compute_seconds(sweep)}
         if hardware.home is Tier.GPU:
+            if sweep.num_kv_read:
+                step_s = shape.num_layers * sweep.num_calls * OPERATIONS_PER_STEP * hardware.launch_s
+                seconds[Lane.COMPUTE] += step_s * placement.is_step_in_parts
             least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
             kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)
             seconds[Lane.TO_GPU] = (moved({"kv": 1.0}, Tier.CPU, Tier.DISK) - placement.host_attention) * kv_layer_s

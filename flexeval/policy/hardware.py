@@ -11,15 +11,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from threading import Event
 from typing import Literal, NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from flexeval.config import Limits
 from flexeval.directio import CHUNK_BYTES, QUEUE_DEPTH, DirectIO
@@ -27,7 +24,6 @@ from flexeval.errors import ConfigError
 from flexeval.policy.memory import free_host_bytes
 from flexeval.policy.policy import Tier
 from flexeval.shelf import prepared_shelf
-from flexeval.team import give_spare_cores
 
 GPU_USABLE_SHARE = 31 / 32
 """The rest is left to fragmentation and to the workspaces of CUDA libraries."""
@@ -37,10 +33,6 @@ PROBE_BYTES = 32 * 2**20
 """Bytes of a timed copy."""
 PROBE_CHUNKS = 16
 """Chunks of the timed file: 256 MiB, a quarter of a second of a fast disk."""
-HOST_LOG = (16384, 32, 128)
-"""Tokens, heads and head size of the log that the CPU is timed on: in 16 bits 256 MiB, more than caches hold."""
-HOST_PART_TOKENS = 512
-"""Tokens of it that one query attends to."""
 MATMUL_SIZES = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}
 """Tokens, inputs and outputs of the timed matrix product."""
 
@@ -84,16 +76,13 @@ class Hardware:
         return {Tier.GPU: self.gpu_bytes, Tier.CPU: self.cpu_bytes, Tier.DISK: self.disk_bytes}[tier]
 
 
-def detect(
-    device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype, *, attends_on_host: bool = False
-) -> Hardware:
-    """Measure this machine within `limits`. Raises `ConfigError`.
+def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -> Hardware:
+    """Measure this machine within `limits`, but for attention on the CPU beside a GPU. Raises `ConfigError`.
 
     Args:
         device: What multiplies.
         limits: What the user gives.
         dtype: The number format of the layers.
-        attends_on_host: Whether to measure decode attention on a CPU beside a GPU as well; its rate is 0 otherwise.
     """
     cpu_bytes = int(HOST_USABLE_SHARE * free_host_bytes())
     gpu_bytes = _free_gpu_bytes() if device == "cuda" else 0
@@ -111,7 +100,7 @@ def detect(
         flops_per_s=_matmul_rate(device, dtype),
         memory_bytes_per_s=_memory_rate(device),
         launch_s=_launch_seconds(device),
-        host_attention_bytes_per_s=_host_attention_rate(dtype) if attends_on_host and device == "cuda" else 0.0,
+        host_attention_bytes_per_s=0.0,
     )
 
 
@@ -173,36 +162,6 @@ def _link_rates() -> tuple[float, float]:
     to_gpu_s = _best_seconds(lambda: gpu.copy_(host, non_blocking=True), "cuda")
     from_gpu_s = _best_seconds(lambda: host.copy_(gpu, non_blocking=True), "cuda")
     return PROBE_BYTES / to_gpu_s, PROBE_BYTES / from_gpu_s
-
-
-def _host_attention_rate(dtype: torch.dtype) -> float:
-    """Decode attention as the engine has the CPU do it, while copies to the GPU read the same memory."""
-    num_tokens, num_heads, size = HOST_LOG
-    num_parts = num_tokens // HOST_PART_TOKENS
-    log_CKX = torch.randn(HOST_PART_TOKENS, num_heads, 2 * size).to(dtype).repeat(num_parts, 1, 1)
-    k_BKSH, v_BKSH = log_CKX.unflatten(0, (num_parts, -1)).transpose(1, 2).split(size, dim=-1)
-    q_BK1H = torch.randn(num_parts, num_heads, 1, size).to(dtype)
-    host = torch.empty(4 * PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
-    gpu = torch.empty_like(host, device="cuda")
-    is_done = Event()
-
-    def copy() -> None:
-        while not is_done.is_set():
-            gpu.copy_(host, non_blocking=True)
-            torch.cuda.synchronize()
-
-    def attend_s() -> float:
-        return _best_seconds(lambda: scaled_dot_product_attention(q_BK1H, k_BKSH, v_BKSH), "cpu", budget_s=0.2)
-
-    with ThreadPoolExecutor(1) as copier, ThreadPoolExecutor(1) as lane:
-        give_spare_cores(lambda take: lane.submit(take).result())
-        copying = copier.submit(copy)
-        try:
-            seconds = lane.submit(attend_s).result()
-        finally:
-            is_done.set()
-        copying.result()
-    return log_CKX.numel() * log_CKX.element_size() / seconds
 
 
 class _Disk(NamedTuple):

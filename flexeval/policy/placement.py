@@ -22,5 +22,7 @@ class Placement:
     """Kind: 1 if any item rests off the compute device, else 0."""
     on_disk: Mapping[str, Linear]
     """Kind: 1 if any item rests on disk, else 0."""
+    is_step_in_parts: Linear
+    """1 if weights or KV rest off the compute device: a decode step cannot be one recording then."""
     host_attention: Linear = 0
     """Layers' worth of decode attention that the CPU computes beside a GPU: at most the layers of KV on the cpu."""

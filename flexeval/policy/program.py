@@ -103,11 +103,20 @@ def _constrain(
         problem += pulp.lpSum(counts[kind].values()) == num
         problem += num - counts[kind][hardware.home] <= num * streams[kind]
         problem += counts[kind][Tier.DISK] <= num * on_disk[kind]
+    is_step_in_parts = problem.add_variable("is_step_in_parts", cat="Binary")
+    for kind in ("weights", "kv"):
+        problem += is_step_in_parts >= streams[kind]
     host_attention: Linear = 0
     if model.can_attend_on_host and sizes.num_groups >= LEAST_HOST_ROWS:
         host_attention = problem.add_variable("host_attention", 0)
         problem += host_attention <= counts["kv"][Tier.CPU]
-    placement = Placement(counts=counts, streams=streams, on_disk=on_disk, host_attention=host_attention)
+    placement = Placement(
+        counts=counts,
+        streams=streams,
+        on_disk=on_disk,
+        is_step_in_parts=is_step_in_parts,
+        host_attention=host_attention,
+    )
     for tier, peak in model.peak_bytes(sizes, placement).items():
         if tier in tiers:
             room_gb = hardware.capacity_bytes(tier) / GB - 2 * TOLERANCE_GB + added.get(tier, 0)

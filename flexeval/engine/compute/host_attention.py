@@ -1,14 +1,13 @@
 """Decode attention by the CPU, over logs where they lie in host memory. Knows rows and logs; not how they came there.
 
-FlexGen's attention next to the KV cache (Sheng et al., ICML 2023, section 4.1), without a copy of it. What lies evenly
-spaced is attended to as it lies, many parts of contexts in one call, which torch spreads over the caller's team of
-threads: they share out parts times KV heads. What lies scattered is gathered. All parts are merged at once, by
-log-sum-exp in float32. Query heads that share a KV head are queries of one call, so that each key is read once for all
-of them.
+FlexGen's attention next to the KV cache (Sheng et al., ICML 2023, section 4.1), without a copy of it: what sequences
+have for themselves is one call of our kernel. Where that cannot read a log, or cannot be built, its tokens are gathered
+and torch attends; so it does over what many sequences share, where each key meets many queries. All parts are merged at
+once, by log-sum-exp in float32.
 
 Shapes: T new tokens of the row, C tokens of a log, N query heads, K KV heads, M = N / K of them to a KV head, H size of
-a key, W size of a value, X either of them, B parts of contexts in a call, S tokens of a part, A descendants' tokens, L
-tokens of an ancestor, Q the descendants' queries of one KV head, P parts of all calls, Z parts of one token's context.
+a key, W size of a value, B parts of contexts in a call, S tokens of a part, A descendants' tokens, L tokens of an
+ancestor, Q the descendants' queries of one KV head, P parts of all calls, Z parts of one token's context.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexeval.engine.codecs.kv_format import KeysValues, KVLog, PlainFormat
+from flexeval.engine.codecs.kv_format import KeysValues, KVLog
 from flexeval.engine.compute.attention import Context
-from flexeval.engine.compute.host_plan import Above, HostPlan, Rest
+from flexeval.engine.compute.host_kernel import HostKernel
+from flexeval.engine.compute.host_plan import Above, Gathered, HostPlan
 from flexeval.engine.compute.partial import Partial, has_kernel, partial_attention
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
 from flexeval.planning.rows import RowPlan
-from flexeval.planning.stretches import Batch
 
 WRITTEN_OUT_TOKENS = 1024
 """Where there is no kernel, keys and values of so many tokens are held in float32 at a time, or of one part."""
@@ -44,38 +43,43 @@ class Attended(NamedTuple):
 class HostAttention:
     """Dense decode attention on the CPU; one instance serves every row and layer, from one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: HostKernel | None, num_threads: int) -> None:
+        """With our kernel, if there is one; torch uses `num_threads` in the thread that calls."""
+        self._kernel = kernel
+        self._num_threads = num_threads
         self._plans: dict[int, tuple[RowPlan, dict[object, HostPlan]]] = {}
 
     def __call__(self, q_TNH: Tensor, options: AttentionOptions, row: Row, context: Context) -> Attended:
         """Attend for the row's new tokens, whose KV `context` already holds."""
         assert row.decode and not row.fresh, "prompts are the GPU's"
-        logs = [_open(context.own_log(decode)) for decode in row.decode]
-        q_TKMH = q_TNH.unflatten(1, (logs[0].log.format.shape.num_heads, -1))
-        plan = self._plan(row, options.window, num_kv_heads=q_TKMH.shape[1], heads_per_kv=q_TKMH.shape[2])
-        queries = q_TKMH.index_select(0, plan.token_B).split(plan.sizes)
-        partials = [
-            _attend(q_BKMH, logs[read.log], read.parts, options)
-            for q_BKMH, read in zip(queries, plan.reads, strict=True)
-        ]
+        logs = [context.own_log(decode) for decode in row.decode]
+        q_TKMH = q_TNH.unflatten(1, (logs[0].format.shape.num_heads, -1))
+        is_taken = self._kernel is not None and all(map(self._kernel.takes, logs))
+        plan = self._plan(row, options.window, is_taken, num_kv_heads=q_TKMH.shape[1], heads_per_kv=q_TKMH.shape[2])
+        partials = [_attend(q_TKMH[part.token_B], logs[part.log], part, options) for part in plan.gathered]
+        if plan.together is not None:
+            assert self._kernel is not None
+            partials.append(self._kernel(q_TKMH, logs, plan.together, scale=options.scale, softcap=options.softcap))
         partials += [_attend_above(q_TKMH, context.ancestor(above.span), above, options) for above in plan.aboves]
         return Attended(_merge(partials, plan, options.sinks_N).to(q_TNH.dtype), plan.num_keys)
 
-    def _plan(self, row: Row, window: int | None, **heads: int) -> HostPlan:
+    def _plan(self, row: Row, window: int | None, has_kernel: bool, **heads: int) -> HostPlan:
         """The row's plan at this step; layers ask again and again for the same."""
         before = self._plans.get(row.index)
         if before is None or before[0] is not row.plan:
             before = self._plans[row.index] = (row.plan, {})
-        key = (window, *heads.values())
+        key = (window, has_kernel, *heads.values())
         if key not in before[1]:
-            before[1][key] = HostPlan(row.plan, window=window, **heads)
+            before[1][key] = HostPlan(
+                row.plan, window=window, has_kernel=has_kernel, num_threads=self._num_threads, **heads
+            )
         return before[1][key]
 
 
-def _attend(q_BKMH: Tensor, log: _Opened, parts: Batch | Rest, options: AttentionOptions) -> Partial:
-    """A query each for parts of contexts: in one call, if there is a kernel."""
-    k_BKSH, v_BKSW = _keys_values(log, parts)
-    bias_B1S = None if isinstance(parts, Batch) else parts.bias_B1S
+def _attend(q_BKMH: Tensor, log: KVLog, parts: Gathered, options: AttentionOptions) -> Partial:
+    """A query each for parts of contexts: in one call, if torch has a kernel."""
+    k_BKSH, v_BKSW = (part_BSKX.transpose(1, 2) for part_BSKX in log.at(parts.index_BS))
+    bias_B1S = parts.bias_B1S
     if has_kernel(q_BKMH, v_BKSW, options.softcap):
         return partial_attention(q_BKMH, k_BKSH, v_BKSW, scale=options.scale, bias_BQS=bias_B1S)
     at_once = max(1, WRITTEN_OUT_TOKENS // k_BKSH.shape[2])
@@ -111,6 +115,8 @@ def _attend_above(q_TKMH: Tensor, keys_values: KeysValues, above: Above, options
 def _merge(partials: Sequence[Partial], plan: HostPlan, sinks_N: Tensor | None) -> Tensor:
     """Output `[T, N, W]`, float32, from all parts of all contexts."""
     out_PKMW = torch.cat([partial.out_BNQW for partial in partials])
+    if plan.is_whole and sinks_N is None:
+        return out_PKMW.float().flatten(1, 2)
     lse_PKM = torch.cat([partial.lse_BNQ for partial in partials])
     if plan.part_X is not None:
         out_PKMW, lse_PKM = out_PKMW.index_select(0, plan.part_X), lse_PKM.index_select(0, plan.part_X)
@@ -123,34 +129,3 @@ def _merge(partials: Sequence[Partial], plan: HostPlan, sinks_N: Tensor | None) 
     weight_ZTKM = (lse_ZTKM - lse_TKM).exp_()
     out_ZTKMW: Tensor = out_PKMW.float().unflatten(0, (-1, plan.num_tokens)).mul_(weight_ZTKM[..., None])
     return out_ZTKMW.sum(0).flatten(1, 2)
-
-
-class _Opened(NamedTuple):
-    """A log."""
-
-    log: KVLog
-    views: KeysValues | None
-    """All of it as it lies; None where tokens rest coded."""
-
-
-def _open(log: KVLog) -> _Opened:
-    return _Opened(log, log.format.views(log.data_CB) if isinstance(log.format, PlainFormat) else None)
-
-
-def _keys_values(log: _Opened, parts: Batch | Rest) -> KeysValues:
-    """Keys `[B, K, S, H]` and values `[B, K, S, W]` of parts of a log: views of a batch, unless tokens rest coded."""
-    if isinstance(parts, Batch) and log.views is not None:
-        return KeysValues(*(_in_place(part_CKX, parts) for part_CKX in log.views))
-    index_BS = parts.index_BS if isinstance(parts, Rest) else torch.from_numpy(parts.places)
-    return KeysValues(*(part_BSKX.transpose(1, 2) for part_BSKX in log.log.at(index_BS)))
-
-
-def _in_place(log_CKX: Tensor, batch: Batch) -> Tensor:
-    assert batch.stop <= len(log_CKX), (batch, log_CKX.shape)
-    _, num_kv_heads, size = log_CKX.shape
-    token, head, number = log_CKX.stride()
-    return log_CKX.as_strided(
-        (len(batch.sequences), num_kv_heads, batch.length, size),
-        (batch.spacing * token, head, batch.step * token, number),
-        log_CKX.storage_offset() + batch.place * token,
-    )

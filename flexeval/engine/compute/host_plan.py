@@ -16,34 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.host_kernel import PIECES_PER_THREAD, Parts
 from flexeval.planning.rows import AncestorSpan, Integers, RowPlan
-from flexeval.planning.stretches import Batch, lay_out
 
-SHARES_PER_THREAD = 4
-"""Parts times KV heads for each thread that a call should have, so that threads end at about the same time."""
-SHORT_REST = 16
-"""Rests of fewer tokens are gathered together, however different their lengths are."""
+MIN_PART_TOKENS = 128
+"""Tokens of the parts of a context that is cut."""
+SHORT = 16
+"""Parts of fewer tokens are gathered together, however different their lengths are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rest:
-    """Tokens to gather, of parts that have about as many of them; padding repeats place 0."""
+class Gathered:
+    """One call of torch: parts of one log that have about as many tokens; padding repeats place 0."""
 
-    sequences: tuple[int, ...]
-    """Whose context each part is of."""
+    log: int
+    """Which of the row's logs they lie in."""
     index_BS: Tensor
     """Place of each token in the log."""
     bias_B1S: Tensor | None
     """-inf where it is padding, 0 elsewhere; None where nothing is."""
-
-
-class Read(NamedTuple):
-    """One call: a query each for parts of contexts."""
-
-    log: int
-    """Which of the row's logs they lie in."""
-    parts: Batch | Rest
-    """What of it."""
+    token_B: Tensor
+    """Token of the row that asks."""
 
 
 class Above(NamedTuple):
@@ -57,32 +50,40 @@ class Above(NamedTuple):
     """Which of the tokens from there on each sees; None where each sees all."""
 
 
+class _Part(NamedTuple):
+    """Tokens of one sequence's own context."""
+
+    log: int
+    token: int
+    places: Integers
+
+
 class HostPlan:
     """How to attend for a row at all layers of a step that see as far and have as many heads."""
 
-    def __init__(self, row: RowPlan, *, window: int | None, num_kv_heads: int, heads_per_kv: int):
-        """Plan for as many threads as torch has in the thread that asks."""
-        self.reads: list[Read] = []
-        """Calls over what sequences have for themselves."""
+    def __init__(
+        self,
+        row: RowPlan,
+        *,
+        window: int | None,
+        num_kv_heads: int,
+        heads_per_kv: int,
+        num_threads: int,
+        has_kernel: bool,
+    ):
+        """Plan for so many threads, and for our kernel or for torch."""
+        num_pieces = -(-PIECES_PER_THREAD * num_threads // num_kv_heads)
+        parts = list(_parts(row, window, num_pieces))
+        self.num_keys = sum(len(part.places) for part in parts)
+        """Tokens whose keys and values are read."""
+        self.together = _together(parts) if has_kernel else None
+        """What sequences have for themselves, for our kernel; None where torch attends."""
+        self.gathered = () if has_kernel else tuple(_gather(parts))
+        """The same for torch, a call each."""
         self.aboves: list[Above] = []
         """Calls over what they share."""
-        self.num_keys = 0
-        """Tokens whose keys and values are read."""
-        num_parts = -(-SHARES_PER_THREAD * torch.get_num_threads() // num_kv_heads)
-        tokens: list[int] = []
-        for log, span in enumerate(row.decode):
-            first = 0 if window is None else -window
-            contexts = [np.asarray(places)[first:] for places in span.own_tokens]
-            self.num_keys += sum(map(len, contexts))
-            layout = lay_out(contexts, num_parts=num_parts)
-            calls: list[Batch | Rest] = [*layout.batches, *_rests(layout.rest)]
-            for parts in calls:
-                self.reads.append(Read(log, parts))
-                tokens += [span.start + sequence for sequence in parts.sequences]
-        self.sizes = [len(read.parts.sequences) for read in self.reads]
-        """Parts of each read."""
-        self.token_B = torch.tensor(tokens)
-        """Token of the row that each of these parts is for."""
+        asking = [call.token_B for call in self.gathered] if self.together is None else [self.together.token_P]
+        tokens: list[int] = torch.cat(asking).tolist()
         for ancestor in row.ancestors:
             first = _first_seen(ancestor, row, window)
             if first < ancestor.num_keys:
@@ -96,6 +97,8 @@ class HostPlan:
         self.is_padding_ZT11: Tensor | None = None
         """Where that repeats part 0, as a token has fewer parts than another; None if none has."""
         self._place_parts(np.array(tokens))
+        self.is_whole = self.part_X is None and len(tokens) == row.num_tokens
+        """Whether each token has one part, in order."""
 
     def _place_parts(self, token_P: Integers) -> None:
         counts_T = np.bincount(token_P, minlength=self.num_tokens)
@@ -111,24 +114,48 @@ class HostPlan:
             self.part_X = torch.from_numpy(part_ZT.ravel())
 
 
-def _rests(rests: Sequence[Integers]) -> Iterator[Rest]:
-    """Sequences' rests, in calls in which none has twice as many tokens as another, or all few: padding stays small."""
+def _parts(row: RowPlan, window: int | None, num_pieces: int) -> Iterator[_Part]:
+    """Each sequence's own context, cut where there are fewer than `num_pieces` of them."""
+    first = 0 if window is None else -window
+    num_cuts = -(-num_pieces // row.num_tokens)
+    for log, span in enumerate(row.decode):
+        for sequence, own_tokens in enumerate(span.own_tokens):
+            places = np.asarray(own_tokens, dtype=np.int32)[first:]
+            for part in np.array_split(places, max(1, min(num_cuts, len(places) // MIN_PART_TOKENS))):
+                yield _Part(log, span.start + sequence, part)
 
-    def size(sequence: int) -> int:
-        return max(SHORT_REST - 1, len(rests[sequence])).bit_length()
 
-    order = sorted((sequence for sequence, places in enumerate(rests) if len(places)), key=size)
-    for _, batch in groupby(order, key=size):
-        sequences = tuple(batch)
-        lengths = np.array([len(rests[sequence]) for sequence in sequences])
+def _together(parts: Sequence[_Part]) -> Parts:
+    num_tokens = [0] * (parts[-1].log + 1)
+    for part in parts:
+        num_tokens[part.log] = max(num_tokens[part.log], int(part.places[-1]) + 1)
+    return Parts(
+        logs=[part.log for part in parts],
+        token_P=torch.tensor([part.token for part in parts]),
+        bounds=torch.from_numpy(np.cumsum([0, *(len(part.places) for part in parts)], dtype=np.int64)),
+        places=torch.from_numpy(np.concatenate([part.places for part in parts])),
+        num_tokens=num_tokens,
+    )
+
+
+def _gather(parts: Sequence[_Part]) -> Iterator[Gathered]:
+    """In calls in which no part has twice as many tokens as another, or all have few: padding stays small."""
+
+    def kind(part: _Part) -> tuple[int, int]:
+        return part.log, max(SHORT - 1, len(part.places)).bit_length()
+
+    for (log, _), members in groupby(sorted(parts, key=kind), key=kind):
+        batch = list(members)
+        lengths = np.array([len(part.places) for part in batch])
         is_token_BS = np.arange(lengths.max()) < lengths[:, None]
         index_BS = np.zeros(is_token_BS.shape, dtype=np.int64)
-        index_BS[is_token_BS] = np.concatenate([rests[sequence] for sequence in sequences])
+        index_BS[is_token_BS] = np.concatenate([part.places for part in batch])
         bias_BS = np.where(is_token_BS, np.float32(0), np.float32(-np.inf))
-        yield Rest(
-            sequences=sequences,
+        yield Gathered(
+            log=log,
             index_BS=torch.from_numpy(index_BS),
             bias_B1S=None if is_token_BS.all() else torch.from_numpy(bias_BS)[:, None],
+            token_B=torch.tensor([part.token for part in batch]),
         )
 
 

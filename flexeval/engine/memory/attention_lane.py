@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from flexeval.engine.compute.host_attention import HostAttention
+from flexeval.engine.compute.host_kernel import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
 from flexeval.engine.kernels import has_triton
 from flexeval.engine.memory.kv_context import HostContext
 from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.trace import Trace
-from flexeval.team import give_spare_cores
+from flexeval.team import give_spare_cores, num_spare_cores
 
 
 class AttentionLane:
@@ -28,7 +29,7 @@ class AttentionLane:
         self._lane = lane
         self._device = device
         self._trace = trace
-        self._attention = HostAttention()
+        self._attention: HostAttention | None = None  # made by the lane when first asked: it may have to compile
         self._outputs: dict[int, Tensor] = {}  # by row, page-locked
         give_spare_cores(lambda take: lane.submit(take).wait())
 
@@ -57,6 +58,9 @@ class AttentionLane:
             options = replace(options, sinks_N=options.sinks_N.to("cpu", non_blocking=True))
         if self._device.type == "cuda":  # the host reads now: its own copies must be there, and all that logs wait for
             torch.cuda.current_stream().synchronize()
+        if self._attention is None:
+            num_threads = num_spare_cores()
+            self._attention = HostAttention(build(num_threads), num_threads)
         out_TNW, num_keys = self._attention(q_TNH, options, row, context)
         self._trace.moved("host_attention", num_keys * context.token_bytes)
         return self._page_locked(row.index, out_TNW) if self._device.type == "cuda" else out_TNW

@@ -6,6 +6,7 @@ is copied in and out (`read`, `write`), on the calling lane's thread and stream.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,6 +17,10 @@ from flexeval.config import format_size
 from flexeval.directio import BLOCK_BYTES
 from flexeval.errors import CapacityError
 from flexeval.policy.policy import Tier as TierName
+
+PIECE_BYTES, PIECES_AHEAD = 64 * 2**20, 2
+"""What is copied to a GPU in parts goes in pieces, a millisecond of the link each, of which so many stand in its queue:
+the link serves in the order of asking, and a row's hidden states would wait for a whole layer's weights."""
 
 
 class Extent(Protocol):
@@ -169,9 +174,16 @@ class MemoryExtent:
         out.copy_(self._buffer[offset : offset + out.numel()], non_blocking=self._tier.is_pinned)
 
     def read_parts(self, out: Tensor, parts: Sequence[slice]) -> None:
-        """Copy parts out, as `read` does."""
+        """Copy parts out, as `read` does, but for other lanes' copies in between: all but the last pieces are there."""
+        pieces: deque[torch.cuda.Event] = deque()
         for part in parts:
-            self.read(out[part], part.start)
+            for start in range(part.start, part.stop, PIECE_BYTES):
+                self.read(out[start : min(start + PIECE_BYTES, part.stop)], start)
+                if self._tier.is_pinned:
+                    pieces.append(torch.cuda.Event(blocking=True))
+                    pieces[-1].record()
+                if len(pieces) > PIECES_AHEAD:
+                    pieces.popleft().synchronize()
 
     def write(self, data: Tensor, offset: int = 0) -> None:
         """Copy in; asynchronous on the current stream between host and GPU."""

@@ -1,0 +1,249 @@
+// Decode attention where the KV rests: queries of single tokens over parts of contexts, read token by token as they lie.
+//
+// A log holds a token's heads side by side, of each the key and then the value. A piece of work is some heads of one
+// part: what is read of a token is one run. Softmax is taken online, a block of tokens at a time (Milakov and
+// Gimelshein 2018), all sums in float32. A team of threads takes the pieces in turn and sleeps in between: threads that
+// spin would hold up the one that feeds the GPU.
+//
+// Shapes as in host_kernel.py. Sizes of heads are multiples of LANES and at most MAX_SIZE.
+
+#include <immintrin.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+#define BLOCK LANES  // tokens: their scores are one vector
+#define MAX_SIZE 1024
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+enum kind { FLOAT32, FLOAT16, BFLOAT16 };
+
+struct work {
+    const float *queries;    // [T, K, M, H], scaled
+    const int64_t *logs;     // [P] address of the log a part lies in
+    const int64_t *tokens;   // [P] token of the row that asks
+    const int64_t *bounds;   // [P + 1] a part's places among all
+    const int32_t *places;   // tokens of the log
+    float *out;              // [P, K, M, W]
+    float *lse;              // [P, K, M]
+    int64_t num_parts, num_kv_heads, heads_per_kv, key_size, value_size;
+    int64_t heads_at_once;   // KV heads of a piece
+    int64_t kind;
+    float softcap;           // 0: none
+};
+
+INLINE floats load(enum kind kind, const uint8_t *numbers) {
+    if (kind == FLOAT32) return *(const floats *)numbers;
+    if (kind == BFLOAT16) return (floats)(__builtin_convertvector(*(const halves *)numbers, ints) << 16);
+#if defined(__AVX512F__)
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)numbers));
+#else
+    __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)numbers)),
+                       _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)numbers + 1))};
+    floats all;
+    memcpy(&all, parts, sizeof all);
+    return all;
+#endif
+}
+
+// exp of numbers up to 0, to 2e-7 of it (0 below exp(-87)): 2^n times a polynomial, as in Cephes' expf (Moshier 1989).
+INLINE floats exp_of(floats x) {
+    const ints is_normal = x > -87.0f;
+    x = (floats)((ints)x & is_normal);
+    ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
+    floats whole = __builtin_convertvector(n, floats);
+    floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (floats)((ints)(p * (floats)((n + 127) << 23)) & is_normal);
+}
+
+// Lane i of the result is the sum (the maximum) of lanes 2 h k + o and 2 h k + h + o of x for the first half of lanes, of
+// y for the second: folding 16 vectors 8, 4, 2, 1 apart adds up each of them into a lane of its own.
+#define FROM(i, h) ((i) / 8 * 16 + (i) % 8 / (h) * 2 * (h) + (i) % (h))
+#define ALL(h, o) (ints){FROM(0, h) + o, FROM(1, h) + o, FROM(2, h) + o, FROM(3, h) + o, FROM(4, h) + o, \
+    FROM(5, h) + o, FROM(6, h) + o, FROM(7, h) + o, FROM(8, h) + o, FROM(9, h) + o, FROM(10, h) + o, FROM(11, h) + o, \
+    FROM(12, h) + o, FROM(13, h) + o, FROM(14, h) + o, FROM(15, h) + o}
+#define LOW(x, y, h) __builtin_shuffle(x, y, ALL(h, 0))
+#define HIGH(x, y, h) __builtin_shuffle(x, y, ALL(h, h))
+#define FOLD(n, h) \
+    for (int i = 0; i < (n); i++) x[i] = LOW(x[2 * i], x[2 * i + 1], h) + HIGH(x[2 * i], x[2 * i + 1], h)
+
+INLINE floats sums_of(floats x[LANES]) {
+    FOLD(8, 8);
+    FOLD(4, 4);
+    FOLD(2, 2);
+    FOLD(1, 1);
+    return x[0];
+}
+
+INLINE float sum_of(floats x) {
+    x = LOW(x, x, 8) + HIGH(x, x, 8);
+    x = LOW(x, x, 4) + HIGH(x, x, 4);
+    x = LOW(x, x, 2) + HIGH(x, x, 2);
+    return x[0] + x[1];
+}
+
+INLINE floats larger(floats x, floats y) {
+    const ints is_larger = x > y;
+    return (floats)(((ints)x & is_larger) | ((ints)y & ~is_larger));
+}
+
+INLINE float max_of(floats x) {
+    x = larger(LOW(x, x, 8), HIGH(x, x, 8));
+    x = larger(LOW(x, x, 4), HIGH(x, x, 4));
+    x = larger(LOW(x, x, 2), HIGH(x, x, 2));
+    return x[0] > x[1] ? x[0] : x[1];
+}
+
+// `count` runs of numbers, as float32.
+INLINE void widen(enum kind kind, const uint8_t *const *runs, int64_t offset, int count, int64_t size, float *numbers) {
+    const int64_t width = kind == FLOAT32 ? 4 : 2;
+    for (int run = 0; run < count; run++)
+        for (int64_t i = 0; i < size; i += LANES)
+            *(floats *)(numbers + run * size + i) = load(kind, runs[run] + offset + i * width);
+}
+
+INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t first_head, int64_t last_head) {
+    const int64_t width = kind == FLOAT32 ? 4 : 2, H = w->key_size, W = w->value_size, M = w->heads_per_kv;
+    const int64_t head_bytes = (H + W) * width, token_bytes = head_bytes * w->num_kv_heads;
+    const int64_t first_row = (part * w->num_kv_heads + first_head) * M;
+    const int64_t num_rows = (last_head - first_head) * M;
+    float *const out = w->out + first_row * W, *const max = w->lse + first_row, sums[num_rows];
+    float keys[BLOCK * H] __attribute__((aligned(64))), values[BLOCK * W] __attribute__((aligned(64)));
+    const ints numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const floats nothing = (floats){0} - INFINITY;
+    memset(keys, 0, sizeof keys), memset(values, 0, sizeof values), memset(out, 0, num_rows * W * sizeof *out);
+    for (int64_t row = 0; row < num_rows; row++) max[row] = -INFINITY, sums[row] = 0;
+    for (int64_t place = w->bounds[part]; place < w->bounds[part + 1]; place += BLOCK) {
+        const int64_t left = w->bounds[part + 1] - place;
+        const int count = left < BLOCK ? left : BLOCK;
+        const ints is_token = numbers < count;
+        const uint8_t *tokens[BLOCK];
+        for (int t = 0; t < count; t++) tokens[t] = (const uint8_t *)w->logs[part] + w->places[place + t] * token_bytes;
+        for (int64_t head = first_head; head < last_head; head++) {
+            widen(kind, tokens, head * head_bytes, count, H, keys);
+            widen(kind, tokens, head * head_bytes + H * width, count, W, values);
+            for (int64_t m = 0; m < M; m++) {
+                const int64_t row = (head - first_head) * M + m;
+                const float *query = w->queries + ((w->tokens[part] * w->num_kv_heads + head) * M + m) * H;
+                floats products[BLOCK] = {0};
+                for (int64_t i = 0; i < H; i += LANES)
+                    for (int t = 0; t < BLOCK; t++)
+                        products[t] += *(const floats *)(query + i) * *(const floats *)(keys + t * H + i);
+                floats scores = sums_of(products);
+                if (w->softcap)
+                    for (int t = 0; t < BLOCK; t++) scores[t] = w->softcap * tanhf(scores[t] / w->softcap);
+                scores = (floats)(((ints)scores & is_token) | ((ints)nothing & ~is_token));
+                const float seen = max_of(scores), before = max[row];
+                if (seen > before) {
+                    const float shrink = expf(before - seen);  // exp(-inf) = 0 at first
+                    max[row] = seen;
+                    sums[row] *= shrink;
+                    for (int64_t i = 0; i < W; i += LANES) *(floats *)(out + row * W + i) *= shrink;
+                }
+                const floats weights = exp_of(scores - max[row]);
+                sums[row] += sum_of(weights);
+                for (int64_t i = 0; i < W; i += LANES) {
+                    floats sum[2] = {*(floats *)(out + row * W + i)};
+                    for (int t = 0; t < BLOCK; t++) sum[t % 2] += weights[t] * *(const floats *)(values + t * W + i);
+                    *(floats *)(out + row * W + i) = sum[0] + sum[1];
+                }
+            }
+        }
+    }
+    for (int64_t row = 0; row < num_rows; row++) {
+        for (int64_t i = 0; i < W; i += LANES) *(floats *)(out + row * W + i) /= sums[row];
+        max[row] += logf(sums[row]);  // is the log-sum-exp now
+    }
+}
+
+static void attend_piece(const struct work *w, int64_t piece) {
+    const int64_t pieces = (w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once;  // of a part
+    const int64_t part = piece / pieces, first = piece % pieces * w->heads_at_once;
+    const int64_t end = first + w->heads_at_once, last = end < w->num_kv_heads ? end : w->num_kv_heads;
+    if (w->kind == FLOAT32) attend(FLOAT32, w, part, first, last);
+    if (w->kind == FLOAT16) attend(FLOAT16, w, part, first, last);
+    if (w->kind == BFLOAT16) attend(BFLOAT16, w, part, first, last);
+}
+
+struct team {
+    pthread_mutex_t lock;
+    pthread_cond_t begun, ended;
+    pthread_t *helpers;
+    int num_helpers, num_busy;
+    int64_t round;  // of work; a team that is over has -1
+    const struct work *work;
+    atomic_llong next;
+};
+
+static void take_pieces(struct team *team) {
+    const struct work *w = team->work;
+    const int64_t num_pieces = w->num_parts * ((w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once);
+    for (int64_t piece; (piece = atomic_fetch_add(&team->next, 1)) < num_pieces;) attend_piece(w, piece);
+}
+
+static void *help(void *argument) {
+    struct team *team = argument;
+    int64_t done = 0;
+    pthread_mutex_lock(&team->lock);
+    for (;;) {
+        while (team->round == done) pthread_cond_wait(&team->begun, &team->lock);
+        done = team->round;
+        if (done < 0) break;
+        pthread_mutex_unlock(&team->lock);
+        take_pieces(team);
+        pthread_mutex_lock(&team->lock);
+        if (!--team->num_busy) pthread_cond_signal(&team->ended);
+    }
+    pthread_mutex_unlock(&team->lock);
+    return NULL;
+}
+
+// Ends a team: its threads are gone.
+void flexeval_dismiss(struct team *team) {
+    pthread_mutex_lock(&team->lock);
+    team->round = -1;
+    pthread_cond_broadcast(&team->begun);
+    pthread_mutex_unlock(&team->lock);
+    for (int helper = 0; helper < team->num_helpers; helper++) pthread_join(team->helpers[helper], NULL);
+    pthread_mutex_destroy(&team->lock), pthread_cond_destroy(&team->begun), pthread_cond_destroy(&team->ended);
+    free(team->helpers), free(team);
+}
+
+// As many threads as asked for, the caller's one of them, or as many as can be had; NULL without memory.
+struct team *flexeval_gather(int num_threads) {
+    struct team *team = calloc(1, sizeof *team);
+    if (!team) return NULL;
+    if (!(team->helpers = calloc(num_threads, sizeof *team->helpers))) return free(team), NULL;
+    pthread_mutex_init(&team->lock, NULL), pthread_cond_init(&team->begun, NULL), pthread_cond_init(&team->ended, NULL);
+    while (team->num_helpers < num_threads - 1 &&
+           !pthread_create(&team->helpers[team->num_helpers], NULL, help, team))
+        team->num_helpers++;
+    return team;
+}
+
+// All of some work; returns when it is done. One caller at a time.
+void flexeval_attend(struct team *team, const struct work *work) {
+    pthread_mutex_lock(&team->lock);
+    team->work = work, team->num_busy = team->num_helpers, team->round++;
+    atomic_store(&team->next, 0);
+    pthread_cond_broadcast(&team->begun);
+    pthread_mutex_unlock(&team->lock);
+    take_pieces(team);
+    pthread_mutex_lock(&team->lock);
+    while (team->num_busy) pthread_cond_wait(&team->ended, &team->lock);
+    pthread_mutex_unlock(&team->lock);
+}

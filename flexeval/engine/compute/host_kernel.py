@@ -1,0 +1,156 @@
+"""Our compiled decode attention for the CPU: builds it once on this machine, and calls it. Knows tensors; no row.
+
+torch's CPU attention reads a token's heads one by one and reads them again for every query head; what a token's heads
+hold lies side by side in a log. `host_kernel.c` reads it in one run, with a team of threads that sleep between calls.
+Where no C compiler is at hand (Triton needs one as well), `build` gives None and torch attends.
+
+Shapes: T tokens of the row, C tokens of a log, B bytes of a token, K KV heads, M query heads to a KV head, H size of a
+key, W size of a value, P parts of contexts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexeval.cache import cached_directory
+from flexeval.engine.codecs.kv_format import KVLog, PlainFormat
+from flexeval.engine.compute.partial import Partial
+from flexeval.errors import FlexevalError
+
+SOURCE = Path(__file__).with_name("host_kernel.c")
+PIECES_PER_THREAD = 4
+"""Pieces of work for each thread that a call should have, so that threads end at about the same time."""
+
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+_LANES, _MAX_SIZE = 16, 1024  # as in the source
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_POINTERS = ("queries", "logs", "tokens", "bounds", "places", "out", "lse")
+_SIZES = ("num_parts", "num_kv_heads", "heads_per_kv", "key_size", "value_size", "heads_at_once", "kind")
+
+
+class _Work(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class Parts(NamedTuple):
+    """Parts of contexts, a query each."""
+
+    logs: list[int]
+    """Which log each lies in."""
+    token_P: Tensor
+    """Token of the row that asks, int64."""
+    bounds: Tensor
+    """`[P + 1]`, int64: the places of part i are those from `bounds[i]` up to `bounds[i + 1]`."""
+    places: Tensor
+    """Where their tokens lie in the logs, int32."""
+    num_tokens: list[int]
+    """So many tokens each log has at least."""
+
+
+class HostKernel:
+    """The kernel with a team of threads. One caller at a time."""
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int):
+        self._library = library
+        self._team = ctypes.c_void_p(library.flexeval_gather(num_threads))
+        self._num_threads = num_threads
+        # A process that ends leaves its threads to the system: a fork of it has none to wait for.
+        weakref.finalize(self, library.flexeval_dismiss, self._team).atexit = False
+
+    def takes(self, log: KVLog) -> bool:
+        """Whether it can read such a log."""
+        shape = log.format.shape
+        sizes = (shape.key_size, shape.value_size)
+        is_known = isinstance(log.format, PlainFormat) and log.format.dtype in _KINDS
+        return is_known and log.data_CB.is_contiguous() and all(s % _LANES == 0 and s <= _MAX_SIZE for s in sizes)
+
+    def __call__(
+        self, q_TKMH: Tensor, logs: list[KVLog], parts: Parts, *, scale: float, softcap: float | None
+    ) -> Partial:
+        """Attend: output `[P, K, M, W]` and log-sum-exp `[P, K, M]`, float32.
+
+        Args:
+            q_TKMH: Queries of all tokens of the row.
+            logs: Logs of one format.
+            parts: What of them is attended to, at least one token each.
+            scale: Factor on the scores.
+            softcap: Scores become softcap * tanh(score / softcap).
+        """
+        form = logs[0].format
+        assert isinstance(form, PlainFormat)
+        for log, num_tokens in zip(logs, parts.num_tokens, strict=True):
+            assert (log.format.shape, len(log.data_CB) >= num_tokens) == (form.shape, True), (log, num_tokens)
+        _, num_kv_heads, heads_per_kv, key_size = q_TKMH.shape
+        value_size, num_parts = form.shape.value_size, len(parts.logs)
+        queries = q_TKMH.float().mul(scale).contiguous()
+        addresses = torch.tensor([log.data_CB.data_ptr() for log in logs])[torch.tensor(parts.logs)]
+        out_PKMW = torch.empty(num_parts, num_kv_heads, heads_per_kv, value_size)
+        lse_PKM = torch.empty(num_parts, num_kv_heads, heads_per_kv)
+        num_pieces = min(num_kv_heads, -(-PIECES_PER_THREAD * self._num_threads // num_parts))
+        tensors = (queries, addresses, parts.token_P, parts.bounds, parts.places, out_PKMW, lse_PKM)
+        work = _Work(
+            *(tensor.data_ptr() for tensor in tensors),
+            num_parts,
+            num_kv_heads,
+            heads_per_kv,
+            key_size,
+            value_size,
+            -(-num_kv_heads // num_pieces),
+            _KINDS[form.dtype],
+            softcap or 0.0,
+        )
+        self._library.flexeval_attend(self._team, ctypes.byref(work))
+        return Partial(out_PKMW, lse_PKM)
+
+
+def build(num_threads: int) -> HostKernel | None:
+    """The kernel with so many threads; None where this machine cannot compile it."""
+    library = _library()
+    return None if library is None else HostKernel(library, num_threads)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    identity = hashlib.sha256(repr((SOURCE.read_bytes(), _FLAGS, _processor())).encode()).hexdigest()[:16]
+
+    def compile_to(directory: Path) -> None:
+        command = [*compiler.split(), *_FLAGS, "-o", str(directory / "host_kernel.so"), str(SOURCE), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+    try:
+        library = ctypes.CDLL(str(cached_directory("kernels", identity, compile_to) / "host_kernel.so"))
+    except (OSError, subprocess.SubprocessError, FlexevalError):  # torch attends, if more slowly
+        return None
+    library.flexeval_gather.restype = ctypes.c_void_p
+    library.flexeval_gather.argtypes = [ctypes.c_int]
+    library.flexeval_dismiss.argtypes = [ctypes.c_void_p]
+    library.flexeval_attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    return library
+
+
+def _processor() -> str:
+    """What code for this very processor is good for: caches may be shared by machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in text.splitlines() if line.startswith(("model name", "flags"))}))

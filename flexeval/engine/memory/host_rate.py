@@ -1,0 +1,111 @@
+"""How fast the CPU attends to KV in host memory while copies to a GPU read the same memory. Knows no policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
+
+import numpy as np
+import torch
+
+from flexeval.engine.codecs.kv_format import KeysValues, KVLog, PlainFormat
+from flexeval.engine.compute.contexts import DecodeBatch
+from flexeval.engine.compute.host_attention import HostAttention
+from flexeval.engine.compute.host_kernel import build
+from flexeval.engine.compute.port import AttentionOptions
+from flexeval.engine.compute.row import Row, RowMaker
+from flexeval.planning.rows import AncestorSpan, DecodeSpan, RowPlan
+from flexeval.team import give_spare_cores, num_spare_cores
+
+CONTEXT_TOKENS = 512
+"""Tokens that each query attends to."""
+LOG_BYTES = 512 * 2**20
+"""About, of the log that is attended to: more than caches hold."""
+COPY_BYTES = 128 * 2**20
+"""Of each copy beside it."""
+BUDGET_S = 0.2
+"""Of the timed calls; they are two at least."""
+
+
+def host_attention_rate(form: PlainFormat, num_query_heads: int, *, is_link_busy: bool) -> float:
+    """Bytes of keys and values a second, as the engine has the CPU attend.
+
+    Args:
+        form: Of the KV.
+        num_query_heads: To all KV heads together.
+        is_link_busy: Whether copies to a GPU run all the while.
+    """
+    num_sequences = max(1, LOG_BYTES // (CONTEXT_TOKENS * form.token_bytes))
+    row, num_tokens = _row(num_sequences)
+    numbers = torch.randn(CONTEXT_TOKENS, form.shape.num_values).to(form.dtype).repeat(num_sequences, 1)
+    context = _OneLog(KVLog(form, numbers.view(torch.uint8)))
+    q_TNH = torch.randn(num_sequences, num_query_heads, form.shape.key_size).to(form.dtype)
+    options = AttentionOptions(scale=form.shape.key_size**-0.5)
+
+    def best_s() -> float:
+        attend = HostAttention(build(num_spare_cores()), num_spare_cores())
+        seconds: list[float] = []
+        while len(seconds) < 3 or sum(seconds[1:]) < BUDGET_S:  # the first plans and warms up
+            start = time.perf_counter()
+            attend(q_TNH, options, row, context)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[1:])
+
+    with ThreadPoolExecutor(1) as lane:
+        give_spare_cores(lambda take: lane.submit(take).result())
+        with _copies(is_link_busy):
+            return num_tokens * form.token_bytes / lane.submit(best_s).result()
+
+
+class _OneLog:
+    def __init__(self, log: KVLog):
+        self._log = log
+
+    def own_log(self, batch: DecodeBatch) -> KVLog:
+        return self._log
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        raise AssertionError("the row has none")
+
+
+def _row(num_sequences: int) -> tuple[Row, int]:
+    """A step of sequences that lie in one log one after the other, and the tokens they have together."""
+    starts = range(0, num_sequences * CONTEXT_TOKENS, CONTEXT_TOKENS)
+    span = DecodeSpan(
+        group=0,
+        start=0,
+        log_length=num_sequences * (CONTEXT_TOKENS - 1),
+        own_tokens=[np.arange(start, start + CONTEXT_TOKENS) for start in starts],
+        first_own_positions=[0] * num_sequences,
+        version=0,
+    )
+    positions = np.full(num_sequences, CONTEXT_TOKENS - 1)
+    plan = RowPlan(token_ids=np.zeros(num_sequences, dtype=np.int64), positions=positions, decode=(span,))
+    return RowMaker(torch.device("cpu")).make(0, plan), num_sequences * CONTEXT_TOKENS
+
+
+@contextmanager
+def _copies(are_made: bool) -> Iterator[None]:
+    """Copies from page-locked memory to the GPU, one after the other, for as long as the block takes."""
+    if not are_made:
+        yield
+        return
+    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    gpu = torch.empty_like(host, device="cuda")
+    is_over = Event()
+
+    def copy() -> None:
+        while not is_over.is_set():
+            gpu.copy_(host, non_blocking=True)
+            torch.cuda.synchronize()
+
+    with ThreadPoolExecutor(1) as copier:
+        copying = copier.submit(copy)
+        try:
+            yield
+        finally:
+            is_over.set()
+        copying.result()

@@ -1,0 +1,103 @@
+"""The compiled attention of the CPU: what a compiler makes of it here, and what happens where there is none."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexeval.engine.codecs.kv_format import KVCoding, KVLog, KVShape, PlainFormat, make_format
+from flexeval.engine.compute import host_kernel
+from flexeval.engine.compute.host_kernel import HostKernel, Parts, build
+from flexeval.engine.memory.host_rate import host_attention_rate
+
+
+@pytest.fixture
+def kernel() -> HostKernel:
+    made = build(3)
+    assert made is not None, "the tests' machine has a compiler"
+    return made
+
+
+def parts_of(lengths: list[int], num_tokens: int) -> Parts:
+    """Parts at random places of one log, each asked for by a token of its own."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    places = torch.cat([torch.randperm(num_tokens)[:length].sort().values for length in lengths]).int()
+    return Parts([0] * len(lengths), torch.arange(len(lengths)), bounds, places, [int(places.max()) + 1])
+
+
+@pytest.mark.parametrize(("key_size", "value_size"), [(64, 64), (80, 80), (576, 512), (16, 128)])
+@pytest.mark.parametrize("heads_per_kv", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_it_equals_float64(
+    kernel: HostKernel, dtype: torch.dtype, heads_per_kv: int, key_size: int, value_size: int
+) -> None:
+    torch.manual_seed(0)
+    lengths, num_kv_heads, num_tokens = [1, 2, 15, 16, 17, 100], 5, 120
+    form = PlainFormat(KVShape(num_kv_heads, key_size, value_size), dtype)
+    keys_CKH = (3 * torch.randn(num_tokens, num_kv_heads, key_size)).to(dtype)
+    values_CKW = torch.randn(num_tokens, num_kv_heads, value_size).to(dtype)
+    log = KVLog(form, torch.empty(num_tokens, form.token_bytes, dtype=torch.uint8))
+    form.write(keys_CKH, values_CKW, log.data_CB)
+    q_TKMH = torch.randn(len(lengths), num_kv_heads, heads_per_kv, key_size).to(dtype)
+    parts = parts_of(lengths, num_tokens)
+    assert kernel.takes(log)
+    out_PKMW, lse_PKM = kernel(q_TKMH, [log], parts, scale=0.3, softcap=None)
+    for part, places in enumerate(parts.places.split(lengths)):
+        scores_KMS = 0.3 * torch.einsum("kmh,skh->kms", q_TKMH[part].double(), keys_CKH[places].double())
+        expected_KMW = torch.einsum("kms,skw->kmw", scores_KMS.softmax(-1), values_CKW[places].double())
+        torch.testing.assert_close(out_PKMW[part].double(), expected_KMW, atol=3e-5, rtol=0)
+        torch.testing.assert_close(lse_PKM[part].double(), scores_KMS.logsumexp(-1), atol=1e-5, rtol=1e-6)
+
+
+def test_it_refuses_what_it_cannot_read(kernel: HostKernel) -> None:
+    def log(key_size: int, dtype: torch.dtype, coding: KVCoding | None = None) -> KVLog:
+        form = make_format(KVShape(2, key_size, 64), dtype, coding)
+        return KVLog(form, torch.zeros(4, form.token_bytes, dtype=torch.uint8))
+
+    assert kernel.takes(log(64, torch.float16))
+    assert not kernel.takes(log(72, torch.float16))
+    assert not kernel.takes(log(64, torch.float64))
+    assert not kernel.takes(log(64, torch.float16, KVCoding(4, 64)))
+
+
+def test_places_behind_a_log_are_not_read(kernel: HostKernel) -> None:
+    form = PlainFormat(KVShape(1, 16, 16), torch.float32)
+    log = KVLog(form, torch.zeros(4, form.token_bytes, dtype=torch.uint8))
+    with pytest.raises(AssertionError):
+        kernel(torch.zeros(1, 1, 1, 16), [log], parts_of([5], 5), scale=1.0, softcap=None)
+
+
+def test_threads_end_with_the_kernel() -> None:
+    def num_threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    gc.collect()  # kernels of other tests
+    before = num_threads()
+    made = build(6)
+    assert num_threads() == before + 5
+    del made
+    gc.collect()
+    assert num_threads() == before
+
+
+def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host_kernel, "_library", host_kernel._library.__wrapped__)
+    for compiler in (str(tmp_path / "missing"), "false"):
+        monkeypatch.setenv("FLEXEVAL_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("CC", compiler)
+        assert build(2) is None
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_rate_is_measured() -> None:
+    form = PlainFormat(KVShape(4, 64, 64), torch.float32)
+    assert 1e8 < host_attention_rate(form, 8, is_link_busy=False) < 1e12
+
+
+@pytest.mark.gpu
+def test_the_rate_is_measured_beside_a_busy_link() -> None:
+    form = PlainFormat(KVShape(8, 128, 128), torch.float16)
+    assert 1e8 < host_attention_rate(form, 8, is_link_busy=True) < 1e12
