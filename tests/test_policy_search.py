@@ -195,7 +195,7 @@ def test_kv_on_the_gpu_or_on_disk_is_never_attended_to_by_the_cpu():
     model = CostModel(shape=OPT_125M, workload=generating(100), hardware=replace(H100, **LAPTOP_DISK))
     for tier in (Tier.GPU, Tier.DISK):
         policy = Policy(kv=everything_on(tier))
-        assert model.cost(policy) == model.cost(replace(policy, host_attention=1.0))
+        assert model.cost(policy).lanes == model.cost(replace(policy, host_attention=1.0)).lanes
 
 
 def test_the_search_has_the_cpu_attend_where_that_is_faster():

@@ -102,6 +102,7 @@ class EngineParts:
                 lane=self._lanes["weights"],
                 trace=self.trace,
                 watch=self._watch,
+                num_ahead=policy.slabs_ahead,
                 on_layer=on_layer,
             )
         except BaseException:

@@ -113,7 +113,7 @@ class Sweeper:
                         call = calls[row.index][layer]
                         hidden_1TD = hidden.load(row.index)
                         apart[row.index] = self._set_out(layer, row, hidden_1TD, call, cache, weights(row))
-                self.weights.send_for_next(layer)
+                self.weights.send_for_next()
                 for row in in_turn:
                     if not self._is_cell(layer, row, on_host):
                         continue

@@ -116,6 +116,7 @@ class CostModel:
             streams={kind: int(counts[kind][home] < sum(counts[kind].values())) for kind in KINDS},
             on_disk={kind: int(counts[kind][Tier.DISK] > 0) for kind in KINDS},
             is_step_in_parts=int(any(counts[kind][home] < sum(counts[kind].values()) for kind in ("weights", "kv"))),
+            is_slab_ahead=int(policy.slabs_ahead > 1 and counts["weights"][home] < self.shape.num_layers),
             host_attention=policy.host_attention * counts["kv"][Tier.CPU] if self.can_attend_on_host else 0,
         )
 

@@ -24,5 +24,7 @@ class Placement:
     """Kind: 1 if any item rests on disk, else 0."""
     is_step_in_parts: Linear
     """1 if weights or KV rest off the compute device: a decode step cannot be one recording then."""
+    is_slab_ahead: Linear
+    """1 if one slab more than usual is on its way: where weights stream and the CPU attends."""
     host_attention: Linear = 0
     """Layers' worth of decode attention that the CPU computes beside a GPU: at most the layers of KV on the cpu."""

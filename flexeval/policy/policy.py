@@ -113,6 +113,15 @@ class Policy:
         """Generating sequences in flight at most."""
         return self.group_sequences * self.num_groups
 
+    @property
+    def slabs_ahead(self) -> int:
+        """Layers whose weights are on their way beside the one in use.
+
+        Where the CPU attends, a layer's slab stays in use until the CPU has attended for it: with one slab ahead, the
+        link would wait for that as well.
+        """
+        return 2 if self.host_attention else 1
+
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON values; `from_json` reads them back."""
         return asdict(self)

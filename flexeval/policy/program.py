@@ -107,14 +107,19 @@ def _constrain(
     for kind in ("weights", "kv"):
         problem += is_step_in_parts >= streams[kind]
     host_attention: Linear = 0
+    is_slab_ahead: Linear = 0
     if model.can_attend_on_host and sizes.num_groups >= LEAST_HOST_ROWS:
         host_attention = problem.add_variable("host_attention", 0)
         problem += host_attention <= counts["kv"][Tier.CPU]
+        is_slab_ahead, attends = (problem.add_variable(name, cat="Binary") for name in ("is_slab_ahead", "attends"))
+        problem += host_attention <= model.shape.num_layers * attends
+        problem += is_slab_ahead >= attends + streams["weights"] - 1
     placement = Placement(
         counts=counts,
         streams=streams,
         on_disk=on_disk,
         is_step_in_parts=is_step_in_parts,
+        is_slab_ahead=is_slab_ahead,
         host_attention=host_attention,
     )
     for tier, peak in model.peak_bytes(sizes, placement).items():

@@ -72,6 +72,7 @@ class RoomModel:
         peak[home] += self.workspace_bytes(policy) + row_bytes  # rows are unequal: one may be over
         peak[home] += block * shape.hidden_bytes_per_token
         peak[home] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.streams[kind] for kind in KINDS)
+        peak[home] += shape.layer_bytes * placement.is_slab_ahead
         if home is Tier.GPU:  # what streams from disk passes through host memory
             peak[Tier.CPU] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.on_disk[kind] for kind in KINDS)
             peak[Tier.CPU] += row_bytes * placement.streams["hidden"]

@@ -6,6 +6,7 @@ are chosen, into the places where they would lie anyway.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
@@ -41,7 +42,7 @@ class _Coming(NamedTuple):
 
 
 class WeightStore:
-    """All layers' slabs; streamed layers pass through two buffers, coded ones are unpacked into one workspace."""
+    """All layers' slabs; streamed layers pass through a few buffers, coded ones are unpacked into one workspace."""
 
     def __init__(
         self,
@@ -56,11 +57,13 @@ class WeightStore:
         lane: Lane,
         trace: Trace,
         watch: Stopwatch,
+        num_ahead: int = 1,
         on_layer: Callable[[int], None] = lambda layer: None,
     ):
         """Read the checkpoint layer by layer and put layer l's slab on `tiers[l]`.
 
-        `device_tier` has the room for what is on its way; on `disk_tier` slabs outlive the run, for the next one.
+        `device_tier` has the room for what is on its way, `num_ahead` slabs beside the one in use; on `disk_tier` slabs
+        outlive the run, for the next one.
         `watch` runs while layers are computed, and not while they wait for their experts.
         Raises `CapacityError` where a tier is full, and what the checkpoint raises.
         """
@@ -79,7 +82,9 @@ class WeightStore:
         ]
         """Per layer, up to how many tokens of a row it computes with its matrices as they rest."""
         self._is_bound = [False] * anatomy.num_layers
-        self._coming: _Coming | None = None
+        self._coming: deque[_Coming] = deque()
+        self._num_ahead = num_ahead
+        self._next_layer, self._is_next_sweep = 0, False  # what to send for next, and whether this sweep's are all sent
         self._sweep_tokens, self._expects_more = 0, False
         self._bound: tuple[int, _Bound] | None = None  # a layer of this sweep, and how its rows were computed last
         self._prepared: PreparedLayers | None = None
@@ -96,7 +101,7 @@ class WeightStore:
                 on_layer=on_layer,
             )
             streamed = max((extent.num_bytes for extent in self._extents if extent.view() is None), default=0)
-            self._buffers = [self._room(streamed) for _ in range(2)]
+            self._buffers = [self._room(streamed) for _ in range(1 + num_ahead)]
             types = {layout.coded_dtype for layout in self._layouts if layout.num_coded_values}
             coded = max(layout.num_coded_values for layout in self._layouts)
             self._workspace = self._room(coded * (dtype := types.pop()).itemsize).view(dtype) if types else None
@@ -115,46 +120,51 @@ class WeightStore:
         return [0 if extent.view() is not None else extent.num_bytes for extent in self._extents]
 
     def begin_sweep(self, num_tokens: int, *, expects_more: bool) -> None:
-        """A sweep of so many tokens begins: its first layer's slab is on its way, from the sweep before or from now on.
+        """A sweep of so many tokens begins: its first slabs are on their way, from the sweep before or from now on.
 
-        Where another sweep is expected, its first layer is sent for behind the last one of this sweep: whose experts it
-        will want is not known yet, so a layer with experts is not.
+        Where another sweep is expected, its first slabs are sent for behind the last ones of this sweep: which experts
+        it will want is not known yet, so a layer with experts is not.
         """
-        self._sweep_tokens = num_tokens
-        self._expects_more = expects_more and not self._layouts[0].num_experts
+        self._sweep_tokens, self._expects_more, self._is_next_sweep = num_tokens, expects_more, False
         self._bound = None
-        is_of_a_failed_sweep = self._coming is not None and (self._coming.layer > 0 or self._layouts[0].num_experts > 0)
-        if self._coming is None or is_of_a_failed_sweep:
-            self._send_for(0)
+        if self._coming and (self._coming[0].layer or any(self._layouts[c.layer].num_experts for c in self._coming)):
+            self._coming.clear()  # left by a sweep that failed
+        if not self._coming:
+            self._next_layer = 0
+        while len(self._coming) < self._num_ahead and self._next_layer < len(self._extents):
+            self._send()
 
     def take(self, layer: int) -> Tensor:
         """The slab of the next layer in order, on the compute device."""
-        coming, self._coming = self._coming, None
-        assert coming is not None and coming.layer == layer, (layer, coming)
+        coming = self._coming.popleft()
+        assert coming.layer == layer, (layer, coming)
         return coming.slab.wait()
 
-    def send_for_next(self, layer: int) -> None:
-        """The layer before this one is done, so that the next slab may take its buffer."""
-        if layer + 1 < len(self._extents):
-            self._send_for(layer + 1)
-        elif self._expects_more:
-            self._send_for(0)
+    def send_for_next(self) -> None:
+        """The layer before the one in use is done, so that another slab may take its buffer."""
+        if self._next_layer == len(self._extents) and self._expects_more:
+            self._next_layer, self._is_next_sweep = 0, True
+        is_known = self._next_layer < len(self._extents)
+        if is_known and not (self._is_next_sweep and self._layouts[self._next_layer].num_experts):
+            self._send()
 
-    def _send_for(self, layer: int) -> None:
-        self._coming = _Coming(layer, self.lane.submit(self.load, layer, self._sweep_tokens))
+    def _send(self) -> None:
+        layer = self._next_layer
+        self._coming.append(_Coming(layer, self.lane.submit(self.load, layer, self._sweep_tokens)))
+        self._next_layer += 1
 
     def load(self, layer: int, sweep_tokens: int) -> Tensor:
         """A layer's slab on the compute device for a sweep of so many tokens; runs on the weights' lane.
 
         Where experts are fetched by need, their part of it holds nothing yet.
 
-        Two loads may be outstanding: the one in use and the next. `Lane.submit` orders a third behind the use of the
-        first, whose buffer it takes.
+        There is a buffer for each slab that is in use or on its way. `Lane.submit` orders a load behind the use of the
+        one whose buffer it takes.
         """
         extent = self._extents[layer]
         if (view := extent.view()) is not None:
             return view
-        buffer = self._buffers[self._num_loads % 2][: extent.num_bytes]
+        buffer = self._buffers[self._num_loads % len(self._buffers)][: extent.num_bytes]
         self._num_loads += 1
         is_by_need = self._is_by_need(layer, sweep_tokens)
         self._read(extent, buffer, [slice(0, self._layouts[layer].num_dense_bytes if is_by_need else extent.num_bytes)])
