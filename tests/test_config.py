@@ -88,6 +88,23 @@ def test_a_refinement_that_there_is_not_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "plain"),
+    [("kv4-perchannel", "kv4"), ("w4kv2-g32-perchannel", "w4kv2-g32"), ("kv4-perchannel-topk10", "kv4-topk10")],
+)
+def test_keys_may_rest_by_channel(name: str, plain: str) -> None:
+    by_channel, along_head = Setting.parse(name), Setting.parse(plain)
+    assert (by_channel.has_key_channels, along_head.has_key_channels) == (True, False)
+    assert dataclasses.replace(by_channel, name=plain, has_key_channels=False) == along_head
+    assert Setting.parse("w4kv4-hqq-perchannel").is_refined
+
+
+@pytest.mark.parametrize("name", ["w4-perchannel", "perchannel", "kv4-perchannel-g32", "kv4-perchannel-hqq"])
+def test_channels_without_coded_keys_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting.*-perchannel behind it, of one with kv,"):
+        Setting.parse(name)
+
+
+@pytest.mark.parametrize(
     ("name", "method", "percent", "rest"),
     [
         ("topk10", "topk", 10, "none"),

@@ -20,7 +20,7 @@ from tiny_models import (
 )
 
 from flexeval.backends.native import Engine
-from flexeval.backends.setting_attention import register_attention
+from flexeval.backends.setting_attention import find_key_channels, register_attention
 from flexeval.backends.transformers import TransformersBackend, answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
@@ -73,6 +73,7 @@ def run(
     *,
     codec: Codec | None = None,
     kv_coding: KVCoding | None = None,
+    has_key_channels: bool = False,
     device: torch.device = CPU,
     overlap: bool | None = None,
 ) -> list[TokenResult]:
@@ -88,6 +89,8 @@ def run(
         disk_tier=DiskTier(folder),
         overlap=overlap,
     ) as executor:
+        if has_key_channels:
+            executor.find_key_channels()
         return executor.execute(requests)
 
 
@@ -166,21 +169,61 @@ def test_coded_kv_equals_transformers_on_coded_kv_on_gpu(
     check_kv(family, GPU_PLACEMENTS[placement], KVCoding(bits, 64), tmp_path, torch.device("cuda", 0))
 
 
+CHANNEL_CASES = [("opt", 4), ("llama", 2), ("gemma2", 4), ("gpt_oss", 4), ("deepseek_v3", 4)]
+"""Plain, with fewer KV heads, capped, with sinks, with keys and values of unequal sizes."""
+
+
+@pytest.mark.parametrize(("family", "bits"), CHANNEL_CASES)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_keys_by_channel_equal_transformers_on_such_keys(
+    family: str, bits: int, placement: str, tmp_path: Path
+) -> None:
+    check_kv(family, PLACEMENTS[placement], KVCoding(bits, 64), tmp_path, CPU, has_key_channels=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "bits"), CHANNEL_CASES)
+@pytest.mark.parametrize("placement", GPU_PLACEMENTS)
+def test_keys_by_channel_equal_transformers_on_such_keys_on_gpu(
+    family: str, bits: int, placement: str, tmp_path: Path
+) -> None:
+    device = torch.device("cuda", 0)
+    check_kv(family, GPU_PLACEMENTS[placement], KVCoding(bits, 64), tmp_path, device, has_key_channels=True)
+
+
 @cache
-def answers_on_coded_kv(family: str, coding: KVCoding) -> list[TokenResult]:
+def answers_on_coded_kv(family: str, coding: KVCoding, has_key_channels: bool) -> list[TokenResult]:
     model = copy.deepcopy(tiny_model(family))
-    model.set_attn_implementation(register_attention(coding, None))
+    model.set_attn_implementation(register_attention(coding, None, has_key_channels=has_key_channels))
+    if has_key_channels:
+        find_key_channels(model, Anatomy(tiny_config(family), torch.float32).context_length)
     return [answer(model, request) for request in tiny_case(family).requests]
 
 
-def check_kv(family: str, policy: Policy, coding: KVCoding, folder: Path, device: torch.device) -> None:
+def check_kv(
+    family: str,
+    policy: Policy,
+    coding: KVCoding,
+    folder: Path,
+    device: torch.device,
+    *,
+    has_key_channels: bool = False,
+) -> None:
     """Prompts that are only scored see coded keys and values as well.
 
     A number in a hundred thousand lies so near the edge between two codes that float32's rounding decides, and a router
     may choose another expert then; so what differs is held against what coding does.
     """
-    expected, plain = answers_on_coded_kv(family, coding), tiny_case(family).expected
-    measured = run(family, policy, tiny_case(family).requests, folder, kv_coding=coding, device=device)
+    expected, plain = answers_on_coded_kv(family, coding, has_key_channels), tiny_case(family).expected
+    measured = run(
+        family,
+        policy,
+        tiny_case(family).requests,
+        folder,
+        kv_coding=coding,
+        has_key_channels=has_key_channels,
+        device=device,
+    )
     assert [result.token_ids for result in measured] == [result.token_ids for result in expected]
     difference = prompt_logprobs(measured) - prompt_logprobs(expected)
     effect = prompt_logprobs(expected) - prompt_logprobs(plain)

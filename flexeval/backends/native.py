@@ -243,5 +243,7 @@ class Engine:
             disk_tier=DiskTier(disk_dir, limit_bytes=self._limits.disk_bytes) if disk_dir is not None else None,
             on_layer=lambda layer: on_layer(layer + 1, opened.anatomy.num_layers),
         )
+        if opened.setting.has_key_channels and opened.anatomy.keys is None:
+            self._executor.find_key_channels()
         self._load_s = time.perf_counter() - start
         return self._executor

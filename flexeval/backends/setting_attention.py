@@ -13,23 +13,38 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from flexeval.backends.sparse_reference import chosen_keys
 from flexeval.config import Sparsity
 from flexeval.engine.codecs.kv_format import CodedFormat, KVCoding, KVShape
+from flexeval.engine.compute.channels import KeyChannels, prompts_of_random_tokens
+
+_CHANNELS: WeakKeyDictionary[nn.Module, KeyChannels] = WeakKeyDictionary()
+"""Of each attention layer whose keys rest by channel."""
 
 
-def register_attention(coding: KVCoding | None, sparsity: Sparsity | None) -> str:
-    """Make such attention known to transformers; the name to ask for it by. Harmless when done again."""
+def register_attention(coding: KVCoding | None, sparsity: Sparsity | None, *, has_key_channels: bool = False) -> str:
+    """Make such attention known to transformers; the name to ask for it by. Harmless when done again.
+
+    A model whose keys rest by channel first goes through `find_key_channels`.
+    """
     num_seen: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # tokens that a layer has seen of a sequence
 
     def attention(
         module: nn.Module, q_BNQH: Tensor, key_BKSH: Tensor, value_BKSW: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Any:
         eager = sys.modules[type(module).__module__].eager_attention_forward  # each family has its own
-        if coding is not None:
+        if has_key_channels and module not in _CHANNELS:
+            is_moved = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+            low_KH, high_KH = key_BKSH.amin((0, 2)), key_BKSH.amax((0, 2))
+            _CHANNELS[module] = KeyChannels.between(low_KH, high_KH, is_moved=is_moved, dtype=key_BKSH.dtype)
+        elif has_key_channels and coding is not None:
+            middle_K1H, scale_K1H = (part_KH[:, None] for part_KH in _CHANNELS[module])
+            rested_BKSH, value_BKSW = through_coding((key_BKSH - middle_K1H) / scale_K1H, value_BKSW, coding)
+            key_BKSH = rested_BKSH * scale_K1H + middle_K1H
+        elif coding is not None:
             key_BKSH, value_BKSW = through_coding(key_BKSH, value_BKSW, coding)
         if sparsity is not None:
             num_queries, num_keys = q_BNQH.shape[2], key_BKSH.shape[2]
@@ -50,13 +65,20 @@ def register_attention(coding: KVCoding | None, sparsity: Sparsity | None) -> st
 
     parts = ["eager"]
     if coding is not None:
-        parts.append(f"kv{coding.bits}-g{coding.group_size}")
+        parts.append(f"kv{coding.bits}-g{coding.group_size}{'-perchannel' if has_key_channels else ''}")
     if sparsity is not None:
         parts.append(f"{sparsity.method}{sparsity.percent}")
     name = "-".join(parts)
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, eager_mask)
     return name
+
+
+@torch.inference_mode()
+def find_key_channels(model: PreTrainedModel, context_length: int) -> None:
+    """Look at the keys of random tokens, as the engine does: all prompts at once, for they are equally long."""
+    prompts = prompts_of_random_tokens(model.config.get_text_config().vocab_size, context_length)
+    model(input_ids=torch.tensor(prompts, device=model.device), use_cache=False)
 
 
 def through_coding(keys_BKSH: Tensor, values_BKSW: Tensor, coding: KVCoding) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from flexeval.backends.backend import OnCompletions, Usage
 from flexeval.backends.generation import Generator
 from flexeval.backends.loading import OpenModel, open_model
 from flexeval.backends.padded_batch import answer_batch
-from flexeval.backends.setting_attention import register_attention
+from flexeval.backends.setting_attention import find_key_channels, register_attention
 from flexeval.config import Setting
 from flexeval.engine.memory.packing import Packer
 from flexeval.engine.memory.slab import SlabLayout
@@ -88,7 +88,8 @@ def load_whole(opened: OpenModel, *, attention: str | None = "eager") -> PreTrai
         if attention != "eager":
             what = f"attention {attention!r} does not treat keys and values as setting {opened.setting.name!r} demands"
             raise ConfigError(what, mend="Choose attention 'eager', or a setting without kv, topk and quest")
-        attention = register_attention(opened.kv_coding, opened.sparsity)
+        has_key_channels = opened.setting.has_key_channels
+        attention = register_attention(opened.kv_coding, opened.sparsity, has_key_channels=has_key_channels)
     anatomy, cpu = opened.anatomy, torch.device("cpu")
     state: dict[str, Tensor] = dict(opened.checkpoint.rest())
     layouts = [SlabLayout(anatomy.layer_specs(layer), opened.codec) for layer in range(anatomy.num_layers)]
@@ -108,6 +109,8 @@ def load_whole(opened: OpenModel, *, attention: str | None = "eager") -> PreTrai
     _fill_buffers(model)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
+    if opened.setting.has_key_channels:
+        find_key_channels(model.eval(), anatomy.context_length)
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -13,6 +13,7 @@ from contextlib import closing
 
 import torch
 
+from flexeval.engine.compute.channels import KeyWatch, prompts_of_random_tokens
 from flexeval.engine.compute.keeping import make_keeper
 from flexeval.engine.compute.readout import read_row
 from flexeval.engine.compute.row import RowMaker
@@ -28,6 +29,28 @@ class Executor(EngineParts):
 
     plan: PlanSummary | None = None
     """What the plan of the last batch saves."""
+
+    @torch.inference_mode()
+    def find_key_channels(self) -> None:
+        """Look at keys of random tokens: from now on keys rest by channel. Takes a sweep, which counts as loading."""
+        text, watch = self._anatomy.config.get_text_config(), KeyWatch()
+        prompts = prompts_of_random_tokens(text.vocab_size, self._anatomy.context_length)
+        scheduler = Scheduler([TokenRequest(prompt_ids=ids, max_tokens=0) for ids in prompts], self.policy)
+        maker, nowhere = RowMaker(self._device), [frozenset[int]()] * self._anatomy.num_layers
+        cache = self._make_cache(scheduler.log_capacities, coding=None)
+        self._anatomy.keys = watch
+        try:
+            while scheduler.has_work:
+                rows = self._make_rows(maker, scheduler.plan_sweep())
+                with closing(self._make_hidden(0, len(rows))) as hidden:
+                    for _ in self._sweeper.sweep(
+                        rows, cache, hidden, nowhere, for_later=maker.for_later, expects_more=scheduler.expects_more
+                    ):
+                        pass
+                scheduler.finish_sweep(0.0)
+            self._anatomy.keys = watch.found()
+        finally:
+            self._end_batch(cache)
 
     @torch.inference_mode()
     def execute(
@@ -51,7 +74,7 @@ class Executor(EngineParts):
         num_top = max((request.num_top_logprobs for request in requests), default=0)
         vocab_size = self._anatomy.config.get_text_config().vocab_size
         keeper = make_keeper(requests, vocab_size, self._device)
-        cache = self._make_cache(scheduler.log_capacities)
+        cache = self._make_cache(scheduler.log_capacities, coding=self._kv_coding)
         try:
             while scheduler.has_work:
                 start = time.perf_counter()

@@ -171,12 +171,12 @@ class EngineParts:
         self.trace.mark(name)
         watch.next_lap()
 
-    def _make_cache(self, capacities: Mapping[int, int]) -> Cache:
+    def _make_cache(self, capacities: Mapping[int, int], *, coding: KVCoding | None) -> Cache:
         make = SparseKVCache if self._is_sparse else KVCache
         return make(
             self._kv_tiers,
             capacities=capacities,
-            coding=self._kv_coding,
+            coding=coding,
             device=self._device,
             lane_in=self._lanes["kv_in"],
             lane_out=self._lanes["kv_out"],

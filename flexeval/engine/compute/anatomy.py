@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from flexeval.engine.codecs.codec import CodedMatrix
 from flexeval.engine.codecs.kv_format import KVShape
 from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
+from flexeval.engine.compute.channels import Keys
 from flexeval.engine.compute.experts import Fetch, experts_per_token, find_experts, register_experts
 from flexeval.engine.compute.linear import CodedLinear, make_coded
 from flexeval.engine.compute.port import (
@@ -80,6 +81,8 @@ class Anatomy:
         self.dtype = dtype
         self.model = build_on_meta(self.config, dtype, attention=ATTENTION_NAME)
         self._port = AttentionPort()
+        self.keys: Keys | None = None
+        """What becomes of keys on their way to attention; None leaves them as they are."""
         self.layers_name, layers = find_layers(self.model)
         self.layers: list[nn.Module] = list(layers)
         for layer in self.layers:
@@ -188,7 +191,7 @@ class Anatomy:
 
     def run_layer(self, layer: int, hidden_1TD: Tensor, call: LayerCall, attend: Attend) -> Tensor:
         """One layer on one packed row. Raises `UnsupportedModelError` for a layer that does not let us attend."""
-        self._port.put(attend)
+        self._port.put(attend if self.keys is None else self.keys.around(layer, attend))
         experts = self.experts[layer]
         if experts is not None:
             experts.port.is_waiting = True
@@ -219,6 +222,7 @@ class Anatomy:
 
     def kv_shape(self, layer: int) -> KVShape:
         """One token's keys and values, found by calling the layer without memory, up to its attention."""
+        assert self.keys is None, "their tensors lie in memory"
         one_1T = torch.zeros(1, 1, dtype=torch.long, device="meta")
         embedded = self.embed(one_1T, one_1T)
         inputs = self.run_to_attention(layer, embedded.hidden_1TD, embedded.calls[layer])
