@@ -63,7 +63,7 @@ class Journal:
     def add(self, answers: Iterable[tuple[Request, Completion]]) -> None:
         """Make answers durable: they are on disk when this returns. Raises `DiskError`."""
         entries = {request.content_hash(): completion for request, completion in answers}
-        self._append({"key": key, "completion": _write_completion(completion)} for key, completion in entries.items())
+        self._append({"key": key, "completion": completion_to_json(completion)} for key, completion in entries.items())
         self._completions.update(entries)
 
     def add_usage(self, usage: dict[str, Any]) -> None:
@@ -96,18 +96,20 @@ class Journal:
         if "usage" in entry:
             self.usages.append(entry["usage"])
         else:
-            self._completions[entry["key"]] = _read_completion(entry["completion"])
+            self._completions[entry["key"]] = completion_from_json(entry["completion"])
 
 
-def _write_completion(completion: Completion) -> dict[str, Any]:
+def completion_to_json(completion: Completion) -> dict[str, Any]:
+    """A completion as JSON values."""
     rows = completion.distributions
     return asdict(replace(completion, distributions=None, alternatives=())) | {
-        "alternatives": [_write_completion(alternative) for alternative in completion.alternatives],
+        "alternatives": [completion_to_json(alternative) for alternative in completion.alternatives],
         "distributions": None if rows is None else distributions.to_json(rows),
     }
 
 
-def _read_completion(data: dict[str, Any]) -> Completion:
+def completion_from_json(data: dict[str, Any]) -> Completion:
+    """Read what `completion_to_json` wrote. Raises `ValueError`, `TypeError`, `KeyError` or `AttributeError`."""
     lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
     rows = data["distributions"]
     return Completion(
@@ -115,7 +117,7 @@ def _read_completion(data: dict[str, Any]) -> Completion:
         | lists
         | {
             "finish_reason": FinishReason(data["finish_reason"]),
-            "alternatives": tuple(map(_read_completion, data["alternatives"])),
+            "alternatives": tuple(map(completion_from_json, data["alternatives"])),
             "distributions": None if rows is None else distributions.from_json(rows),
         }
     )

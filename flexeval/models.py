@@ -25,7 +25,8 @@ from flexeval.presets import PRESETS, Config
 DEFAULT_MODEL = "smollm2"
 _DUMMY = "dummy:"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt"]
+_HUB_WEIGHTS = "*.safetensors"
+_HUB_FILES = [_HUB_WEIGHTS, "*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt"]
 _HUB_DUPLICATES = ["*/*", "consolidated*"]
 _ORIGIN_FILE = "flexeval.json"
 _SAMPLE_BYTES = 2**20
@@ -79,8 +80,12 @@ class ModelSource:
         return _demo_tokenizer()
 
 
-def resolve(ref: str) -> ModelSource:
+def resolve(ref: str, *, needs_weights: bool = True) -> ModelSource:
     """Find, fetch or convert the model that `ref` names.
+
+    Args:
+        ref: See above.
+        needs_weights: Whether a directory must hold weights, and whether they are fetched from the hub.
 
     Raises:
         ModelError: There is no such model, or its files cannot be used.
@@ -92,33 +97,35 @@ def resolve(ref: str) -> ModelSource:
     if ref.startswith(_DUMMY):
         return _dummy(ref)
     if ref and path.is_dir():
-        return _directory(ref, _slug(path.resolve().name), path)
+        return _directory(ref, _slug(path.resolve().name), path, needs_weights)
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(ref, path.resolve())
     if path.is_file():
         raise ModelError("a model is a directory or a .gguf file", where=ref, mend="Name the directory it lies in")
     if _HUB_NAME.fullmatch(ref) and not ref.startswith(".") and path.suffix != ".gguf":
-        return _directory(ref, _slug(ref), _download(ref))
+        return _directory(ref, _slug(ref), _download(ref, needs_weights), needs_weights)
     raise _unknown(ref, path)
 
 
-def _directory(ref: str, name: str, path: Path) -> ModelSource:
+def _directory(ref: str, name: str, path: Path, needs_weights: bool) -> ModelSource:
     if is_prepared(path):
         found = read_manifest(path)
         return ModelSource(
             ref=ref, name=found.name, directory=path, is_dummy=found.is_dummy, is_prepared=True, note=found.note
         )
     config = read_config(path)
-    check_weights(path, config)
+    if needs_weights:
+        check_weights(path, config)
     return ModelSource(ref=ref, name=name, directory=path)
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str, needs_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+        wanted = [pattern for pattern in _HUB_FILES if needs_weights or pattern != _HUB_WEIGHTS]
+        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=_HUB_DUPLICATES))
     except GatedRepoError as error:
         raise ModelError(f"{repo} is gated", mend="Accept its terms on the hub, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:

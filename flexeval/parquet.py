@@ -12,7 +12,7 @@ from flexeval.errors import ResultsError
 from flexeval.files import replacing
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
 
 def save(rows: npt.NDArray[np.void], path: Path) -> None:

@@ -5,16 +5,14 @@ Knows the order of the steps; every step is somebody else's.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexeval.backends.backend import Usage, add_up
+from flexeval.answering import Answers, answer_all
 from flexeval.backends.native import Engine
 from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
 from flexeval.benchmark.suites import Suite, load_suite
@@ -22,8 +20,7 @@ from flexeval.config import Setting
 from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError
-from flexeval.journal import Journal
-from flexeval.models import DEFAULT_MODEL, ModelSource, fingerprint, resolve
+from flexeval.models import DEFAULT_MODEL, ModelSource, resolve
 from flexeval.output import output_directory
 from flexeval.parquet import save
 from flexeval.progress import Progress
@@ -100,87 +97,106 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
         with progress.activity(f"preparing {options.model}"):
             source = resolve(options.model)
         outcomes = [_run_setting(options, suite, source, setting, out, progress) for setting in settings]
-        results = _gather(options, suite, source, out, outcomes)
+        results = collect(
+            suite.name,
+            source,
+            out,
+            outcomes,
+            command=options.command,
+            machine=describe_machine(),
+            versions=describe_versions(),
+        )
         results.save(out)
         with progress.activity("writing the report"):
             return Done(results, write_report(results, out))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Outcome:
+class Outcome:
     """One setting's part of the results."""
 
     scored: Scored
-    result: SettingResult
+    """What HELM made of the answers."""
+    cost: SettingResult
+    """What they have cost."""
     skipped: dict[str, str]
+    """Tasks without data, and why."""
 
 
 def _run_setting(
     options: RunOptions, suite: Suite, source: ModelSource, setting: Setting, out: Path, progress: Progress
-) -> _Outcome:
+) -> Outcome:
     """Collect all requests, answer them in one call of the engine, and score the answers."""
     with Engine.load(source, setting=setting, **_engine_options(options)) as engine:
-        card = ModelCard(
-            name=f"flexeval/{source.name}",
-            model=source.ref,
-            setting=setting.name,
-            tokenizer_dir=source.tokenizer_dir,
-            max_sequence_length=engine.context_length,
-            note=source.note,
+        helm, requests = ask(
+            suite,
+            source,
+            setting.name,
+            output=out / "helm",
+            context_length=engine.context_length,
+            max_eval_instances=options.max_eval_instances,
+            skip_missing=options.skip_missing,
+            progress=progress,
         )
-        with progress.activity(f"{setting.name}: reading the questions") as update:
-            helm = HelmSuite(
-                suite,
-                card,
-                output=out / "helm",
-                max_eval_instances=options.max_eval_instances,
-                skip_missing=options.skip_missing,
-            )
-            requests = helm.collect(on_task=update)
-        path = out / _JOURNALS / f"{setting.name}-{_journal_key(source, engine)}.jsonl"
-        asked = [replace(request, keep_top=options.keep_top) for request in requests]
-        with Journal(path, fresh=options.fresh) as journal:
-            waiting = [request for request in asked if request not in journal]
-            num_resumed = len(requests) - len(waiting)
-            if num_resumed:
-                progress.say(f"{setting.name}: {num_resumed} of {len(requests)} were answered by an earlier run")
-            if waiting:
-                _answer(engine, waiting, journal, setting, progress)
-            completions = [journal[request] for request in asked]
-            result = _cost(engine, setting, completions, journal, num_resumed)
-            read = journal.rows(options.keep_top)
-    with progress.activity(f"{setting.name}: scoring") as update:
-        scored = helm.score(completions, on_task=update)
-        if options.keep_top:
-            answered = list(_answered(requests, completions, scored))
-            rows = gather(answered, read, vocabulary=engine.text.vocabulary)
-            save(rows, distribution_path(out, setting.name))
+        answers = answer_all(
+            engine,
+            source,
+            setting,
+            requests,
+            out / _JOURNALS,
+            keep_top=options.keep_top,
+            fresh=options.fresh,
+            progress=progress,
+        )
+    vocabulary = engine.text.vocabulary if options.keep_top else 0
+    return score(helm, requests, answers, out, keep_top=options.keep_top, vocabulary=vocabulary, progress=progress)
+
+
+def ask(
+    suite: Suite,
+    source: ModelSource,
+    setting: str,
+    *,
+    output: Path,
+    context_length: int,
+    max_eval_instances: int | None,
+    skip_missing: bool,
+    progress: Progress,
+) -> tuple[HelmSuite, list[Request]]:
+    """A suite for a model under a setting, and every different request of it. Raises as `HelmSuite.collect` does."""
+    card = ModelCard(
+        name=f"flexeval/{source.name}",
+        model=source.ref,
+        setting=setting,
+        tokenizer_dir=source.tokenizer_dir,
+        max_sequence_length=context_length,
+        note=source.note,
+    )
+    with progress.activity(f"{setting}: reading the questions") as update:
+        helm = HelmSuite(suite, card, output=output, max_eval_instances=max_eval_instances, skip_missing=skip_missing)
+        return helm, helm.collect(on_task=update)
+
+
+def score(
+    helm: HelmSuite,
+    requests: Sequence[Request],
+    answers: Answers,
+    out: Path,
+    *,
+    keep_top: int,
+    vocabulary: int,
+    progress: Progress,
+) -> Outcome:
+    """Have HELM score the answers to what was asked, and write what they hold probable."""
+    setting = answers.cost.setting
+    with progress.activity(f"{setting}: scoring") as update:
+        scored = helm.score(answers.completions, on_task=update)
+        if keep_top:
+            answered = list(_answered(requests, answers.completions, scored))
+            save(gather(answered, answers.rows, vocabulary=vocabulary), distribution_path(out, setting))
         else:
-            distribution_path(out, setting.name).unlink(missing_ok=True)  # an earlier run's
-    return _Outcome(scored=scored, result=result, skipped=helm.skipped)
-
-
-def _answer(
-    engine: Engine, requests: Sequence[Request], journal: Journal, setting: Setting, progress: Progress
-) -> None:
-    """Answer requests into the journal: each sweep's answers are durable before the next begins."""
-    with progress.activity(f"{setting.name}: preparing layers") as update:
-        plan = engine.place(requests, on_layer=update)
-    progress.say(f"{setting.name}: {plan}")
-    with progress.activity(f"{setting.name}: answering") as update:
-        num_done = 0
-
-        def keep(answers: Sequence[tuple[int, Completion]]) -> None:
-            nonlocal num_done
-            journal.add((requests[index], completion) for index, completion in answers)
-            num_done += len(answers)
-            update(num_done, len(requests))
-
-        try:
-            engine.generate(requests, on_completions=keep)
-        finally:
-            if num_done:
-                journal.add_usage(asdict(engine.usage()))
+            distribution_path(out, setting).unlink(missing_ok=True)  # an earlier run's
+    return Outcome(scored=scored, cost=answers.cost, skipped=helm.skipped)
 
 
 def _answered(requests: Sequence[Request], completions: Sequence[Completion], scored: Scored) -> Iterator[Answered]:
@@ -194,56 +210,34 @@ def _answered(requests: Sequence[Request], completions: Sequence[Completion], sc
             yield Answered(request_key(name), prompt_ids, name in right, one.distributions)
 
 
-def _cost(
-    engine: Engine, setting: Setting, completions: Sequence[Completion], journal: Journal, num_resumed: int
-) -> SettingResult:
-    """What the answers have cost, over all sessions that gave them."""
-    sessions = [Usage(**usage) for usage in journal.usages]
-    total = add_up(sessions)
-    answers = [one for completion in completions for one in (completion, *completion.alternatives)]
-    return SettingResult(
-        setting=setting.name,
-        backend=engine.name,
-        elapsed_s=sum(completion.elapsed_s for completion in completions),
-        load_s=sessions[-1].load_s if sessions else 0.0,
-        num_requests=len(completions),
-        num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
-        num_computed_prompt_tokens=total.num_computed_prompt_tokens,
-        num_generated_tokens=sum(answer.num_generated_tokens for answer in answers),
-        peak_bytes=total.peak_bytes,
-        policy=total.policy,
-        lanes=total.lanes,
-        num_resumed=num_resumed,
-    )
-
-
 def _engine_options(options: RunOptions) -> dict[str, Any]:
     names = ("policy", "device", "dtype", "gpu_memory", "cpu_memory", "disk")
     return {name: getattr(options, name) for name in names}
 
 
-def _journal_key(source: ModelSource, engine: Engine) -> str:
-    """Names everything beside request and setting that an answer depends on."""
-    facts = [fingerprint(source), engine.dtype, describe_versions()]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _gather(
-    options: RunOptions, suite: Suite, source: ModelSource, out: Path, outcomes: Sequence[_Outcome]
+def collect(
+    suite: str,
+    source: ModelSource,
+    out: Path,
+    outcomes: Sequence[Outcome],
+    *,
+    command: str,
+    machine: dict[str, str],
+    versions: dict[str, str],
 ) -> RunResults:
     """All settings' parts as one result; HELM asks every setting the same."""
     first = outcomes[0]
     results = RunResults(
         name=out.resolve().name,
-        suite=suite.name,
-        model=options.model,
+        suite=suite,
+        model=source.ref,
         model_note=source.note,
-        command=options.command,
+        command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        versions=describe_versions(),
+        machine=machine,
+        versions=versions,
         tasks=first.scored.tasks,
-        settings=[outcome.result for outcome in outcomes],
+        settings=[outcome.cost for outcome in outcomes],
         instances=[instance for outcome in outcomes for instance in outcome.scored.instances],
         skipped=first.skipped,
     )

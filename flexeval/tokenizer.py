@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -20,3 +22,9 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer cannot be read: {error}", where=str(directory), mend="Fetch the model again"
         ) from error
     return tokenizer
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A number that stands for a tokenizer: equal for equal vocabularies."""
+    tokens = sorted(tokenizer.get_vocab().items())
+    return int.from_bytes(hashlib.sha256(json.dumps(tokens).encode()).digest()[:8])

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 CONTEXT = 2048
 
 
-def write_tiny_model(directory: Path) -> Path:
+def write_tiny_model(directory: Path, *, seed: int = 0) -> Path:
     """Write the model; the same weights every time."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = tiny_config("llama", vocab_size=640, max_position_embeddings=CONTEXT, eos_token_id=0, bos_token_id=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     shutil.copytree(tokenizer_dir(), directory, dirs_exist_ok=True)

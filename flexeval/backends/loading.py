@@ -84,6 +84,12 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
     )
 
 
+def read_context_length(source: ModelSource) -> int:
+    """Tokens that a model's context holds, without its weights. Raises `ModelError`."""
+    config = _read_config(source)
+    return Anatomy(config, torch.float32).context_length
+
+
 def pick_device(name: str) -> torch.device:
     """The device that `auto`, `cpu` or `cuda` stands for here. Raises `ConfigError`."""
     if name not in ("auto", "cpu", "cuda"):

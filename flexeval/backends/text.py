@@ -7,7 +7,6 @@ beginning-of-text token already; token ids are taken as they are. The tokenizer 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from flexeval.distributions import read_off
 from flexeval.errors import RequestError
 from flexeval.request import Completion, FinishReason, Request, TokenRequest, TokenResult, TopLogprobs
-from flexeval.tokenizer import open_tokenizer
+from flexeval.tokenizer import open_tokenizer, vocabulary_of
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MARGIN_TOKENS = 8
@@ -59,9 +58,8 @@ class TextHalf:
 
     @cached_property
     def vocabulary(self) -> int:
-        """A number that stands for the tokenizer: equal for equal vocabularies."""
-        tokens = sorted(self.tokenizer.get_vocab().items())
-        return int.from_bytes(hashlib.sha256(json.dumps(tokens).encode()).digest()[:8])
+        """A number that stands for the tokenizer: see `vocabulary_of`."""
+        return vocabulary_of(self.tokenizer)
 
     def encode(self, request: Request, *, where: str) -> tuple[int, ...]:
         """The prompt's tokens as the model shall see them.

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import flexeval
-from flexeval.cli import bench, evaluate, prepare
+from flexeval.cli import bench, evaluate, prepare, remote
 from flexeval.errors import FlexevalError
 
 _INTERRUPTED = 130
@@ -28,7 +28,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (evaluate.run, evaluate.compare, evaluate.report, bench.bench, prepare.prepare_model):
+for command in (
+    evaluate.run,
+    evaluate.compare,
+    evaluate.report,
+    remote.prepare,
+    remote.execute,
+    remote.score,
+    bench.bench,
+    prepare.prepare_model,
+):
     app.command()(command)
 
 

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flexeval.cli.options import CpuMemory, Device, Disk, Dtype, GpuMemory, Policy
+
 
 def bench(
     model: Annotated[
@@ -48,16 +50,12 @@ def bench(
             help="What to measure: none, w8, w4, kv4, w4kv4, topk10, quest10, w4kv4-topk10, ... Repeatable.",
         ),
     ] = None,
-    policy: Annotated[
-        str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")
-    ] = "auto",
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where layers are computed.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the arithmetic.")
-    ] = "auto",
-    gpu_memory: Annotated[str | None, typer.Option(metavar="16GiB", help="GPU memory at most.")] = None,
-    cpu_memory: Annotated[str | None, typer.Option(metavar="64GiB", help="Host memory at most.")] = None,
-    disk: Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="Folder for what fits nowhere else.")] = None,
+    policy: Policy = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    gpu_memory: GpuMemory = None,
+    cpu_memory: CpuMemory = None,
+    disk: Disk = None,
     repeat: Annotated[int, typer.Option(metavar="N", min=1, help="Measured runs; the median one counts.")] = 1,
     warm_up: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Requests to answer beforehand.", show_default="all")

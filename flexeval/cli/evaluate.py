@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from flexeval.cli.options import CpuMemory, Device, Disk, Dtype, GpuMemory, KeepTop, Policy
 from flexeval.errors import ConfigError
 
 if TYPE_CHECKING:  # opening it would import torch
@@ -41,22 +42,13 @@ def run(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the report goes.", show_default="reports/SUITE")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where layers are computed.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the arithmetic.")
-    ] = "auto",
-    gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory at most: 16GiB.")] = None,
-    cpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory at most: 64GiB.")] = None,
-    disk: Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="Folder for what fits nowhere else.")] = None,
-    policy: Annotated[
-        str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")
-    ] = "auto",
-    keep_top: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=0, help="Keep N most probable tokens, by which settings are compared; 0: answers alone."
-        ),
-    ] = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    gpu_memory: GpuMemory = None,
+    cpu_memory: CpuMemory = None,
+    disk: Disk = None,
+    policy: Policy = "auto",
+    keep_top: KeepTop = 32,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Answer again what an earlier run has answered.")] = False,
 ) -> None:

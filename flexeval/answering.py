@@ -1,0 +1,119 @@
+"""Requests answered by our engine, each answer durable in a journal, and what they cost. Knows no benchmark."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from flexeval.backends.backend import Usage, add_up
+from flexeval.backends.native import Engine
+from flexeval.config import Setting
+from flexeval.distributions import Rows
+from flexeval.environment import describe_versions
+from flexeval.journal import Journal
+from flexeval.models import ModelSource, fingerprint
+from flexeval.progress import Progress
+from flexeval.request import Completion, Request
+from flexeval.results import SettingResult
+
+
+class Answers(NamedTuple):
+    """What became of requests under one setting."""
+
+    completions: list[Completion]
+    """In the order of the requests."""
+    rows: list[Rows]
+    """What they hold probable, if that was to be kept."""
+    cost: SettingResult
+    """Over all sessions that gave them."""
+
+
+def answer_all(
+    engine: Engine,
+    source: ModelSource,
+    setting: Setting,
+    requests: Sequence[Request],
+    folder: Path,
+    *,
+    keep_top: int,
+    fresh: bool,
+    progress: Progress,
+) -> Answers:
+    """Answer what an earlier run has not, into a journal in `folder`.
+
+    Args:
+        engine: Loaded with the model and the setting.
+        source: The model.
+        setting: The setting.
+        requests: What is asked, each once.
+        folder: Of journals, one for each model, setting and arithmetic.
+        keep_top: Most probable tokens to keep at each position.
+        fresh: Forget what earlier runs have answered.
+        progress: Told how far it is.
+    """
+    asked = [replace(request, keep_top=keep_top) for request in requests]
+    with Journal(folder / f"{setting.name}-{_journal_key(source, engine)}.jsonl", fresh=fresh) as journal:
+        waiting = [request for request in asked if request not in journal]
+        num_resumed = len(asked) - len(waiting)
+        if num_resumed:
+            progress.say(f"{setting.name}: {num_resumed} of {len(asked)} were answered by an earlier run")
+        if waiting:
+            _answer(engine, waiting, journal, setting, progress)
+        completions = [journal[request] for request in asked]
+        return Answers(completions, journal.rows(keep_top), _cost(engine, setting, completions, journal, num_resumed))
+
+
+def _answer(
+    engine: Engine, requests: Sequence[Request], journal: Journal, setting: Setting, progress: Progress
+) -> None:
+    """Answer requests into the journal: each sweep's answers are durable before the next begins."""
+    with progress.activity(f"{setting.name}: preparing layers") as update:
+        plan = engine.place(requests, on_layer=update)
+    progress.say(f"{setting.name}: {plan}")
+    with progress.activity(f"{setting.name}: answering") as update:
+        num_done = 0
+
+        def keep(answers: Sequence[tuple[int, Completion]]) -> None:
+            nonlocal num_done
+            journal.add((requests[index], completion) for index, completion in answers)
+            num_done += len(answers)
+            update(num_done, len(requests))
+
+        try:
+            engine.generate(requests, on_completions=keep)
+        finally:
+            if num_done:
+                journal.add_usage(asdict(engine.usage()))
+
+
+def _cost(
+    engine: Engine, setting: Setting, completions: Sequence[Completion], journal: Journal, num_resumed: int
+) -> SettingResult:
+    """What the answers have cost, over all sessions that gave them."""
+    sessions = [Usage(**usage) for usage in journal.usages]
+    total = add_up(sessions)
+    answers = [one for completion in completions for one in (completion, *completion.alternatives)]
+    return SettingResult(
+        setting=setting.name,
+        backend=engine.name,
+        elapsed_s=sum(completion.elapsed_s for completion in completions),
+        load_s=sessions[-1].load_s if sessions else 0.0,
+        num_requests=len(completions),
+        num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
+        num_computed_prompt_tokens=total.num_computed_prompt_tokens,
+        num_generated_tokens=sum(answer.num_generated_tokens for answer in answers),
+        peak_bytes=total.peak_bytes,
+        policy=total.policy,
+        lanes=total.lanes,
+        num_resumed=num_resumed,
+    )
+
+
+def _journal_key(source: ModelSource, engine: Engine) -> str:
+    """Names everything beside request and setting that an answer depends on."""
+    facts = [fingerprint(source), engine.dtype, describe_versions()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,20 @@
+"""Options that several commands take. Knows how they are written; not what they mean."""
+
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where layers are computed.")]
+Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the arithmetic.")]
+GpuMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory at most: 16GiB.")]
+CpuMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory at most: 64GiB.")]
+Disk = Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="Folder for what fits nowhere else.")]
+Policy = Annotated[
+    str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")
+]
+KeepTop = Annotated[
+    int,
+    typer.Option(
+        metavar="N", min=0, help="Keep N most probable tokens, by which settings are compared; 0: answers alone."
+    ),
+]
