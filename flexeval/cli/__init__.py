@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import flexeval
-from flexeval.cli import bench, evaluate, prepare, remote
+from flexeval.cli import bench, data, evaluate, prepare, remote
 from flexeval.errors import FlexevalError
 
 _INTERRUPTED = 130
@@ -39,6 +39,7 @@ for command in (
     prepare.prepare_model,
 ):
     app.command()(command)
+app.add_typer(data.app, name="data")
 
 
 def _print_version(value: bool) -> None:

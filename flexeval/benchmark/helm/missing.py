@@ -41,23 +41,32 @@ def diagnose(error: BaseException) -> MissingData | None:
         if function == _DOWNLOAD_FILE:
             return MissingData(path=local["target_path"], reason=f"{local['source_url']}: {reason}")
         if function == _LOAD_DATASET:
-            return MissingData(path=_dataset_path(local["path"], local["name"], local["cache_dir"]), reason=reason)
+            return MissingData(path=dataset_path(local["path"], local["name"], local["cache_dir"]), reason=reason)
     if isinstance(error, FileNotFoundError) and error.filename:
         return MissingData(path=str(error.filename), reason=reason)
     return None
 
 
-def missing_for_metrics(spec: RunSpec) -> MissingData | None:
-    """Return what the metrics of a run need and do not have: BLEU splits sentences with NLTK's Punkt model."""
+def wants_punkt(spec: RunSpec) -> bool:
+    """Whether the metrics of a run need NLTK's Punkt model: BLEU splits sentences with it."""
     names = [name for metric in spec.metric_specs for name in metric.args.get("names", [])]
-    if not any("bleu" in name for name in names):
-        return None
+    return any("bleu" in name for name in names)
+
+
+def punkt_folder() -> Path | None:
+    """Where that model lies; None if it does not."""
     try:
-        nltk.data.find("tokenizers/punkt_tab")
+        return Path(str(nltk.data.find("tokenizers/punkt_tab")))
     except LookupError:
-        path = Path(nltk.data.path[0]) / "tokenizers" / "punkt_tab"
-        return MissingData(path=str(path), reason="BLEU needs NLTK's punkt_tab")
-    return None
+        return None
+
+
+def missing_for_metrics(spec: RunSpec) -> MissingData | None:
+    """Return what the metrics of a run need and do not have."""
+    if not wants_punkt(spec) or punkt_folder() is not None:
+        return None
+    path = Path(nltk.data.path[0]) / "tokenizers" / "punkt_tab"
+    return MissingData(path=str(path), reason="BLEU needs NLTK's punkt_tab")
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:
@@ -69,7 +78,7 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
         seen = seen.__cause__ or seen.__context__
 
 
-def _dataset_path(path: str, config: str | None, cache_dir: str | None) -> str:
+def dataset_path(path: str, config: str | None, cache_dir: str | None) -> str:
     """Return the folder in which `datasets` looks for a copy that it has prepared."""
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
     return str(folder / config if config else folder)

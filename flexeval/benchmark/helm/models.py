@@ -107,7 +107,7 @@ def read_special_tokens(tokenizer_dir: Path) -> SpecialTokens:
 
 def register(card: ModelCard, local: Path) -> SpecialTokens:
     """Make the model known to HELM in this process, and to later ones through the files in `local`."""
-    _register_builtin_models()
+    register_builtin_models()
     special = read_special_tokens(card.tokenizer_dir)
     title = card.name.split("/")[1] + ("" if card.setting == "none" else f" ({card.setting})")
     metadata = ModelMetadata(
@@ -150,7 +150,8 @@ def register(card: ModelCard, local: Path) -> SpecialTokens:
 
 
 @cache
-def _register_builtin_models() -> None:
+def register_builtin_models() -> None:
+    """Make the models that HELM knows known, once."""
     register_builtin_configs_from_helm_package()
 
 
