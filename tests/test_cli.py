@@ -289,6 +289,7 @@ def test_options_stay_what_they_are() -> None:
             "-o",
             "prompts",
         ],
+        "new-task": ["--kind", "name"],
         "score": ["--out", "-o", "answers", "prompts"],
         "prepare-model": ["--device", "--dtype", "--model", "--out", "--setting"],
         "report": ["directory"],

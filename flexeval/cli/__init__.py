@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import flexeval
-from flexeval.cli import bench, data, evaluate, prepare, remote
+from flexeval.cli import bench, data, evaluate, new_task, prepare, remote
 from flexeval.errors import FlexevalError
 
 _INTERRUPTED = 130
@@ -37,6 +37,7 @@ for command in (
     remote.score,
     bench.bench,
     prepare.prepare_model,
+    new_task.new_task,
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")
