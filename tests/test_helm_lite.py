@@ -1,0 +1,97 @@
+"""All of HELM Lite from scenario to leaderboard, on made-up data: every run is scored, every column is filled."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import helm_lite_data
+import nltk
+import pytest
+from helm.benchmark.scenarios import math_scenario, wmt_14_scenario
+from helm_support import FakeEngine, build_card
+
+from flexeval.benchmark.helm import HelmSuite, Scored
+from flexeval.benchmark.suites import load_suite
+from flexeval.request import Request
+
+
+class Evaluated(NamedTuple):
+    """A suite that has been asked and scored."""
+
+    output: Path
+    name: str
+    requests: list[Request]
+    scored: Scored
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The hub's datasets and BLEU's tokenizer, made up."""
+    punkt = tmp_path_factory.mktemp("nltk")
+    helm_lite_data.write_punkt(punkt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nltk.data, "path", [str(punkt)])
+        for module in (datasets, math_scenario, wmt_14_scenario):
+            patch.setattr(module, "load_dataset", helm_lite_data.load_dataset)
+        yield
+
+
+def evaluate(name: str, folder: Path) -> Evaluated:
+    suite, card = load_suite(name), build_card()
+    helm_lite_data.write_all(suite, folder / "data/scenarios")
+    helm = HelmSuite(suite, card, output=folder / "helm", data=folder / "data", max_eval_instances=4)
+    requests = helm.collect()
+    scored = helm.score(FakeEngine(card.tokenizer_dir).generate(requests))
+    return Evaluated(folder / "helm", suite.name, requests, scored)
+
+
+@pytest.fixture(scope="module")
+def whole(offline: None, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    return evaluate("helm-lite-full", tmp_path_factory.mktemp("whole"))
+
+
+def test_all_entries_are_asked_and_scored(whole: Evaluated) -> None:
+    assert len(whole.scored.tasks) == 108
+    assert {task.metric for task in whole.scored.tasks} == {
+        "f1_score",
+        "exact_match",
+        "quasi_exact_match",
+        "final_number_exact_match",
+        "math_equiv_chain_of_thought",
+        "bleu_4",
+    }
+    asked = {instance.task for instance in whole.scored.instances}
+    assert asked == {task.name for task in whole.scored.tasks}
+    assert len(list((whole.output / "runs" / whole.name).glob("*/per_instance_stats.json"))) == 108
+
+
+def test_the_leaderboard_has_no_empty_column(whole: Evaluated) -> None:
+    schema = files("helm.benchmark.static").joinpath("schema_lite.yaml")
+    command = [sys.executable, "-m", "helm.benchmark.presentation.summarize", "--suite", whole.name]
+    command += ["--output-path", str(whole.output), "--local-path", str(whole.output / "prod_env")]
+    command += ["--schema-path", str(schema), "--num-threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    tables = json.loads((whole.output / "runs" / whole.name / "groups/core_scenarios.json").read_text())
+    accuracy = next(table for table in tables if table["title"] == "Accuracy")
+    header, (row,) = [cell["value"] for cell in accuracy["header"]], accuracy["rows"]
+    assert len(header) == 12, "the model, the mean win rate and ten scenarios"
+    assert [name for name, cell in zip(header[2:], row[2:], strict=True) if not is_filled(cell)] == []
+
+
+def is_filled(cell: dict[str, Any]) -> bool:
+    return isinstance(cell.get("value"), int | float)
+
+
+def test_instruct_models_are_told_how_to_answer(offline: None, tmp_path: Path) -> None:
+    instructed = evaluate("helm-lite-instruct", tmp_path)
+    assert len(instructed.scored.tasks) == 28
+    words = ("Answer with only", "answer with only", "Respond with only", "Your response should", "Do not", "only")
+    assert sum(any(word in request.prompt for word in words) for request in instructed.requests) > 20
