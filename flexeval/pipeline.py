@@ -29,7 +29,10 @@ from flexeval.report.merge import distribution_files, distribution_path
 from flexeval.report.write import write_report
 from flexeval.request import Completion, Request
 from flexeval.results import RunResults, SettingResult
+from flexeval.tokenizer import has_chat_template, num_chat_tokens, open_tokenizer
 
+CHAT_NOTE = "prompts in the model's chat template"
+"""What reports say of the model then."""
 _JOURNALS = "journal"
 """Folder of the journals in an output directory."""
 
@@ -50,6 +53,8 @@ class RunOptions:
     """Questions per task at most; None leaves it to the suite."""
     skip_missing: bool = False
     """Run without the tasks whose data cannot be had."""
+    chat_template: bool | None = None
+    """Whether prompts that are answered stand in the model's chat template; None leaves it to the suite."""
     keep_top: int = 32
     """Most probable tokens to keep at each position, and as many others; 0 compares answers only."""
     fresh: bool = False
@@ -102,6 +107,7 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
             source,
             out,
             outcomes,
+            is_chat=is_asked_in_chat(suite, source, options.chat_template),
             command=options.command,
             machine=describe_machine(),
             versions=describe_versions(),
@@ -136,6 +142,7 @@ def _run_setting(
             context_length=engine.context_length,
             max_eval_instances=options.max_eval_instances,
             skip_missing=options.skip_missing,
+            is_chat=is_asked_in_chat(suite, source, options.chat_template),
             progress=progress,
         )
         answers = answer_all(
@@ -161,6 +168,7 @@ def ask(
     context_length: int,
     max_eval_instances: int | None,
     skip_missing: bool,
+    is_chat: bool,
     progress: Progress,
 ) -> tuple[HelmSuite, list[Request]]:
     """A suite for a model under a setting, and every different request of it. Raises as `HelmSuite.collect` does."""
@@ -171,10 +179,25 @@ def ask(
         tokenizer_dir=source.tokenizer_dir,
         max_sequence_length=context_length,
         note=source.note,
+        num_template_tokens=num_chat_tokens(open_tokenizer(source.tokenizer_dir)) if is_chat else 0,
     )
     with progress.activity(f"{setting}: reading the questions") as update:
         helm = HelmSuite(suite, card, output=output, max_eval_instances=max_eval_instances, skip_missing=skip_missing)
         return helm, helm.collect(on_task=update)
+
+
+def is_asked_in_chat(suite: Suite, source: ModelSource, wanted: bool | None) -> bool:
+    """Whether a chat template is applied: where it is wanted, or the suite says so and the model has one.
+
+    Raises `ConfigError` where one is wanted that the model does not have.
+    """
+    if wanted is False or (wanted is None and not suite.chat_template):
+        return False
+    has_one = has_chat_template(open_tokenizer(source.tokenizer_dir))
+    if wanted and not has_one:
+        mend = "Leave it out, or choose a model that follows instructions"
+        raise ConfigError(f"{source.ref!r} has no chat template", where="--chat-template", mend=mend)
+    return has_one
 
 
 def score(
@@ -221,6 +244,7 @@ def collect(
     out: Path,
     outcomes: Sequence[Outcome],
     *,
+    is_chat: bool,
     command: str,
     machine: dict[str, str],
     versions: dict[str, str],
@@ -231,7 +255,7 @@ def collect(
         name=out.resolve().name,
         suite=suite,
         model=source.ref,
-        model_note=source.note,
+        model_note="; ".join(filter(None, (source.note, CHAT_NOTE if is_chat else ""))),
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine,

@@ -41,6 +41,8 @@ class PromptsInfo:
     """Questions per task at most, where it was said."""
     skip_missing: bool
     """Whether tasks without data were left out."""
+    is_chat: bool
+    """Whether prompts that are answered stand in the model's chat template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,7 @@ def prepare(
     *,
     max_eval_instances: int | None,
     skip_missing: bool,
+    chat_template: bool | None,
     progress: Progress,
 ) -> Prepared:
     """Write every different request of a suite to a file. Needs the model's tokenizer, not its weights.
@@ -58,7 +59,7 @@ def prepare(
     """
     from flexeval.backends.loading import read_context_length
     from flexeval.benchmark.suites import load_suite
-    from flexeval.pipeline import ask
+    from flexeval.pipeline import ask, is_asked_in_chat
     from flexeval.tokenizer import open_tokenizer, vocabulary_of
 
     loaded = load_suite(suite)
@@ -71,6 +72,7 @@ def prepare(
         context_length=read_context_length(source),
         max_eval_instances=max_eval_instances,
         skip_missing=skip_missing,
+        is_chat=is_asked_in_chat(loaded, source, chat_template),
     )
     with tempfile.TemporaryDirectory(prefix="flexeval-helm-") as helm_output:
         helm, requests = ask(
@@ -81,6 +83,7 @@ def prepare(
             context_length=info.context_length,
             max_eval_instances=max_eval_instances,
             skip_missing=skip_missing,
+            is_chat=info.is_chat,
             progress=progress,
         )
     write_prompts(out, info, requests)
@@ -167,6 +170,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
                 context_length=prompts.info.context_length,
                 max_eval_instances=prompts.info.max_eval_instances,
                 skip_missing=prompts.info.skip_missing,
+                is_chat=prompts.info.is_chat,
                 progress=progress,
             )
             if requests != prompts.requests:
@@ -192,7 +196,14 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
             )
         first = files[0].info
         results = pipeline.collect(
-            suite.name, source, out, outcomes, command=command, machine=first.machine, versions=first.versions
+            suite.name,
+            source,
+            out,
+            outcomes,
+            is_chat=prompts.info.is_chat,
+            command=command,
+            machine=first.machine,
+            versions=first.versions,
         )
         results.save(out)
         with progress.activity("writing the report"):

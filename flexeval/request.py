@@ -59,6 +59,8 @@ class Request:
     """How many of the most probable tokens to report at each position."""
     keep_top: int = 0
     """How many of them, and of the others, to keep by their ids, for comparing settings: see `distributions`."""
+    is_chat: bool = False
+    """Whether the prompt is what a user says: the model's chat template is put around it, and asks for the answer."""
     ignore_eos: bool = False
     """Generate on past end-of-text (benchmarks of speed)."""
     detokenize: bool = True
@@ -91,6 +93,9 @@ class Request:
         if not self.detokenize and (self.stop or self.top_logprobs):
             what = "detokenize=False leaves no text to find stop sequences in, or to name top_logprobs by"
             raise RequestError(what, mend="Leave out stop and top_logprobs, or let it be text")
+        if self.is_chat and (self.echo or not isinstance(self.prompt, str)):
+            what = "is_chat puts a template around a text that is answered, not around token ids or what is scored"
+            raise RequestError(what, mend="Pass a text, without echo")
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens=0 asks for nothing", mend="Set echo=True to score the prompt")
 

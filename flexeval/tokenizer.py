@@ -24,6 +24,24 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer knows how a conversation is written: that of an instruction-following model."""
+    return bool(tokenizer.chat_template)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Tokens of a conversation in which the user has said `text` and the answer is to follow."""
+    asked = [{"role": "user", "content": text}]
+    written = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def num_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the template adds to a text, at most: those of the text may join with them."""
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    return len(chat_ids(tokenizer, "a")) - len(plain) + 2
+
+
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """A number that stands for a tokenizer: equal for equal vocabularies."""
     tokens = sorted(tokenizer.get_vocab().items())

@@ -15,6 +15,7 @@ from flexeval.backends.batch import Batch
 from flexeval.backends.text import TextHalf
 from flexeval.errors import ModelError, RequestError
 from flexeval.request import Completion, FinishReason, Kept, Request, TokenResult
+from flexeval.tokenizer import num_chat_tokens
 
 EOS, BOS = 0, 1
 VOCAB_SIZE = 640
@@ -55,6 +56,24 @@ def test_a_beginning_of_text_is_added_once() -> None:
     assert plain[0] == BOS and plain.count(BOS) == 1
     assert half.encode(Request(prompt="<s>The answer"), where="here") == plain
     assert BYTES.encode(Request(prompt="The answer"), where="here") == plain[1:], "where the tokenizer adds none"
+
+
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}it:"
+
+
+def test_a_chat_template_is_put_around_the_prompt() -> None:
+    half = text_half(tokenizer_dir(adds_bos=True))
+    half.tokenizer.chat_template = TEMPLATE
+    asked = half.encode(Request(prompt="The answer", is_chat=True), where="here")
+    assert half.decode(list(asked)) == "<s>user: The answer\nit:"
+    assert asked.count(BOS) == 1, "the template's own"
+    num_plain = len(encode("The answer", half))
+    assert len(asked) <= num_plain + num_chat_tokens(half.tokenizer) <= len(asked) + 4
+
+
+def test_without_a_chat_template_nobody_can_be_asked_in_one() -> None:
+    with pytest.raises(RequestError, match=r"no chat template \(here\)"):
+        BYTES.encode(Request(prompt="The answer", is_chat=True), where="here")
 
 
 def test_token_ids_are_taken_as_they_are() -> None:

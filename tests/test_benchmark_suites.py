@@ -62,6 +62,7 @@ def test_the_working_directory_adds_suites(tmp_path: Path, monkeypatch: pytest.M
         ('entries: [{description: "gsm", priority: 1, instances: 5}]', "unknown key 'instances' in an entry"),
         ('entries: [{description: "gsm"}, {description: "gsm"}]', "'gsm' stands there twice"),
         ('entries: [{description: "gsm"}]\nmax_instances: 5', "unknown key 'max_instances'"),
+        ('entries: [{description: "gsm"}]\nchat_template: maybe', "chat_template='maybe' is neither true nor false"),
         ('entries: [{description: "gsm"}]\npackaged_data: [gsm]', "no packaged data for 'gsm'.*There are: mmlu"),
         ('entries: [{description: "gsm"}]\nmax_eval_instances: 0', "max_eval_instances=0 is not a positive number"),
         ('entries: [{description: "gsm"}]\nnum_train_trials: many', "num_train_trials='many' is not a positive number"),

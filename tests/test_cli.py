@@ -229,6 +229,7 @@ def test_options_stay_what_they_are() -> None:
     }
     assert options == {
         "run": [
+            "--chat-template",
             "--cpu-memory",
             "--device",
             "--disk",
@@ -273,7 +274,7 @@ def test_options_stay_what_they_are() -> None:
         ],
         "compare": ["--max-eval-instances", "--model", "--out", "--settings", "--suite", "directories"],
         "data": [],
-        "prepare": ["--max-eval-instances", "--model", "--out", "--skip-missing", "--suite", "-o"],
+        "prepare": ["--chat-template", "--max-eval-instances", "--model", "--out", "--skip-missing", "--suite", "-o"],
         "execute": [
             "--cpu-memory",
             "--device",

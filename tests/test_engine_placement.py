@@ -256,7 +256,7 @@ def test_stores_are_closed_only_when_nothing_is_in_flight(tmp_path: Path) -> Non
     done: list[str] = []
     with loaded(ALL_ON_DISK, tmp_path, overlap=True) as executor:
         for store, names in (
-            (executor._make_cache({}), ("kv_in", "kv_out")),
+            (executor._make_cache({}, coding=None), ("kv_in", "kv_out")),
             (executor._make_hidden(0, 2), ("hidden",)),
         ):
             for name in names:

@@ -5,8 +5,9 @@ A run of every adapter; SmolLM2 in float32, greedy.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ from helm.benchmark.scenarios.scenario import (
     ScenarioMetadata,
     ScenarioSpec,
 )
+from helm.clients.huggingface_client import HuggingFaceServerFactory
 from helm_support import build_suite
 
 from flexeval import Engine
 from flexeval.benchmark.helm import HelmSuite, ModelCard
 from flexeval.benchmark.helm.models import register
 from flexeval.models import ModelSource
+from flexeval.tokenizer import num_chat_tokens, open_tokenizer
 
 NAME = "flexeval/smollm2"
 ENTRIES = (
@@ -54,6 +57,7 @@ ENTRIES = (
     "document:model=text",  # language_modeling
 )
 """Nothing is downloaded for any."""
+CHAT_ENTRIES = ("simple_mcqa:model=text", "dyck_language:num_parenthesis_pairs=2,model=text")
 NUM_INSTANCES = 2
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo", "Cuba": "Havana"}
 
@@ -128,7 +132,13 @@ def card(smollm2: ModelSource) -> ModelCard:
 @pytest.fixture(scope="module")
 def stock(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `helm-run` writes with its own client for models of transformers'."""
-    output = tmp_path_factory.mktemp("stock")
+    return run_stock(smollm2, card, tmp_path_factory.mktemp("stock"), ENTRIES, apply_chat_template=False)
+
+
+def run_stock(
+    smollm2: ModelSource, card: ModelCard, output: Path, entries: Sequence[str], *, apply_chat_template: bool
+) -> Path:
+    HuggingFaceServerFactory._servers.clear()
     local = output / "prod_env"
     register(card, local)
     path = local / "model_deployments.yaml"
@@ -139,13 +149,13 @@ def stock(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPa
             "pretrained_model_name_or_path": str(smollm2.directory),
             "torch_dtype": "torch.float32",
             "device": "cpu",
-            "apply_chat_template": False,
+            "apply_chat_template": apply_chat_template,
         },
     }
     path.write_text(yaml.safe_dump(deployments))
     arguments = ["--output-path", str(output), "--local-path", str(local), "--suite", "test", "--exit-on-error"]
     arguments += ["--max-eval-instances", str(NUM_INSTANCES), "--disable-cache", "--num-threads", "1"]
-    arguments += ["--models-to-run", NAME, "--num-train-trials", "1", "--run-entries", *ENTRIES]
+    arguments += ["--models-to-run", NAME, "--num-train-trials", "1", "--run-entries", *entries]
     helm_run(build_parser().parse_args(arguments))
     return output / "runs/test"
 
@@ -153,11 +163,26 @@ def stock(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def ours(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `flexeval run` writes."""
-    output = tmp_path_factory.mktemp("ours")
-    suite = HelmSuite(build_suite(*ENTRIES, max_eval_instances=NUM_INSTANCES), card, output=output, data=output)
+    return run_ours(smollm2, card, tmp_path_factory.mktemp("ours"), ENTRIES)
+
+
+def run_ours(smollm2: ModelSource, card: ModelCard, output: Path, entries: Sequence[str]) -> Path:
+    suite = HelmSuite(build_suite(*entries, max_eval_instances=NUM_INSTANCES), card, output=output, data=output)
     with Engine.load(smollm2, dtype="float32", device="cpu") as engine:
         suite.score(engine.generate(suite.collect()))
     return output / "runs/test"
+
+
+@pytest.fixture(scope="module")
+def stock_chat(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_stock(smollm2, card, tmp_path_factory.mktemp("stock"), CHAT_ENTRIES, apply_chat_template=True)
+
+
+@pytest.fixture(scope="module")
+def our_chat(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    num_template_tokens = num_chat_tokens(open_tokenizer(smollm2.directory))
+    chat_card = dataclasses.replace(card, num_template_tokens=num_template_tokens)
+    return run_ours(smollm2, chat_card, tmp_path_factory.mktemp("ours"), CHAT_ENTRIES)
 
 
 def runs(folder: Path) -> dict[str, Path]:
@@ -167,7 +192,6 @@ def runs(folder: Path) -> dict[str, Path]:
 def pairs(stock: Path, ours: Path, file: str) -> Iterator[tuple[str, Any, Any]]:
     """The name of each run, and what both have written of it."""
     theirs, mine = runs(stock), runs(ours)
-    assert len(mine) == len(ENTRIES)
     assert theirs.keys() == mine.keys()
     for name in theirs:
         yield name, *(json.loads((run[name] / file).read_text()) for run in (theirs, mine))
@@ -244,3 +268,18 @@ def key(name: dict[str, Any]) -> str:
 
 def numbers(stat: dict[str, Any]) -> dict[str, float]:
     return {field: value for field, value in stat.items() if field != "name"}
+
+
+def test_chat_templates_are_applied_as_there(stock_chat: Path, our_chat: Path, ours: Path) -> None:
+    answers = []
+    for name, theirs, mine in pairs(stock_chat, our_chat, "scenario_state.json"):
+        for their, my in zip(theirs["request_states"], mine["request_states"], strict=True):
+            assert their["request"] == my["request"], "HELM knows the prompt without the template"
+            answers.append(my["result"]["completions"][0]["text"])
+            assert their["result"]["completions"][0]["text"] == answers[-1], name
+    plain = [
+        state["result"]["completions"][0]["text"]
+        for name in runs(our_chat)
+        for state in json.loads((runs(ours)[name] / "scenario_state.json").read_text())["request_states"]
+    ]
+    assert answers != plain, "the template changed nothing"

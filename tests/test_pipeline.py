@@ -253,3 +253,23 @@ def test_a_disk_that_fails_in_the_middle_is_named_and_costs_no_answer(
             run(on_disk)
     (setting,) = run(on_disk).settings
     assert 0 < setting.num_resumed < setting.num_requests
+
+
+def test_a_chat_template_is_applied_where_there_is_one(options: RunOptions, model: Path, tmp_path: Path) -> None:
+    """A suite may ask for it; the command line insists on it, or on doing without."""
+    with pytest.raises(ConfigError, match=r"has no chat template .*--chat-template"):
+        run(dataclasses.replace(options, chat_template=True))
+    suite = Path(options.suite)
+    suite.write_text(suite.read_text() + "chat_template: true\n")
+    assert "chat template" not in run(options).model_note
+    chatty = tmp_path / "chatty"
+    shutil.copytree(model, chatty)
+    (chatty / "chat_template.jinja").write_text("{% for m in messages %}user {{ m.content }}{% endfor %} bot")
+    plain, asked = (
+        run(dataclasses.replace(options, model=str(chatty), chat_template=wanted, fresh=True, out=tmp_path / name))
+        for wanted, name in ((False, "plain"), (None, "asked"))
+    )
+    assert "prompts in the model's chat template" in asked.model_note
+    assert "chat template" not in plain.model_note
+    tokens = [sum(setting.num_prompt_tokens for setting in results.settings) for results in (plain, asked)]
+    assert tokens[0] < tokens[1]

@@ -33,6 +33,7 @@ PROMPTS = PromptsInfo(
     context_length=2048,
     max_eval_instances=None,
     skip_missing=False,
+    is_chat=False,
 )
 ANSWERS = AnswersInfo(
     prompts="abc",

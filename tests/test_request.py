@@ -30,6 +30,8 @@ from flexeval.request import Request
         ({"prompt": ("one text", "another")}, "neither a text nor token ids.*one Request for each"),
         ({"prompt": None}, "neither a text nor token ids"),
         ({"prompt": (1.5,)}, "neither a text nor token ids"),
+        ({"is_chat": True, "echo": True}, "not around token ids or what is scored"),
+        ({"is_chat": True, "prompt": (1, 2)}, "not around token ids or what is scored"),
         ({"detokenize": False, "stop": ("a",)}, "no text to find stop sequences in"),
         ({"detokenize": False, "top_logprobs": 1}, "name top_logprobs by"),
     ],
@@ -58,6 +60,7 @@ def test_every_field_is_part_of_the_hash() -> None:
         "echo": True,
         "top_logprobs": 1,
         "keep_top": 1,
+        "is_chat": True,
         "ignore_eos": True,
         "detokenize": False,
     }

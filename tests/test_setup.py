@@ -36,8 +36,9 @@ def test_make_commands_of_the_readme_exist(command: str) -> None:
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("flexeval ")])
 def test_options_of_the_readme_exist(command: str) -> None:
-    _, subcommand, *arguments = shlex.split(command)
-    result = run(sys.executable, "-c", "from flexeval.cli import main; main()", subcommand, "--help")
+    _, *arguments = shlex.split(command, comments=True)
+    words = arguments[: 2 if arguments[0] == "data" else 1]
+    result = run(sys.executable, "-c", "from flexeval.cli import main; main()", *words, "--help")
     assert result.returncode == 0, result.stderr
     options = {argument for argument in arguments if argument.startswith("--")}
     assert options <= set(re.findall(r"--[a-z-]+", result.stdout))

@@ -42,6 +42,8 @@ class Suite:
     """Questions per run, sampled by HELM; None asks all. An entry's own `max_eval_instances=` comes first."""
     num_train_trials: int | None = None
     """How often a run is repeated with other in-context examples; None leaves it to the run spec."""
+    chat_template: bool = False
+    """Whether models that have a chat template are asked in it."""
     packaged_data: tuple[str, ...] = ()
     """Scenarios whose files are laid out from pinned packages instead of HELM's download: names in `data.PACKAGED`."""
 
@@ -84,7 +86,7 @@ def _read(tree: Any, path: Path) -> Suite:
 
     if not isinstance(tree, ConfigTree) or not isinstance(tree.get("entries", None), list):
         raise refuse("a suite file needs a list called entries", "Write entries: [{description: ...}]")
-    known = {"description", "max_eval_instances", "num_train_trials", "packaged_data"}
+    known = {"description", "max_eval_instances", "num_train_trials", "packaged_data", "chat_template"}
     if unknown := sorted(set(tree) - known - {"entries"}):
         raise refuse(f"unknown key {unknown[0]!r}", f"Keys are: {', '.join(sorted(known | {'entries'}))}")
     groups: dict[str, tuple[str, ...]] = {}
@@ -102,6 +104,9 @@ def _read(tree: Any, path: Path) -> Suite:
         value = tree.get(key, None)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise refuse(f"{key}={value!r} is not a positive number", "Write a number, or leave it out for HELM's")
+    has_chat_template = tree.get("chat_template", False)
+    if not isinstance(has_chat_template, bool):
+        raise refuse(f"chat_template={has_chat_template!r} is neither true nor false", "Write true, or leave it out")
     packaged = tuple(tree.get("packaged_data", ()))
     if stray := sorted(set(packaged) - PACKAGED.keys()):
         raise refuse(f"no packaged data for {stray[0]!r}", f"There are: {', '.join(sorted(PACKAGED))}")
@@ -113,5 +118,6 @@ def _read(tree: Any, path: Path) -> Suite:
         description=tree.get("description", ""),
         max_eval_instances=tree.get("max_eval_instances", None),
         num_train_trials=tree.get("num_train_trials", None),
+        chat_template=has_chat_template,
         packaged_data=packaged,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flexeval.cli.options import CpuMemory, Device, Disk, Dtype, GpuMemory, KeepTop, Policy
+from flexeval.cli.options import ChatTemplate, CpuMemory, Device, Disk, Dtype, GpuMemory, KeepTop, Policy
 from flexeval.errors import ConfigError
 
 if TYPE_CHECKING:  # opening it would import torch
@@ -50,6 +50,7 @@ def run(
     policy: Policy = "auto",
     keep_top: KeepTop = 32,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")] = False,
+    chat_template: ChatTemplate = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Answer again what an earlier run has answered.")] = False,
 ) -> None:
     """Evaluate a model on a suite, once per setting, and write a report."""
@@ -69,6 +70,7 @@ def run(
         policy=policy,
         keep_top=keep_top,
         skip_missing=skip_missing,
+        chat_template=chat_template,
         fresh=fresh,
         command=shlex.join(["flexeval", *sys.argv[1:]]),
     )

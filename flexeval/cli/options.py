@@ -12,6 +12,14 @@ Disk = Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="Folder for
 Policy = Annotated[
     str, typer.Option(metavar="auto|FILE|TEXT", help="Where everything rests: gpu-weights=0.2,cpu-kv=1,...")
 ]
+ChatTemplate = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Ask in the model's chat template, or not.",
+        show_default="as the suite says",
+    ),
+]
 KeepTop = Annotated[
     int,
     typer.Option(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flexeval.cli.options import CpuMemory, Device, Disk, Dtype, GpuMemory, KeepTop, Policy
+from flexeval.cli.options import ChatTemplate, CpuMemory, Device, Disk, Dtype, GpuMemory, KeepTop, Policy
 
 
 def prepare(
@@ -23,6 +23,7 @@ def prepare(
         int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
     ] = None,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out tasks that have no data.")] = False,
+    chat_template: ChatTemplate = None,
 ) -> None:
     """Write a suite's prompts to a file, to be answered elsewhere."""
     from flexeval.progress import choose_progress
@@ -35,6 +36,7 @@ def prepare(
         out,
         max_eval_instances=max_eval_instances,
         skip_missing=skip_missing,
+        chat_template=chat_template,
         progress=choose_progress(console),
     )
     for task, reason in done.skipped.items():

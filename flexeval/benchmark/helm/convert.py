@@ -39,8 +39,8 @@ class Batch(NamedTuple):
         return cls(size=len(completions), elapsed_s=sum(completion.elapsed_s for completion in completions))
 
 
-def from_helm(request: HelmRequest) -> Request:
-    """Translate what HELM asks for.
+def from_helm(request: HelmRequest, *, is_chat: bool = False) -> Request:
+    """Translate what HELM asks for; what is answered, not scored, as a user's words if `is_chat`.
 
     Raises:
         RequestError: HELM asks for something that the engine cannot do.
@@ -61,6 +61,7 @@ def from_helm(request: HelmRequest) -> Request:
         num_completions=request.num_completions,
         seed=_seed(request.random),
         echo=request.echo_prompt,
+        is_chat=is_chat and not request.echo_prompt,
         # HELM's 1 means the chosen token itself, which every completion reports anyway.
         top_logprobs=request.top_k_per_token if request.top_k_per_token > 1 else 0,
     )

@@ -57,6 +57,8 @@ class ModelCard:
     """Context of the model in tokens, special tokens included."""
     note: str = ""
     """What one should know about the weights, for HELM's pages."""
+    num_template_tokens: int = 0
+    """Tokens of a chat template around each prompt that is answered; 0 where none is applied."""
     is_instruct: bool = False
     """Whether run entries shall add HELM's instructions for instruction-following models."""
 
@@ -129,7 +131,8 @@ def register(card: ModelCard, local: Path) -> SpecialTokens:
         end_of_text_token=special.end_of_text,
         prefix_token=special.prefix,
     )
-    room = card.max_sequence_length - special.num_added  # the engine adds these tokens to what HELM sends
+    # the engine adds these tokens to what HELM sends
+    room = card.max_sequence_length - max(special.num_added, card.num_template_tokens)
     deployment = ModelDeployment(
         name=card.deployment,
         model_name=card.deployment,

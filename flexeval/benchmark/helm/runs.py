@@ -62,9 +62,13 @@ class RunRoom:
         runs: Folder for the run directories of a suite.
         local: HELM's folder of configuration files (`prod_env`).
         added_prefix: Text of the token that the engine puts before a prompt, if it does.
+        is_chat: Whether prompts that are answered stand in the model's chat template.
     """
 
-    def __init__(self, data_of: Callable[[str], Path], runs: Path, local: Path, added_prefix: str):
+    def __init__(
+        self, data_of: Callable[[str], Path], runs: Path, local: Path, added_prefix: str, *, is_chat: bool = False
+    ):
+        self._is_chat = is_chat
         self._data_of = data_of
         self._runs = runs
         self._added_prefix = added_prefix
@@ -96,7 +100,7 @@ class RunRoom:
             spec=spec,
             scenario=scenario,
             state=ScenarioState(adapter_spec, request_states, spec.annotators),
-            requests=tuple(from_helm(state.request) for state in request_states),
+            requests=tuple(from_helm(state.request, is_chat=self._is_chat) for state in request_states),
         )
 
     def score(self, run: AdaptedRun, answers: Sequence[Completion], batch: Batch) -> list[PerInstanceStats]:

@@ -92,7 +92,8 @@ class HelmSuite:
             local = self._output / "prod_env"
             special = register(self._card, local)
             runs = self._output / "runs" / self._suite.name
-            self._room = RunRoom(self._provide, runs, local, special.added_prefix)
+            is_chat = self._card.num_template_tokens > 0
+            self._room = RunRoom(self._provide, runs, local, special.added_prefix, is_chat=is_chat)
             set_benchmark_output_path(str(self._data))  # where run specs that read data look for `scenarios/`
         missing: dict[str, list[MissingData]] = defaultdict(list)
         with impatient_downloads():
