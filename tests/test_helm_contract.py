@@ -100,6 +100,16 @@ def test_a_file_that_is_not_there_is_missing_data_and_a_bug_is_not(tmp_path: Pat
     assert diagnose(KeyError("answer")) is None
 
 
+def test_what_the_package_requests_could_not_have_is_named_by_its_address() -> None:
+    class Request:
+        url = "https://example.org/model"
+
+    error = ConnectionError("no route")
+    error.request = Request()  # type: ignore[attr-defined]
+    found = diagnose(error)
+    assert found is not None and found == ("https://example.org/model", "ConnectionError: no route")
+
+
 @pytest.mark.parametrize("name", ["demo", "helm-lite", "helm-lite-full", "helm-lite-instruct", "perplexity"])
 def test_helm_reads_our_suite_files(name: str) -> None:
     suite = load_suite(name)

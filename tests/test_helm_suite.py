@@ -261,3 +261,34 @@ def test_a_run_without_a_number_per_question_is_refused(tmp_path: Path, monkeypa
 def test_a_request_that_cannot_be_honoured_stops_the_suite(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="temperature=-1 is out of range"):
         suite_in(tmp_path, build_suite(f"{NUMBERS},temperature=-1")).collect()
+
+
+@pytest.mark.parametrize("augmentation", ["robustness", "typo_hard"])
+def test_questions_are_perturbed_without_a_download(augmentation: str, tmp_path: Path) -> None:
+    """HELM's canonical robustness and its parts; perturbed questions are asked, and count in HELM's own statistics."""
+    plain = run_suite(build_suite(LETTERS), tmp_path / "plain", build_card())
+    entry = f"{LETTERS},data_augmentation={augmentation}"
+    requests, _, scored = run_suite(build_suite(entry), tmp_path / "perturbed", build_card())
+    assert len(requests) > len(plain[0])
+    assert {request.prompt for request in plain[0]} <= {request.prompt for request in requests}
+    assert len(scored.instances) == len(plain[2].instances), "the headline is of the questions as they were"
+    (stats,) = (tmp_path / "perturbed/runs/test").glob("*/stats.json")
+    perturbed = [stat for stat in json.loads(stats.read_text()) if stat["name"].get("perturbation")]
+    assert any(stat["name"]["name"] == "exact_match" and stat["count"] for stat in perturbed)
+
+
+def test_a_perturbation_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"SAE_to_AAVE_mapping\.json") as caught:
+        suite_in(tmp_path, build_suite(f"{NUMBERS},data_augmentation=dialect_easy")).collect()
+    assert "\n" not in str(caught.value)
+
+
+def test_several_completions_have_seeds_and_are_all_scored(tmp_path: Path) -> None:
+    entry = "dyck_language:num_parenthesis_pairs=2,model=text,num_outputs=3,temperature=0.8"
+    requests, completions, scored = run_suite(build_suite(entry), tmp_path, build_card())
+    assert all((request.num_completions, request.temperature) == (3, 0.8) for request in requests)
+    (state,) = (tmp_path / "runs/test").glob("*/scenario_state.json")
+    for one, completion in zip(json.loads(state.read_text())["request_states"], completions, strict=True):
+        texts = [answer["text"] for answer in one["result"]["completions"]]
+        assert texts == [completion.text, *(other.text for other in completion.alternatives)]
+    assert all(0 <= instance.score <= 1 for instance in scored.instances)

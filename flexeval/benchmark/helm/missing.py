@@ -42,6 +42,8 @@ def diagnose(error: BaseException) -> MissingData | None:
             return MissingData(path=local["target_path"], reason=f"{local['source_url']}: {reason}")
         if function == _LOAD_DATASET:
             return MissingData(path=dataset_path(local["path"], local["name"], local["cache_dir"]), reason=reason)
+    if isinstance(error, OSError) and (request := getattr(error, "request", None)) is not None:
+        return MissingData(path=str(request.url), reason=reason)  # of the package requests: a model of spaCy's
     if isinstance(error, FileNotFoundError) and error.filename:
         return MissingData(path=str(error.filename), reason=reason)
     return None
