@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexeval.engine.codecs.kv_format import KVCoding, KVLog, KVShape, PlainFormat, make_format
+from flexeval.engine.codecs.kv_format import CodedFormat, KVCoding, KVLog, KVShape, PlainFormat, make_format
 from flexeval.engine.compute import host_kernel
 from flexeval.engine.compute.host_kernel import HostKernel, Parts, build
 from flexeval.engine.memory.host_rate import host_attention_rate
@@ -28,19 +28,36 @@ def parts_of(lengths: list[int], num_tokens: int) -> Parts:
     return Parts([0] * len(lengths), torch.arange(len(lengths)), bounds, places, [int(places.max()) + 1])
 
 
+FORMATS = {
+    "float32": (torch.float32, None),
+    "float16": (torch.float16, None),
+    "bfloat16": (torch.bfloat16, None),
+    "kv8": (torch.float32, KVCoding(8, 64)),
+    "kv4": (torch.float32, KVCoding(4, 64)),
+    "kv4-g32": (torch.float16, KVCoding(4, 32)),
+    "kv4-g128": (torch.bfloat16, KVCoding(4, 128)),
+    "kv2": (torch.float32, KVCoding(2, 64)),
+}
+
+
 @pytest.mark.parametrize(("key_size", "value_size"), [(64, 64), (80, 80), (576, 512), (16, 128)])
 @pytest.mark.parametrize("heads_per_kv", [1, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_it_equals_float64(
-    kernel: HostKernel, dtype: torch.dtype, heads_per_kv: int, key_size: int, value_size: int
-) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_it_equals_float64(kernel: HostKernel, name: str, heads_per_kv: int, key_size: int, value_size: int) -> None:
     torch.manual_seed(0)
     lengths, num_kv_heads, num_tokens = [1, 2, 15, 16, 17, 100], 5, 120
-    form = PlainFormat(KVShape(num_kv_heads, key_size, value_size), dtype)
+    dtype, coding = FORMATS[name]
+    form = make_format(KVShape(num_kv_heads, key_size, value_size), dtype, coding)
     keys_CKH = (3 * torch.randn(num_tokens, num_kv_heads, key_size)).to(dtype)
     values_CKW = torch.randn(num_tokens, num_kv_heads, value_size).to(dtype)
     log = KVLog(form, torch.empty(num_tokens, form.token_bytes, dtype=torch.uint8))
     form.write(keys_CKH, values_CKW, log.data_CB)
+    if coding is not None:
+        if form.codec.code_bytes % 16:
+            assert not kernel.takes(log), "codes of a group fill no vectors"
+            return
+        # Codes come back in float32, whatever the type of what was coded.
+        keys_CKH, values_CKW = CodedFormat(form.shape, torch.float32, coding).read(log.data_CB, slice(None))
     q_TKMH = torch.randn(len(lengths), num_kv_heads, heads_per_kv, key_size).to(dtype)
     parts = parts_of(lengths, num_tokens)
     assert kernel.takes(log)
@@ -52,6 +69,17 @@ def test_it_equals_float64(
         torch.testing.assert_close(lse_PKM[part].double(), scores_KMS.logsumexp(-1), atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=["plain", "kv4"])
+def test_what_is_no_number_is_not_hidden(kernel: HostKernel, coding: KVCoding | None) -> None:
+    form = make_format(KVShape(1, 64, 64), torch.float32, coding)
+    log = KVLog(form, torch.empty(20, form.token_bytes, dtype=torch.uint8))
+    keys_CKH = torch.randn(20, 1, 64)
+    keys_CKH[7, 0, 3] = torch.nan
+    form.write(keys_CKH, torch.randn(20, 1, 64), log.data_CB)
+    out_PKMW, _ = kernel(torch.randn(1, 1, 1, 64), [log], parts_of([20], 20), scale=1.0, softcap=None)
+    assert out_PKMW.isnan().all()
+
+
 def test_it_refuses_what_it_cannot_read(kernel: HostKernel) -> None:
     def log(key_size: int, dtype: torch.dtype, coding: KVCoding | None = None) -> KVLog:
         form = make_format(KVShape(2, key_size, 64), dtype, coding)
@@ -60,7 +88,8 @@ def test_it_refuses_what_it_cannot_read(kernel: HostKernel) -> None:
     assert kernel.takes(log(64, torch.float16))
     assert not kernel.takes(log(72, torch.float16))
     assert not kernel.takes(log(64, torch.float64))
-    assert not kernel.takes(log(64, torch.float16, KVCoding(4, 64)))
+    assert kernel.takes(log(64, torch.float16, KVCoding(4, 64)))
+    assert not kernel.takes(log(64, torch.float16, KVCoding(4, 16)))
 
 
 def test_places_behind_a_log_are_not_read(kernel: HostKernel) -> None:
@@ -92,8 +121,9 @@ def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_the_rate_is_measured() -> None:
-    form = PlainFormat(KVShape(4, 64, 64), torch.float32)
+@pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=["plain", "kv4"])
+def test_the_rate_is_measured(coding: KVCoding | None) -> None:
+    form = make_format(KVShape(4, 64, 64), torch.float32, coding)
     assert 1e8 < host_attention_rate(form, 8, is_link_busy=False) < 1e12
 
 

@@ -22,7 +22,7 @@ from flexeval.backends.loading import (
 )
 from flexeval.backends.options import read_limits, read_policy
 from flexeval.config import Limits, Setting
-from flexeval.engine.codecs.kv_format import PlainFormat
+from flexeval.engine.codecs.kv_format import make_format
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.host_rate import host_attention_rate
@@ -208,12 +208,9 @@ class Engine:
         if self._hardware is None:
             opened, is_gpu = self._opened, self._opened.device.type == "cuda"
             self._hardware = detect("cuda" if is_gpu else "cpu", self._limits, opened.anatomy.dtype)
-            if self._fixed_policy is not None:
-                attends_on_host = self._fixed_policy.host_attention > 0
-            else:  # the rate is that of keys and values as computed
-                attends_on_host = opened.kv_coding is None
-            if attends_on_host and is_gpu:
-                form = PlainFormat(opened.anatomy.kv_shape(0), opened.anatomy.dtype)
+            is_free = self._fixed_policy is None and opened.sparsity is None
+            if is_gpu and (is_free or (self._fixed_policy is not None and self._fixed_policy.host_attention)):
+                form = make_format(opened.anatomy.kv_shape(0), opened.anatomy.dtype, opened.kv_coding)
                 rate = host_attention_rate(form, self._shape.num_query_heads, is_link_busy=True)
                 self._hardware = replace(self._hardware, host_attention_bytes_per_s=rate)
         return self._hardware

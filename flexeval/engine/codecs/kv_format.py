@@ -191,7 +191,7 @@ class CodedFormat:
         return codes.unflatten(0, (len(keys_TKH), -1)), affine.unflatten(0, (len(keys_TKH), -1))
 
 
-def make_format(shape: KVShape, dtype: torch.dtype, coding: KVCoding | None) -> KVFormat:
+def make_format(shape: KVShape, dtype: torch.dtype, coding: KVCoding | None) -> PlainFormat | CodedFormat:
     """How a layer's tokens rest. Raises `UnsupportedModelError` where the setting cannot code them."""
     return PlainFormat(shape, dtype) if coding is None else CodedFormat(shape, dtype, coding)
 

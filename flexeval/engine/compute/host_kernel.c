@@ -1,7 +1,8 @@
 // Decode attention where the KV rests: queries of single tokens over parts of contexts, read token by token as they lie.
 //
-// A log holds a token's heads side by side, of each the key and then the value. A piece of work is some heads of one
-// part: what is read of a token is one run. Softmax is taken online, a block of tokens at a time (Milakov and
+// A log holds a token's heads side by side, of each the key and then the value: as numbers, or as codes in groups, whose
+// scales and minima come behind the codes of all heads. A piece of work is some heads of one part: what is read of a
+// token is one run, or two. Softmax is taken online, a block of tokens at a time (Milakov and
 // Gimelshein 2018), all sums in float32. A team of threads takes the pieces in turn and sleeps in between: threads that
 // spin would hold up the one that feeds the GPU.
 //
@@ -24,7 +25,7 @@ typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-enum kind { FLOAT32, FLOAT16, BFLOAT16 };
+enum kind { FLOAT32, FLOAT16, BFLOAT16, CODES8, CODES4, CODES2 };
 
 struct work {
     const float *queries;    // [T, K, M, H], scaled
@@ -37,6 +38,7 @@ struct work {
     int64_t num_parts, num_kv_heads, heads_per_kv, key_size, value_size;
     int64_t heads_at_once;   // KV heads of a piece
     int64_t kind;
+    int64_t group_size;      // of codes; those of one byte's bits fill whole vectors
     float softcap;           // 0: none
 };
 
@@ -54,9 +56,22 @@ INLINE floats load(enum kind kind, const uint8_t *numbers) {
 #endif
 }
 
-// exp of numbers up to 0, to 2e-7 of it (0 below exp(-87)): 2^n times a polynomial, as in Cephes' expf (Moshier 1989).
+INLINE ints load_bytes(const uint8_t *bytes) {
+#if defined(__AVX512F__)
+    return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
+#else
+    __m256i parts[2] = {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes)),
+                        _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(bytes + LANES / 2)))};
+    ints all;
+    memcpy(&all, parts, sizeof all);
+    return all;
+#endif
+}
+
+// exp of numbers up to 0, to 2e-7 of it (0 below exp(-87), NaN of NaN): 2^n times a polynomial, as in Cephes' expf
+// (Moshier 1989).
 INLINE floats exp_of(floats x) {
-    const ints is_normal = x > -87.0f;
+    const ints is_normal = ~(x <= -87.0f);
     x = (floats)((ints)x & is_normal);
     ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
     floats whole = __builtin_convertvector(n, floats);
@@ -108,17 +123,44 @@ INLINE float max_of(floats x) {
     return x[0] > x[1] ? x[0] : x[1];
 }
 
-// `count` runs of numbers, as float32.
-INLINE void widen(enum kind kind, const uint8_t *const *runs, int64_t offset, int count, int64_t size, float *numbers) {
+// `size` numbers from `first` on of each of `count` tokens, as float32.
+INLINE void widen(
+    enum kind kind, const uint8_t *const *tokens, int64_t first, int count, int64_t size, float *numbers
+) {
     const int64_t width = kind == FLOAT32 ? 4 : 2;
-    for (int run = 0; run < count; run++)
+    for (int t = 0; t < count; t++)
         for (int64_t i = 0; i < size; i += LANES)
-            *(floats *)(numbers + run * size + i) = load(kind, runs[run] + offset + i * width);
+            *(floats *)(numbers + t * size + i) = load(kind, tokens[t] + (first + i) * width);
+}
+
+// The same of codes in whole groups: minimum + scale * code. Each `bits` of a group's bytes are a part of it.
+INLINE void decode(
+    int bits, const uint8_t *const *tokens, int64_t num_code_bytes, int64_t group_size, int64_t first, int count,
+    int64_t size, float *numbers
+) {
+    const int64_t code_bytes = group_size * bits / 8;
+    for (int t = 0; t < count; t++)
+        for (int64_t group = first / group_size; group < (first + size) / group_size; group++) {
+            const uint8_t *const codes = tokens[t] + group * code_bytes;
+            uint16_t affine[2];
+            memcpy(affine, tokens[t] + num_code_bytes + group * sizeof affine, sizeof affine);
+            const float scale = _cvtsh_ss(affine[0]), minimum = _cvtsh_ss(affine[1]);
+            float *const part = numbers + t * size + group * group_size - first;
+            for (int64_t i = 0; i < code_bytes; i += LANES) {
+                const ints packed = load_bytes(codes + i);
+                for (int shift = 0; shift < 8; shift += bits) {
+                    const floats code = __builtin_convertvector(packed >> shift & ((1 << bits) - 1), floats);
+                    *(floats *)(part + shift / bits * code_bytes + i) = minimum + scale * code;
+                }
+            }
+        }
 }
 
 INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t first_head, int64_t last_head) {
-    const int64_t width = kind == FLOAT32 ? 4 : 2, H = w->key_size, W = w->value_size, M = w->heads_per_kv;
-    const int64_t head_bytes = (H + W) * width, token_bytes = head_bytes * w->num_kv_heads;
+    const int bits = kind == CODES8 ? 8 : kind == CODES4 ? 4 : kind == CODES2 ? 2 : 0;
+    const int64_t H = w->key_size, W = w->value_size, M = w->heads_per_kv, token_size = (H + W) * w->num_kv_heads;
+    const int64_t num_bytes = token_size * (bits ? bits : kind == FLOAT32 ? 32 : 16) / 8;  // of codes, or all
+    const int64_t token_bytes = num_bytes + (bits ? token_size / w->group_size * 4 : 0);
     const int64_t first_row = (part * w->num_kv_heads + first_head) * M;
     const int64_t num_rows = (last_head - first_head) * M;
     float *const out = w->out + first_row * W, *const max = w->lse + first_row, sums[num_rows];
@@ -134,8 +176,14 @@ INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t f
         const uint8_t *tokens[BLOCK];
         for (int t = 0; t < count; t++) tokens[t] = (const uint8_t *)w->logs[part] + w->places[place + t] * token_bytes;
         for (int64_t head = first_head; head < last_head; head++) {
-            widen(kind, tokens, head * head_bytes, count, H, keys);
-            widen(kind, tokens, head * head_bytes + H * width, count, W, values);
+            const int64_t first = head * (H + W);
+            if (bits) {
+                decode(bits, tokens, num_bytes, w->group_size, first, count, H, keys);
+                decode(bits, tokens, num_bytes, w->group_size, first + H, count, W, values);
+            } else {
+                widen(kind, tokens, first, count, H, keys);
+                widen(kind, tokens, first + H, count, W, values);
+            }
             for (int64_t m = 0; m < M; m++) {
                 const int64_t row = (head - first_head) * M + m;
                 const float *query = w->queries + ((w->tokens[part] * w->num_kv_heads + head) * M + m) * H;
@@ -174,9 +222,14 @@ static void attend_piece(const struct work *w, int64_t piece) {
     const int64_t pieces = (w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once;  // of a part
     const int64_t part = piece / pieces, first = piece % pieces * w->heads_at_once;
     const int64_t end = first + w->heads_at_once, last = end < w->num_kv_heads ? end : w->num_kv_heads;
-    if (w->kind == FLOAT32) attend(FLOAT32, w, part, first, last);
-    if (w->kind == FLOAT16) attend(FLOAT16, w, part, first, last);
-    if (w->kind == BFLOAT16) attend(BFLOAT16, w, part, first, last);
+    switch (w->kind) {  // a copy of the code for each
+    case FLOAT32: return attend(FLOAT32, w, part, first, last);
+    case FLOAT16: return attend(FLOAT16, w, part, first, last);
+    case BFLOAT16: return attend(BFLOAT16, w, part, first, last);
+    case CODES8: return attend(CODES8, w, part, first, last);
+    case CODES4: return attend(CODES4, w, part, first, last);
+    case CODES2: return attend(CODES2, w, part, first, last);
+    }
 }
 
 struct team {

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flexeval.cache import cached_directory
-from flexeval.engine.codecs.kv_format import KVLog, PlainFormat
+from flexeval.engine.codecs.kv_format import CodedFormat, KVFormat, KVLog, PlainFormat
 from flexeval.engine.compute.partial import Partial
 from flexeval.errors import FlexevalError
 
@@ -36,14 +36,31 @@ PIECES_PER_THREAD = 4
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _LANES, _MAX_SIZE = 16, 1024  # as in the source
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_CODES = {8: 3, 4: 4, 2: 5}  # by bits
 _POINTERS = ("queries", "logs", "tokens", "bounds", "places", "out", "lse")
-_SIZES = ("num_parts", "num_kv_heads", "heads_per_kv", "key_size", "value_size", "heads_at_once", "kind")
+_SIZES = ("num_parts", "num_kv_heads", "heads_per_kv", "key_size", "value_size", "heads_at_once")
+
+
+class _Kind(NamedTuple):
+    """What a log holds."""
+
+    kind: int
+    group_size: int = 0
+
+    @classmethod
+    def of(cls, form: KVFormat) -> _Kind | None:
+        """None for what the kernel cannot read."""
+        if isinstance(form, PlainFormat) and form.dtype in _KINDS:
+            return cls(_KINDS[form.dtype])
+        if isinstance(form, CodedFormat) and form.codec.code_bytes % _LANES == 0:
+            return cls(_CODES[form.codec.bits], form.codec.group_size)
+        return None
 
 
 class _Work(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_int64) for name in (*_SIZES, *_Kind._fields)),
         ("softcap", ctypes.c_float),
     )
 
@@ -77,8 +94,8 @@ class HostKernel:
         """Whether it can read such a log."""
         shape = log.format.shape
         sizes = (shape.key_size, shape.value_size)
-        is_known = isinstance(log.format, PlainFormat) and log.format.dtype in _KINDS
-        return is_known and log.data_CB.is_contiguous() and all(s % _LANES == 0 and s <= _MAX_SIZE for s in sizes)
+        is_known = _Kind.of(log.format) is not None and log.data_CB.is_contiguous()
+        return is_known and all(s % _LANES == 0 and s <= _MAX_SIZE for s in sizes)
 
     def __call__(
         self, q_TKMH: Tensor, logs: list[KVLog], parts: Parts, *, scale: float, softcap: float | None
@@ -93,7 +110,8 @@ class HostKernel:
             softcap: Scores become softcap * tanh(score / softcap).
         """
         form = logs[0].format
-        assert isinstance(form, PlainFormat)
+        kind = _Kind.of(form)
+        assert kind is not None
         for log, num_tokens in zip(logs, parts.num_tokens, strict=True):
             assert (log.format.shape, len(log.data_CB) >= num_tokens) == (form.shape, True), (log, num_tokens)
         _, num_kv_heads, heads_per_kv, key_size = q_TKMH.shape
@@ -112,7 +130,7 @@ class HostKernel:
             key_size,
             value_size,
             -(-num_kv_heads // num_pieces),
-            _KINDS[form.dtype],
+            *kind,
             softcap or 0.0,
         )
         self._library.flexeval_attend(self._team, ctypes.byref(work))
