@@ -190,3 +190,25 @@ def test_page_locked_buffers_are_used_again() -> None:
     assert tier.used_bytes == 1 << 22
     tier.close()
     assert tier.used_bytes == 0
+
+
+def test_idle_buffers_make_room_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+    monkeypatch.setattr("flexeval.engine.memory.tier.pin", lambda data: pinned.append(data.numel()))
+    monkeypatch.setattr("flexeval.engine.memory.tier.unpin", lambda data: pinned.remove(data.numel()))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    tier = MemoryTier(TierName.CPU, CPU, compute_device=CUDA)
+
+    def batch(*sizes: int) -> list[int]:
+        """A batch's logs and one sweep's hidden states; what stays page-locked when all have been given back."""
+        for extent in [tier.allocate(size) for size in sizes]:
+            extent.free()
+        return sorted(pinned)
+
+    assert batch(9000, 7000, 300) == [300, 7000, 9000]
+    assert batch(9000, 7000, 300) == [300, 7000, 9000]
+    assert tier.allocate(100).num_bytes == 100  # neither fits what is idle nor beside it: the smallest gives way
+    assert sorted(pinned) == [100, 7000, 9000]
+    assert (tier.used_bytes, tier.peak_bytes) == (16100, 16300)
+    tier.close()
+    assert pinned == [100]

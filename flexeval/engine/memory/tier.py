@@ -97,8 +97,8 @@ class Meter:
 class MemoryTier(Meter):
     """The memory of one device; host memory is page-locked where a GPU copies from it.
 
-    Page-locking takes seconds a gigabyte, so page-locked buffers that are given back wait for the next request of
-    about their size.
+    Page-locking takes a third of a second a gigabyte, so page-locked buffers that are given back wait for the next
+    request of about their size. They make room for others, the smallest first, where more would be held than ever was.
     """
 
     def __init__(self, name: TierName, device: torch.device, *, compute_device: torch.device):
@@ -115,7 +115,8 @@ class MemoryTier(Meter):
             buffer = min(fitting, key=Tensor.numel)
             self._idle = [other for other in self._idle if other is not buffer]
             return MemoryExtent(self, buffer, num_bytes)
-        self._drop_idle()
+        while self._idle and self.used_bytes + num_bytes > self.peak_bytes:
+            self._drop(min(self._idle, key=Tensor.numel))
         try:
             buffer = (
                 page_aligned(num_bytes)
@@ -142,15 +143,14 @@ class MemoryTier(Meter):
 
     def close(self) -> None:
         """Give idle buffers back; the others go with their extents."""
-        self._drop_idle()
+        while self._idle:
+            self._drop(self._idle[-1])
 
-    def _drop_idle(self) -> None:
-        if self._idle:
-            torch.cuda.synchronize()  # a copy may still be on its way
-        for buffer in self._idle:
-            unpin(buffer)
-            self.give_back(buffer.numel())
-        self._idle = []
+    def _drop(self, idle: Tensor) -> None:
+        torch.cuda.synchronize()  # a copy may still be on its way
+        unpin(idle)
+        self._idle = [other for other in self._idle if other is not idle]
+        self.give_back(idle.numel())
 
 
 class MemoryExtent:
