@@ -24,7 +24,7 @@ _UNIT_BYTES = {
 }
 _SETTING = re.compile(
     r"(?=w|kv|topk|quest)(?:w(?P<weight_bits>8|4))?(?:kv(?P<kv_bits>8|4|2))?(?:-g(?P<group_size>32|64|128))?"
-    r"(?P<hqq>-hqq)?(?P<perchannel>-perchannel)?(?:(?:^|-)(?P<method>topk|quest)(?P<percent>[1-9][0-9]?))?"
+    r"(?P<hqq>-hqq)?(?P<embed>-embed)?(?P<perchannel>-perchannel)?(?:(?:^|-)(?P<method>topk|quest)(?P<percent>[1-9][0-9]?))?"
 )
 
 
@@ -72,7 +72,7 @@ class Setting:
     """One way to compress the same model; its name is the identity of a HELM deployment."""
 
     name: str
-    """As the user wrote it: `none`, `w4`, `kv4`, `w4kv4-g128-topk10`, `w4-hqq`, `kv4-perchannel`."""
+    """As the user wrote it: `none`, `w4`, `kv4`, `w4kv4-g128-topk10`, `w4-hqq-embed`, `kv4-perchannel`."""
     weight_bits: int | None = None
     """Bits of a layer's matrices at rest; None keeps them as loaded."""
     kv_bits: int | None = None
@@ -81,6 +81,8 @@ class Setting:
     """Numbers that share a scale and a minimum: of a matrix along its inputs, of keys and values along the head."""
     is_refined: bool = False
     """Whether the minima of matrices' groups are refined by half-quadratic quantization."""
+    codes_vocabulary: bool = False
+    """Whether embedding and head rest as the layers' matrices do; else as loaded."""
     has_key_channels: bool = False
     """Whether keys rest channel by channel, each moved and scaled by its own range."""
     sparsity: Sparsity | None = None
@@ -88,7 +90,7 @@ class Setting:
 
     @property
     def weights(self) -> str:
-        """The part of the name that says what becomes of weights: `w4-g128` of `w4kv4-g128`."""
+        """The part of the name that says what becomes of layers' weights: `w4-g128` of `w4kv4-g128-embed`."""
         if self.weight_bits is None:
             return "none"
         groups = "" if self.group_size == 64 else f"-g{self.group_size}"
@@ -96,7 +98,7 @@ class Setting:
 
     @classmethod
     def parse(cls, name: str) -> Setting:
-        """Read a setting's name: parts in the order `w kv -g -hqq -perchannel -topk`, each at most once.
+        """Read a setting's name: parts in the order `w kv -g -hqq -embed -perchannel -topk`, each at most once.
 
         Raises `ConfigError`.
         """
@@ -104,12 +106,14 @@ class Setting:
             return cls(name=name)
         match = _SETTING.fullmatch(name)
         lacks = match is not None and (
-            (match["hqq"] and not match["weight_bits"]) or (match["perchannel"] and not match["kv_bits"])
+            ((match["hqq"] or match["embed"]) and not match["weight_bits"])
+            or (match["perchannel"] and not match["kv_bits"])
         )
         if match is None or lacks:
             mend = (
                 "A setting is none, w8, w4, kv8, kv4, kv2 or such as w4kv4; -g32 or -g128 behind it sets its groups; "
                 "-hqq behind it, of one with w, refines its weights' rounding; "
+                "-embed behind it, of one with w, compresses embedding and head as well; "
                 "-perchannel behind it, of one with kv, scales each channel of keys; "
                 "topk10 or quest10, alone or last as in w4kv4-topk10, attends to 10 (1 to 99) percent of the keys"
             )
@@ -122,6 +126,7 @@ class Setting:
             name=name,
             group_size=int(match["group_size"] or 64),
             is_refined=bool(match["hqq"]),
+            codes_vocabulary=bool(match["embed"]),
             has_key_channels=bool(match["perchannel"]),
             sparsity=sparsity,
             **bits,

@@ -100,7 +100,7 @@ def _holds(directory: Path, opened: OpenModel) -> bool:
 def _write(directory: Path, opened: OpenModel, progress: Progress) -> None:
     anatomy, source = opened.anatomy, opened.source
     layouts = [SlabLayout(anatomy.layer_specs(layer), opened.codec) for layer in range(anatomy.num_layers)]
-    num_bytes = sum(layout.num_bytes for layout in layouts) + anatomy.resident_bytes
+    num_bytes = sum(layout.num_bytes for layout in layouts) + anatomy.resident_bytes(None)
     if num_bytes > (num_free := shutil.disk_usage(directory).free):
         raise CapacityError(
             f"a prepared model of {format_size(num_bytes)} does not fit: {format_size(num_free)} are free",

@@ -98,6 +98,23 @@ def test_keys_may_rest_by_channel(name: str, plain: str) -> None:
     assert Setting.parse("w4kv4-hqq-perchannel").is_refined
 
 
+@pytest.mark.parametrize(
+    ("name", "plain"), [("w4-embed", "w4"), ("w8-g32-hqq-embed", "w8-g32-hqq"), ("w4kv4-embed-topk10", "w4kv4-topk10")]
+)
+def test_embedding_and_head_may_rest_as_layers_do(name: str, plain: str) -> None:
+    coded, as_loaded = Setting.parse(name), Setting.parse(plain)
+    assert (coded.codes_vocabulary, as_loaded.codes_vocabulary) == (True, False)
+    assert dataclasses.replace(coded, name=plain, codes_vocabulary=False) == as_loaded
+    assert coded.weights == as_loaded.weights, "a prepared model serves both"
+    assert Setting.parse("w4kv4-embed-perchannel").has_key_channels
+
+
+@pytest.mark.parametrize("name", ["kv4-embed", "-embed", "none-embed", "w4-embed-hqq", "w4-embed-g32", "w4embed"])
+def test_a_coded_embedding_without_coded_weights_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting.*-embed behind it, of one with w,"):
+        Setting.parse(name)
+
+
 @pytest.mark.parametrize("name", ["w4-perchannel", "perchannel", "kv4-perchannel-g32", "kv4-perchannel-hqq"])
 def test_channels_without_coded_keys_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"unknown setting.*-perchannel behind it, of one with kv,"):

@@ -50,6 +50,11 @@ class OpenModel:
     text: TextHalf
     """Its tokenizer."""
 
+    @property
+    def vocabulary_codec(self) -> Codec | None:
+        """What the setting does to embedding and head; None leaves them as they are."""
+        return self.codec if self.setting.codes_vocabulary else None
+
 
 def open_model(model: str | ModelSource, *, setting: str | Setting, device: str, dtype: str) -> OpenModel:
     """Find a model and check that it can be answered rightly.

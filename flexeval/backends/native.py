@@ -104,7 +104,12 @@ class Engine:
         self._fixed_policy = policy
         self._limits = limits
         self._shape = model_shape(
-            opened.anatomy, opened.codec, opened.device, kv_coding=opened.kv_coding, sparsity=opened.sparsity
+            opened.anatomy,
+            opened.codec,
+            opened.device,
+            kv_coding=opened.kv_coding,
+            sparsity=opened.sparsity,
+            vocabulary_codec=opened.vocabulary_codec,
         )
         self.text = opened.text
         self._executor: Executor | None = None
@@ -236,6 +241,7 @@ class Engine:
             codec=opened.codec,
             kv_coding=opened.kv_coding,
             sparsity=opened.sparsity,
+            vocabulary_codec=opened.vocabulary_codec,
             device=opened.device,
             disk_tier=DiskTier(disk_dir, limit_bytes=self._limits.disk_bytes) if disk_dir is not None else None,
             on_layer=lambda layer: on_layer(layer + 1, opened.anatomy.num_layers),

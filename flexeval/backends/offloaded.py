@@ -113,4 +113,4 @@ class OffloadedBackend(ABC):
 def _weight_bytes(anatomy: Anatomy) -> int:
     """Bytes of all weights; tied tensors count once."""
     specs = [spec for layer in range(anatomy.num_layers) for spec in anatomy.layer_specs(layer)]
-    return anatomy.resident_bytes + sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+    return anatomy.resident_bytes(None) + sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)

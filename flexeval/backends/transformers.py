@@ -92,6 +92,8 @@ def load_whole(opened: OpenModel, *, attention: str | None = "eager") -> PreTrai
         attention = register_attention(opened.kv_coding, opened.sparsity, has_key_channels=has_key_channels)
     anatomy, cpu = opened.anatomy, torch.device("cpu")
     state: dict[str, Tensor] = dict(opened.checkpoint.rest())
+    if opened.vocabulary_codec is not None:
+        state |= anatomy.vocabulary.as_coded(state, opened.vocabulary_codec)
     layouts = [SlabLayout(anatomy.layer_specs(layer), opened.codec) for layer in range(anatomy.num_layers)]
     layers = range(anatomy.num_layers)
     with Packer(opened.checkpoint, layouts, layers, layers_name=anatomy.layers_name, device=cpu) as packer:

@@ -54,6 +54,7 @@ class EngineParts:
         codec: Codec | None,
         kv_coding: KVCoding | None = None,
         sparsity: Sparsity | None = None,
+        vocabulary_codec: Codec | None = None,
         device: torch.device,
         disk_tier: DiskTier | None,
         on_layer: Callable[[int], None] = lambda layer: None,
@@ -68,6 +69,7 @@ class EngineParts:
             codec: How layers' matrices rest; None as they are.
             kv_coding: How keys and values rest; None as they are.
             sparsity: Which keys are attended to; None attends to all.
+            vocabulary_codec: How embedding and head rest; None as they are.
             device: Where layers are computed.
             disk_tier: Room on disk; needed where the policy uses it. The executor closes it.
             on_layer: Told, for each layer that is loaded, how many were before it.
@@ -83,13 +85,14 @@ class EngineParts:
         self._is_sparse = sparsity is not None
         self._watch = Stopwatch(device)
         self.tiers = Tiers(device, disk_tier)
+        self._resident_bytes = anatomy.resident_bytes(vocabulary_codec)
         num_layers = anatomy.num_layers
         if overlap is None:
             overlap = not all(self.tiers.is_home(split) for split in (policy.weights, policy.kv, policy.hidden))
         self._lanes: dict[str, Lane] = {name: ThreadLane(name, device) if overlap else InlineLane() for name in LANES}
         try:
             self.tiers.check(policy)
-            anatomy.bind_rest(checkpoint.rest(), device)
+            anatomy.bind_rest(checkpoint.rest(), device, vocabulary_codec)
             self._kv_tiers = self.tiers.spread(policy.kv, num_layers)
             self._weights = WeightStore(
                 anatomy,
@@ -140,7 +143,7 @@ class EngineParts:
         """The most that was used of each tier: on a GPU everything, elsewhere what the engine's stores hold."""
         peak = self.tiers.peak_bytes()
         if self._device.type != "cuda":
-            peak[self.tiers.home.name] += self._anatomy.resident_bytes
+            peak[self.tiers.home.name] += self._resident_bytes
         return peak
 
     def _make_replay(self) -> Replay | None:

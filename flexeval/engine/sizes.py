@@ -13,6 +13,7 @@ from flexeval.engine.codecs.kv_format import KVCoding, make_format
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import decode_copies
 from flexeval.engine.compute.experts import experts_per_token
+from flexeval.engine.compute.vocabulary import PART_VALUES
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.planning.prefix import build_tree
 from flexeval.planning.streams import make_streams
@@ -28,6 +29,7 @@ def model_shape(
     *,
     kv_coding: KVCoding | None = None,
     sparsity: Sparsity | None = None,
+    vocabulary_codec: Codec | None = None,
 ) -> ModelShape:
     """Sizes of a model as the engine computes it on `device`; where layers differ, the largest.
 
@@ -55,7 +57,8 @@ def model_shape(
         intermediate_size=_intermediate_size(text, active),
         layer_bytes=largest.num_bytes,
         layer_compute_bytes=max(SlabLayout(list(layer), None).num_bytes for layer in kinds),
-        resident_bytes=anatomy.resident_bytes,
+        resident_bytes=anatomy.resident_bytes(vocabulary_codec),
+        unpacked_head_bytes=0 if vocabulary_codec is None else PART_VALUES * anatomy.dtype.itemsize,
         layer_params=max(
             total - expert + expert * active // experts for total, expert in zip(matrices, in_experts, strict=True)
         ),

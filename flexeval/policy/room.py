@@ -100,6 +100,7 @@ class RoomModel:
         logits_bytes = min(LOGITS_CHUNK_BYTES, work.max_logits_rows * shape.vocab_size * 4)
         return (
             shape.resident_bytes
+            + shape.unpacked_head_bytes
             + (shape.layer_compute_bytes if shape.is_packed else 0)
             + call_tokens * call_bytes_per_token(shape)
             + kv_bytes

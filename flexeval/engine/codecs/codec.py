@@ -58,6 +58,17 @@ class Codec(Protocol):
         """
         ...
 
+    def decode_rows(self, coded: Tensor, num_rows: int, which: slice | Tensor, out: Tensor) -> None:
+        """Fill rows of a matrix that was coded as one run.
+
+        Args:
+            coded: uint8 `[num_bytes(V)]`.
+            num_rows: Rows of the matrix, which are whole groups.
+            which: A slice of them, or an index `[R]`.
+            out: `[R, V / num_rows]` of any float type, on the same device.
+        """
+        ...
+
     def few_tokens(self, device: torch.device) -> int:
         """Up to how many tokens a matrix is better multiplied as it rests than unpacked; 0 where it cannot be."""
         ...
@@ -149,9 +160,16 @@ class IntegerCodec:
         """Write minimum + scale * code, computed in float32, a bounded number of groups at a time."""
         assert coded.shape == (*out.shape[:-1], self.num_bytes(out.shape[-1])), (coded.shape, out.shape)
         coded_RB, out_RV = (coded[None], out[None]) if out.dim() == 1 else (coded, out)
-        codes_RGP, affine_RG2 = self.split(coded_RB)
+        self._decode(*self.split(coded_RB), out_RV)
+
+    def decode_rows(self, coded: Tensor, num_rows: int, which: slice | Tensor, out: Tensor) -> None:
+        """Unpack some rows of a matrix."""
+        codes_GP, affine_G2 = self.split(coded)
+        self._decode(codes_GP.unflatten(0, (num_rows, -1))[which], affine_G2.unflatten(0, (num_rows, -1))[which], out)
+
+    def _decode(self, codes_RGP: Tensor, affine_RG2: Tensor, out_RV: Tensor) -> None:
         out_RGE = out_RV.view(*codes_RGP.shape[:2], self.group_size)
-        if has_triton(coded.device):
+        if has_triton(out_RV.device):
             from flexeval.engine.codecs import pack_kernel
 
             return pack_kernel.unpack(codes_RGP, affine_RG2, out_RGE, bits=self.bits)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from flexeval.engine.codecs.codec import CodedMatrix
+from flexeval.engine.codecs.codec import Codec, CodedMatrix
 from flexeval.engine.codecs.kv_format import KVShape
 from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
 from flexeval.engine.compute.channels import Keys
@@ -32,6 +32,7 @@ from flexeval.engine.compute.port import (
     register_attention,
 )
 from flexeval.engine.compute.spec import TensorSpec
+from flexeval.engine.compute.vocabulary import Vocabulary
 from flexeval.errors import UnsupportedModelError
 
 
@@ -93,6 +94,8 @@ class Anatomy:
         per_token = experts_per_token(self.config.get_text_config())
         self.experts = [find_experts(layer, per_token) for layer in self.layers]
         """Per layer, its experts; None where they are not apart."""
+        self.vocabulary = Vocabulary(self.model)
+        """Its embedding and head."""
         self._stubs = [_Stub(layer) for layer in self.layers]
         parent, _, leaf = self.layers_name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._stubs))
@@ -124,11 +127,11 @@ class Anatomy:
         chunk = getattr(text, "attention_chunk_size", None)
         return int(min([text.max_position_embeddings, *lengths, *([chunk] if chunk else [])]))
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of embedding, norms and head; tied tensors count once."""
-        distinct = {_place(tensor): tensor for tensor in self.model.state_dict(keep_vars=True).values()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+    def resident_bytes(self, codec: Codec | None) -> int:
+        """Bytes of embedding, norms and head, where the codec is for the first and the last; tied ones count once."""
+        tensors = self.model.state_dict(keep_vars=True)
+        distinct = {_place(tensor): self.vocabulary.num_bytes(name, tensor, codec) for name, tensor in tensors.items()}
+        return sum(distinct.values())
 
     def layer_specs(self, layer: int) -> list[TensorSpec]:
         """The tensors of a layer's slab: its parameters and the buffers a checkpoint holds."""
@@ -157,14 +160,19 @@ class Anatomy:
         if (experts := self.experts[layer]) is not None:
             experts.port.fetch = fetch_experts
 
-    def bind_rest(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Give embedding, norms and head their weights, and every remaining buffer its initial value."""
+    def bind_rest(self, tensors: Mapping[str, Tensor], device: torch.device, codec: Codec | None = None) -> None:
+        """Give embedding, norms and head their weights, and every remaining buffer its initial value.
+
+        A codec is for the embedding and the head. Raises what `Vocabulary.bind` does.
+        """
         for module in [*self.model.modules(), *(child for layer in self.layers for child in layer.modules())]:
             self._fill_buffers(module, device)
-        moved = {_place(tensor): tensor.to(device) for tensor in tensors.values()}  # tied tensors once
-        _bind(self.model, {name: moved[_place(tensor)] for name, tensor in tensors.items()})
-        unbound = [name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta]
-        assert not unbound, (unbound, "tensors without a value")
+        coded = frozenset() if codec is None else self.vocabulary.bind(tensors, codec, device)
+        plain = {name: tensor for name, tensor in tensors.items() if name not in coded}
+        moved = {_place(tensor): tensor.to(device) for tensor in plain.values()}  # tied tensors once
+        _bind(self.model, {name: moved[_place(tensor)] for name, tensor in plain.items()})
+        unbound = {name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta}
+        assert unbound == coded, (unbound, "tensors without a value")
 
     def _fill_buffers(self, module: nn.Module, device: torch.device) -> None:
         """Compute the buffers that no checkpoint holds (rotary frequencies, scales), as transformers does."""
@@ -182,7 +190,8 @@ class Anatomy:
         """Hidden states entering the first layer, and what every layer is called with."""
         for stub in self._stubs:
             stub.replacement = None
-        self.model.base_model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
+        with self.vocabulary.looking_up(ids_1T) as ids_1T:
+            self.model.base_model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
         seen = [stub.seen for stub in self._stubs]
         for stub in self._stubs:
             stub.seen = None
@@ -234,7 +243,8 @@ class Anatomy:
         zeros_1T = torch.zeros(1, num_tokens, dtype=torch.long, device=hidden_1TD.device)
         self._stubs[-1].replacement = hidden_1TD
         try:
-            logits: Tensor = self.model(input_ids=zeros_1T, position_ids=zeros_1T, use_cache=False).logits
+            with self.vocabulary.looking_up(zeros_1T) as ids_1T:
+                logits: Tensor = self.model(input_ids=ids_1T, position_ids=zeros_1T, use_cache=False).logits
         finally:
             self._stubs[-1].replacement = self._stubs[-1].seen = None
         return logits
