@@ -5,6 +5,9 @@ Anything else that goes wrong is our bug and keeps its traceback.
 
 from __future__ import annotations
 
+_LONGEST = 2000
+"""Characters of what is wrong: it may quote a file that somebody else wrote."""
+
 
 class FlexevalError(Exception):
     """A problem the user can mend; the command line prints it as one line and exits with code 2.
@@ -21,7 +24,11 @@ class FlexevalError(Exception):
         self.mend = mend
         place = f" ({where})" if where else ""
         hint = f". {mend}" if mend else ""
-        super().__init__(f"{what.rstrip('. ')}{place}{hint}".replace("\n", " "))
+        shown = what if len(what) <= _LONGEST else f"{what[:_LONGEST]}..."
+        line = " ".join(f"{shown.rstrip('. ')}{place}{hint}".splitlines())
+        super().__init__(
+            "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+        )
 
 
 class ConfigError(FlexevalError):

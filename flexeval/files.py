@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_LONGEST_NAME = 200
+"""Bytes; file systems have room for 255, and names get endings."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -22,6 +25,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name that others chose is a file's in a directory, not a path out of it or into another."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(os.fsencode(name)) <= _LONGEST_NAME
 
 
 def write_text(path: Path, text: str) -> None:
