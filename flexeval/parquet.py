@@ -77,11 +77,10 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
 def read_texts(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
     """Read columns that `save_texts` wrote. Raises `ResultsError`."""
     with _reading(path, _AGAIN):
-        columns = _open(path, texts=names)
-        texts: dict[str, list[str]] = {name: [] for name in names}
+        schema, texts = _open(path).schema_arrow, {name: list[str]() for name in names}
         for name in names:
-            _check_text(columns, name)
-        for batch in _batches(columns, path, _num_text_bytes, names):
+            _check_text(schema, name)
+        for batch in _batches(_open(path, texts=names), path, _num_text_bytes, names):
             for name in names:
                 texts[name] += batch.column(name).to_pylist()
         return texts
@@ -158,13 +157,13 @@ def _num_text_bytes(batch: pa.RecordBatch) -> int:
     return sum(lengths) + 64 * len(batch) * len(lengths)
 
 
-def _check_text(file: pq.ParquetFile, name: str) -> None:
+def _check_text(schema: pa.Schema, name: str) -> None:
     import pyarrow
 
-    found = [field.type for field in file.schema_arrow if field.name == name]
+    found = [field.type for field in schema if field.name == name]
     if len(found) != 1:
         raise ValueError(f"it has {len(found) or 'no'} columns called {name}")
-    inner = found[0].value_type if pyarrow.types.is_dictionary(found[0]) else None
+    inner = found[0].value_type if pyarrow.types.is_dictionary(found[0]) else found[0]
     if inner not in (pyarrow.string(), pyarrow.large_string()):
         raise ValueError(f"its column {name} is of type {found[0]}, not of texts")
 
