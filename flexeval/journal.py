@@ -18,6 +18,7 @@ from typing import Any
 
 from flexeval import distributions, typed
 from flexeval.errors import DiskError
+from flexeval.files import parse_json
 from flexeval.request import Completion, Request
 
 
@@ -94,7 +95,7 @@ class Journal:
                 break
             end += len(line)
             with suppress(ValueError):  # then it is asked again
-                self._take(typed.parse(line))
+                self._take(parse_json(line))
         return end
 
     def _take(self, entry: object) -> None:

@@ -28,7 +28,7 @@ _LEAST_BYTES = 64 * 2**20
 _MOST_TIMES = 1000
 """Beyond that, how many times its length: prompts that share a header of many thousand tokens come to some hundred."""
 _MOST_COLUMNS = 100
-_MOST_ENTRIES = 100_000
+_MOST_ENTRIES = 10_000
 """Of any list in a file's metadata: row groups, columns, fields of its schema."""
 _BATCH_ROWS = 1024
 _AGAIN = "Copy it again, or make it anew"
@@ -121,7 +121,7 @@ def _batches(
 ) -> Iterator[pa.RecordBatch]:
     """The rows, some at a time. Raises `ValueError` where they come to too much."""
     limit, num_bytes, num_rows = _limit(path), 0, 0
-    check_pages(path, file.metadata, names, limit)
+    check_pages(path, names, limit)
     for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
         num_bytes, num_rows = num_bytes + size(batch), num_rows + len(batch)
         if num_bytes > limit:

@@ -17,6 +17,7 @@ from typing import Any
 from flexeval import distributions, parquet, typed
 from flexeval.config import Setting
 from flexeval.errors import FlexevalError, ResultsError
+from flexeval.files import parse_json
 from flexeval.journal import completion_from_json, completion_to_json
 from flexeval.request import Completion, Request
 from flexeval.results import SettingResult
@@ -149,7 +150,7 @@ def _write(path: Path, kind: str, info: dict[str, Any], columns: dict[str, list[
 def _read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, list[str]]]:
     if not path.is_file():
         raise ResultsError("there is no such file", where=str(path), mend=f"Name a file of {kind}")
-    about = typed.parse(parquet.read_metadata(path).get(_KEY, b"{}"))
+    about = parse_json(parquet.read_metadata(path).get(_KEY, b"{}"))
     if not isinstance(about, dict) or about.get("kind") != kind:
         raise ResultsError(
             f"this is not a file of {kind}", where=str(path), mend=f"Name one that `flexeval {_MAKER[kind]}` wrote"
@@ -173,7 +174,7 @@ def _digest(kind: str, info: dict[str, Any], columns: dict[str, list[str]]) -> s
 
 def _object(text: str) -> dict[str, Any]:
     """A JSON object whose texts can be written. Raises `ValueError`."""
-    found = typed.parse(text)
+    found = parse_json(text)
     if not isinstance(found, dict):
         raise ValueError(f"a cell holds {typed.show(found)}, not an object")
     json.dumps(found, ensure_ascii=False).encode()  # halves of characters are no text

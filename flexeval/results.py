@@ -12,7 +12,7 @@ from typing import Any
 
 from flexeval import typed
 from flexeval.errors import ResultsError
-from flexeval.files import write_json
+from flexeval.files import read_json, write_json
 
 SCHEMA_VERSION = 1
 _SHORT_HASH = re.compile(r"[0-9a-f]{16}")
@@ -199,7 +199,7 @@ class RunResults:
         if not path.is_file():
             raise ResultsError("no results here", where=str(path), mend="Name a directory that `flexeval run` wrote")
         try:
-            data = typed.parse(path.read_bytes())
+            data = read_json(path)
             if not isinstance(data, dict):
                 raise ValueError(f"it holds {typed.show(data)}, not an object")
             if data.get("schema_version") != SCHEMA_VERSION:

@@ -5,7 +5,6 @@ Names say units here (`num_*`, `*_bytes`, `*_s`), so a count below zero and a du
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -24,14 +23,6 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 _JSON_TYPES: dict[type, set[type]] = {bool: {bool}, int: {int}, float: {float, int}, str: {str}, NoneType: {NoneType}}
 _SHOWN = 60
 _LARGEST = 2**64
-
-
-def parse(text: str | bytes) -> Any:
-    """The value that a JSON text stands for. Raises `ValueError`."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def read(kind: type[T], data: object, **given: Any) -> T:

@@ -281,7 +281,7 @@ def test_facts_and_cells_with_something_odd_in_them_are_refused_or_serve(data: s
     else:
         name = "options" if kind == "prompts" else "answer"
         first, *others = columns[name]
-        columns = columns | {name: [data.draw(mutations(json.loads(json.dumps(first)))), *others]}
+        columns = columns | {name: [json.dumps(data.draw(mutations(json.loads(json.dumps(first))))), *others]}
     use(write(folder / "odd.parquet", kind, info, columns, about), kind)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,13 +29,14 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from flexeval.checkpoints import INDEX_FILE, read_index
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.packed import PackedLayer
 from flexeval.errors import ModelError
 
-INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _SAMPLE_BYTES = 2**20
+_INDEX = re.compile(r"[0-9]{1,6}")
 
 
 class Checkpoint(Protocol):
@@ -113,18 +115,18 @@ class SafetensorsCheckpoint(Checkpoint):
     def _read(self, keys: list[str], wanted: set[str], *, tie: bool = False) -> dict[str, Tensor]:
         with _with_layers(self._anatomy) as model, _opened(self._files, keys) as read, _quiet():
             meta = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-            slices = {key: read(key) for key in keys}
             config = LoadStateDictConfig(
                 device_map={"": "cpu"},
                 dtype=self._anatomy.dtype,
                 weight_mapping=list(self._mapping),  # type: ignore[arg-type]
             )
             try:
+                slices = {key: read(key) for key in keys}
                 info, _ = convert_and_load_state_dict_in_model(model, slices, config, None)
                 if tie:
                     model.tie_weights(missing_keys=info.missing_keys)
                 loaded = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in wanted}
-            except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # tensors of strange types and shapes raise whatever they lead to
                 raise ModelError(
                     f"the weights cannot be read: {error}", where=str(self._directory), mend="Fetch the model again"
                 ) from error
@@ -161,23 +163,18 @@ def _find_files(directory: Path) -> dict[str, Path]:
     """The file of each tensor. Raises `ModelError`."""
     try:
         if (directory / INDEX_FILE).is_file():
-            weight_map = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
-            files = {key: directory / name for key, name in weight_map.items()}
-            for path in sorted(set(files.values())):
-                if not path.is_file() or path.parent != directory:
-                    raise ModelError("a weight file is missing", where=str(path), mend="Fetch the model again")
-                _check_header(path)
-            return files
+            shards = read_index(directory / INDEX_FILE)
+            held = {name: set(_check_header(directory / name)) for name in sorted(set(shards.values()))}
+            if lost := [key for key, name in shards.items() if key not in held[name]]:
+                raise ValueError(f"it looks for {lost[0]} in {shards[lost[0]]}, where that is not")
+            return {key: directory / name for key, name in shards.items()}
         path = directory / SINGLE_FILE
         if not path.is_file():
             raise ModelError("no safetensors weights here", where=str(directory), mend="Convert them to safetensors")
         return dict.fromkeys(_check_header(path), path)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"the index of the weights cannot be read: {error}",
-            where=str(directory / INDEX_FILE),
-            mend="Fetch the model again",
-        ) from error
+    except ValueError as error:
+        what = f"the index of the weights cannot be read: {error}"
+        raise ModelError(what, where=str(directory / INDEX_FILE), mend="Fetch the model again") from error
 
 
 def _check_header(path: Path) -> list[str]:
@@ -236,4 +233,4 @@ def _locate(name: str, layers_name: str) -> tuple[int | None, str]:
     if not name.startswith(layers_name + "."):
         return None, name
     index, _, local = name[len(layers_name) + 1 :].partition(".")
-    return int(index), local
+    return (int(index), local) if _INDEX.fullmatch(index) else (None, name)
