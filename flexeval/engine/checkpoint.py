@@ -36,6 +36,7 @@ from flexeval.errors import ModelError
 
 SINGLE_FILE = "model.safetensors"
 _SAMPLE_BYTES = 2**20
+_NUMBERS = ("F64", "F32", "F16", "BF16")
 _INDEX = re.compile(r"[0-9]{1,6}")
 
 
@@ -92,6 +93,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._files = _find_files(directory)
         self.identity = _identify(anatomy, set(self._files.values()))
         self._keys: dict[int | None, list[str]] = defaultdict(list)
+        self._weights: set[str] = set()
         with _with_layers(anatomy) as whole:
             self._mapping = get_model_conversion_mapping(whole)
             names = whole.state_dict(keep_vars=True)
@@ -100,6 +102,8 @@ class SafetensorsCheckpoint(Checkpoint):
             for key in self._files:
                 name, _ = rename_source_key(key, renamings, converters, whole.base_model_prefix, names)
                 self._keys[_locate(name, anatomy.layers_name)[0]].append(key)
+                if (wanted := names.get(name)) is not None and wanted.is_floating_point():
+                    self._weights.add(key)
 
     def layer(self, layer: int) -> dict[str, Tensor]:
         """Read one layer. Raises `ModelError` for a tensor that is missing or cannot be read."""
@@ -122,6 +126,7 @@ class SafetensorsCheckpoint(Checkpoint):
             )
             try:
                 slices = {key: read(key) for key in keys}
+                self._check_types(slices)
                 info, _ = convert_and_load_state_dict_in_model(model, slices, config, None)
                 if tie:
                     model.tie_weights(missing_keys=info.missing_keys)
@@ -141,6 +146,12 @@ class SafetensorsCheckpoint(Checkpoint):
             what = f"the weights do not fit: {problems[0]}" if problems else f"no weights for {missing[0]}"
             raise ModelError(what, where=str(self._directory), mend="Fetch the model again, or check its config.json")
         return {name: tensor.detach() for name, tensor in loaded.items()}
+
+    def _check_types(self, slices: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for weights that are codes: converted to numbers without their scales, they were wrong."""
+        for key in self._weights & slices.keys():
+            if (found := slices[key].get_dtype()) not in _NUMBERS:
+                raise ValueError(f"{key} is of type {found}, not one of {', '.join(_NUMBERS)}")
 
 
 def _identify(anatomy: Anatomy, paths: set[Path]) -> str:
