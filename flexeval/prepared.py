@@ -104,9 +104,9 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         data: Any = read_json(path)
-        if not isinstance(data, dict):
-            raise ValueError(f"it holds {typed.show(data)}, not an object")
-        found = data.pop("format", None)
+        if not isinstance(data, dict) or "format" not in data:
+            raise ValueError(f"it holds {typed.show(data)}, not an object that names its format")
+        found = data.pop("format")
         if found != FORMAT:
             raise ModelError(
                 f"prepared in format {typed.show(found)}, this flexeval reads format {FORMAT}",
