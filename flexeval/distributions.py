@@ -23,7 +23,7 @@ Rows = npt.NDArray[np.void]
 Contexts = npt.NDArray[np.uint64]
 MOST_TOP = 2**20
 """Tokens kept of a distribution at most: more than any vocabulary has."""
-_ROUNDING = 0.01
+ROUNDING = 0.01
 """A log-probability in few bits may come out above 0."""
 
 
@@ -160,7 +160,7 @@ def from_json(data: object) -> Rows:
 def check(rows: Rows) -> None:
     """Raise `ValueError` for rows that cannot have been read off of a model: what others wrote is not just believed."""
     for name in ("logprob", "top_logprobs", "sampled_logprobs"):
-        if not (rows[name] <= _ROUNDING).all():  # not a number is not less either
+        if not (rows[name] <= ROUNDING).all():  # not a number is not less either
             raise ValueError(f"{name} of a distribution is no logarithm of a probability")
     if np.isnan(rows["threshold"]).any():
         raise ValueError("threshold of a distribution is no number")

@@ -8,7 +8,6 @@ requests and files; not who answers.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -147,8 +146,8 @@ def _completion(data: object, alternatives: tuple[Completion, ...] = ()) -> Comp
     )
     if not all(0 <= token < 2**31 for token in found.token_ids):
         raise ValueError("an answer holds a token that there is not")
-    if any(map(math.isnan, found.logprobs)):
-        raise ValueError("an answer holds a log-probability that is no number")
+    if not all(logprob <= distributions.ROUNDING for logprob in found.logprobs):  # what is no number is not less either
+        raise ValueError("an answer holds no logarithm of a probability where one belongs")
     return found
 
 

@@ -5,7 +5,6 @@ Names say units here (`num_*`, `*_bytes`, `*_s`), so a count below zero and a du
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 _JSON_TYPES: dict[type, set[type]] = {bool: {bool}, int: {int}, float: {float, int}, str: {str}, NoneType: {NoneType}}
 _SHOWN = 60
 _LARGEST = 2**64
+_MOST_SECONDS = 1e12
 
 
 def read(kind: type[T], data: object, **given: Any) -> T:
@@ -120,8 +120,8 @@ def _check_scalars(kind: type, values: Sequence[Any], where: str) -> None:
     least, most = min(values), max(values)
     if not all(abs(value) < _LARGEST for value in (least, most) if isinstance(value, int)):
         raise ValueError(f"{where} is too large a number")
-    if _SECONDS.search(where) and not all(map(math.isfinite, values)):
-        raise ValueError(f"{where} is not a finite number")
+    if _SECONDS.search(where) and not all(abs(value) < _MOST_SECONDS for value in values):
+        raise ValueError(f"{where} is no number of seconds")
     if least < 0 and (_COUNT.search(where) or _SECONDS.search(where)):
         raise ValueError(f"{where} is {show(least)}, less than 0")
 
