@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from flexeval import typed
 from flexeval.backends.backend import Usage, add_up
 from flexeval.backends.native import Engine
 from flexeval.config import Setting
@@ -57,7 +59,7 @@ def answer_all(
     """
     asked = [replace(request, keep_top=keep_top) for request in requests]
     with Journal(folder / f"{setting.name}-{_journal_key(source, engine)}.jsonl", fresh=fresh) as journal:
-        waiting = [request for request in asked if request not in journal]
+        waiting = [request for request in asked if not journal.has_answer(request)]
         num_resumed = len(asked) - len(waiting)
         if num_resumed:
             progress.say(f"{setting.name}: {num_resumed} of {len(asked)} were answered by an earlier run")
@@ -94,7 +96,7 @@ def _cost(
     engine: Engine, setting: Setting, completions: Sequence[Completion], journal: Journal, num_resumed: int
 ) -> SettingResult:
     """What the answers have cost, over all sessions that gave them."""
-    sessions = [Usage(**usage) for usage in journal.usages]
+    sessions = [found for usage in journal.usages if (found := _usage(usage))]
     total = add_up(sessions)
     answers = [one for completion in completions for one in (completion, *completion.alternatives)]
     return SettingResult(
@@ -111,6 +113,13 @@ def _cost(
         lanes=total.lanes,
         num_resumed=num_resumed,
     )
+
+
+def _usage(data: dict[str, Any]) -> Usage | None:
+    """What a session has noted of itself; None where somebody has damaged it."""
+    with suppress(ValueError):
+        return typed.read(Usage, data)
+    return None
 
 
 def _journal_key(source: ModelSource, engine: Engine) -> str:

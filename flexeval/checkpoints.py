@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexeval.errors import ModelError
-from flexeval.files import read_json
+from flexeval.files import is_plain_name, read_json
 from flexeval.presets import Config
+from flexeval.typed import show
 
+INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -34,17 +36,20 @@ def read_config(directory: Path) -> Config:
 def check_weights(directory: Path, config: Config) -> None:
     """Check that the weights are whole safetensors files of plain numbers. Raises `ModelError`."""
     if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ModelError(
-            f"weights quantized by {quantization.get('quant_method', 'an unnamed method')} cannot be read",
+            f"weights quantized by {method or 'an unnamed method'} cannot be read",
             where=str(directory),
             mend="Use the model's 16-bit weights (--setting w4 compresses them), or a GGUF file",
         )
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise _no_weights(directory)
-    for shard in _indexed_files(directory):
-        if not (directory / shard).is_file():
-            raise ModelError(f"{shard} is missing", where=str(directory), mend="Fetch the model again")
+    if (index := directory / INDEX_FILE).is_file():
+        try:
+            read_index(index)
+        except ValueError as error:
+            raise ModelError(f"not an index of weights: {error}", where=str(index), mend="Fetch it again") from error
     for file in files:
         _check_whole(file)
 
@@ -60,14 +65,30 @@ def _no_weights(directory: Path) -> ModelError:
     )
 
 
-def _indexed_files(directory: Path) -> list[str]:
-    path = directory / "model.safetensors.index.json"
-    if not path.is_file():
-        return []
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, in the index's own directory.
+
+    Raises:
+        ValueError: It is no index, or names something outside.
+        ModelError: A file is missing.
+    """
     try:
-        return sorted(set(read_json(path)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"not an index of weights: {error!r}", where=str(path), mend="Fetch it again") from error
+        index = read_json(path)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError("it has no weight_map")
+    for name in set(map(_plain, files.values())):
+        if not (path.parent / name).is_file():
+            raise ModelError(f"{name} is missing", where=str(path.parent), mend="Fetch the model again")
+    return files
+
+
+def _plain(name: object) -> str:
+    if not isinstance(name, str) or not is_plain_name(name):
+        raise ValueError(f"its weight_map names {show(name)}, which is no file beside it")
+    return name
 
 
 def _check_whole(file: Path) -> None:

@@ -17,6 +17,7 @@ import psutil
 
 from flexeval.config import format_size
 from flexeval.errors import CapacityError, ModelError
+from flexeval.gguf_header import check_header
 
 _MEND = "Use the model's own directory with safetensors weights instead"
 _UNMARKED_SPLITS = frozenset({"", "default"})
@@ -43,18 +44,28 @@ class GgufHeader:
 
 def read_header(gguf: Path) -> GgufHeader:
     """Read a GGUF file's header. Raises `ModelError` for a file that is truncated, corrupt or one of several."""
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(gguf)
+        check_header(gguf)
+        return _read_header(gguf)
+    except ModelError:
+        raise
     except Exception as error:  # the reader trusts its input: a damaged file raises whatever the damage leads to
         raise ModelError(
             f"not a GGUF file, truncated or corrupt: {error}", where=str(gguf), mend="Fetch the file again"
         ) from error
 
+
+def _read_header(gguf: Path) -> GgufHeader:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+
     def value(key: str, default: Any) -> Any:
         found = reader.get_field(key)
-        return default if found is None else found.contents()
+        contents = default if found is None else found.contents()
+        if type(contents) is not type(default):
+            raise ValueError(f"its {key} is of a strange type")
+        return contents
 
     if (num_files := value("split.count", 1)) > 1:
         raise ModelError(

@@ -21,6 +21,10 @@ from flexeval.request import TokenResult
 Rows = npt.NDArray[np.void]
 """Rows of the type that `row_type` describes."""
 Contexts = npt.NDArray[np.uint64]
+MOST_TOP = 2**20
+"""Tokens kept of a distribution at most: more than any vocabulary has."""
+ROUNDING = 0.01
+"""A log-probability in few bits may come out above 0."""
 
 
 def row_type(num_top: int) -> np.dtype[np.void]:
@@ -143,9 +147,26 @@ def to_json(rows: Rows) -> dict[str, Any]:
     return {"num_top": rows["top_tokens"].shape[1], "rows": base64.b64encode(rows.tobytes()).decode()}
 
 
-def from_json(data: dict[str, Any]) -> Rows:
-    """Rows from what `to_json` made of them."""
-    return np.frombuffer(base64.b64decode(data["rows"]), row_type(data["num_top"]))
+def from_json(data: object) -> Rows:
+    """Rows from what `to_json` made of them. Raises `ValueError`."""
+    num_top, text = (data.get("num_top"), data.get("rows")) if isinstance(data, dict) else (None, None)
+    if type(num_top) is not int or not 0 <= num_top <= MOST_TOP or not isinstance(text, str):
+        raise ValueError("rows of distributions are not what they should be")
+    rows = np.frombuffer(base64.b64decode(text, validate=True), row_type(num_top))
+    check(rows)
+    return rows
+
+
+def check(rows: Rows) -> None:
+    """Raise `ValueError` for rows that cannot have been read off of a model: what others wrote is not just believed."""
+    for name in ("logprob", "top_logprobs", "sampled_logprobs"):
+        if not (rows[name] <= ROUNDING).all():  # not a number is not less either
+            raise ValueError(f"{name} of a distribution is no logarithm of a probability")
+    if np.isnan(rows["threshold"]).any():
+        raise ValueError("threshold of a distribution is no number")
+    for name in ("is_drawn", "is_text"):
+        if (rows[name].view(np.uint8) > 1).any():
+            raise ValueError(f"{name} of a distribution is neither true nor false")
 
 
 def _once(rows: Rows) -> Rows:

@@ -5,6 +5,9 @@ Anything else that goes wrong is our bug and keeps its traceback.
 
 from __future__ import annotations
 
+_LONGEST = 1000
+"""Characters of what is wrong, and of where: they may quote a file that somebody else wrote."""
+
 
 class FlexevalError(Exception):
     """A problem the user can mend; the command line prints it as one line and exits with code 2.
@@ -19,9 +22,16 @@ class FlexevalError(Exception):
         self.what = what
         self.where = where
         self.mend = mend
-        place = f" ({where})" if where else ""
+        place = f" ({_cut(where)})" if where else ""
         hint = f". {mend}" if mend else ""
-        super().__init__(f"{what.rstrip('. ')}{place}{hint}".replace("\n", " "))
+        line = " ".join(f"{_cut(what).rstrip('. ')}{place}{hint}".splitlines())
+        super().__init__(
+            "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+        )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class ConfigError(FlexevalError):

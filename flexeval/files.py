@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_LONGEST_NAME = 200
+"""Bytes; file systems have room for 255, and names get endings."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -24,6 +27,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name that others chose is a file's in a directory, not a path out of it or into another."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(os.fsencode(name)) <= _LONGEST_NAME
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with replacing(path) as temporary:
@@ -37,4 +45,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON. Raises `OSError` and `ValueError`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that a JSON text stands for. Raises `ValueError`."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

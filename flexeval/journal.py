@@ -15,9 +15,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from flexeval import distributions
+from flexeval import distributions, typed
 from flexeval.errors import DiskError
-from flexeval.request import Completion, FinishReason, Request
+from flexeval.files import parse_json
+from flexeval.request import Completion, Request
 
 
 class Journal:
@@ -49,6 +50,10 @@ class Journal:
 
     def __contains__(self, request: Request) -> bool:
         return request.content_hash() in self._completions
+
+    def has_answer(self, request: Request) -> bool:
+        """Whether there is an entry for a request, and it can be the answer."""
+        return request in self and fits(request, self[request], keep_top=request.keep_top)
 
     def __getitem__(self, request: Request) -> Completion:
         return self._completions[request.content_hash()]
@@ -88,14 +93,16 @@ class Journal:
             if not line.endswith(b"\n"):
                 break
             end += len(line)
-            with suppress(ValueError, TypeError, KeyError, AttributeError):  # then it is asked again
-                self._take(json.loads(line))
+            with suppress(ValueError):  # then it is asked again
+                self._take(parse_json(line))
         return end
 
-    def _take(self, entry: dict[str, Any]) -> None:
-        if "usage" in entry:
+    def _take(self, entry: object) -> None:
+        if not isinstance(entry, dict):
+            return
+        if isinstance(entry.get("usage"), dict):
             self.usages.append(entry["usage"])
-        else:
+        elif isinstance(entry.get("key"), str) and isinstance(entry.get("completion"), dict):
             self._completions[entry["key"]] = completion_from_json(entry["completion"])
 
 
@@ -109,15 +116,42 @@ def completion_to_json(completion: Completion) -> dict[str, Any]:
 
 
 def completion_from_json(data: dict[str, Any]) -> Completion:
-    """Read what `completion_to_json` wrote. Raises `ValueError`, `TypeError`, `KeyError` or `AttributeError`."""
-    lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
-    rows = data["distributions"]
-    return Completion(
-        **data
-        | lists
-        | {
-            "finish_reason": FinishReason(data["finish_reason"]),
-            "alternatives": tuple(map(completion_from_json, data["alternatives"])),
-            "distributions": None if rows is None else distributions.from_json(rows),
-        }
+    """Read what `completion_to_json` wrote. Raises `ValueError`."""
+    return _completion(data, alternatives=tuple(_completion(one) for one in _listed(data.get("alternatives", []))))
+
+
+def fits(request: Request, completion: Completion, *, keep_top: int) -> bool:
+    """Whether a completion can be the answer to a request of which `keep_top` tokens of each distribution were kept."""
+    row_type = distributions.row_type(keep_top)
+    answers = (completion, *completion.alternatives)
+    return len(answers) == request.num_completions and all(
+        len(one.logprobs) == len(one.token_ids)
+        and len(one.tokens) == (len(one.token_ids) if request.detokenize else 0)
+        and (not request.echo or one.num_prompt_tokens <= len(one.token_ids))
+        and (not keep_top or (one.distributions is not None and one.distributions.dtype == row_type))
+        for one in answers
     )
+
+
+def _completion(data: object, alternatives: tuple[Completion, ...] = ()) -> Completion:
+    if not isinstance(data, dict):
+        raise ValueError(f"an answer is {typed.show(data)}, not an object")
+    told = {name: value for name, value in data.items() if name not in ("alternatives", "distributions")}
+    rows = data.get("distributions")
+    found = typed.read(
+        Completion,
+        told,
+        alternatives=alternatives,
+        distributions=None if rows is None else distributions.from_json(rows),
+    )
+    if not all(0 <= token < 2**31 for token in found.token_ids):
+        raise ValueError("an answer holds a token that there is not")
+    if not all(logprob <= distributions.ROUNDING for logprob in found.logprobs):  # what is no number is not less either
+        raise ValueError("an answer holds no logarithm of a probability where one belongs")
+    return found
+
+
+def _listed(values: object) -> list[Any]:
+    if not isinstance(values, list):
+        raise ValueError(f"alternatives is {typed.show(values)}, not a list")
+    return values

@@ -204,8 +204,9 @@ def _demo_tokenizer() -> Path:
 
 
 def _vocab_size(config: Config) -> int:
-    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size", 0))
-    return int(size)
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size", 0) if isinstance(text, dict) else 0)
+    return size if type(size) is int else 0
 
 
 def _slug(text: str) -> str:

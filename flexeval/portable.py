@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flexeval.errors import ResultsError
-from flexeval.files import replacing
+from flexeval import distributions, parquet, typed
+from flexeval.config import Setting
+from flexeval.errors import FlexevalError, ResultsError
+from flexeval.files import parse_json
 from flexeval.journal import completion_from_json, completion_to_json
 from flexeval.request import Completion, Request
+from flexeval.results import SettingResult
 
 VERSION = 1
 """Of the form of both files."""
@@ -59,8 +63,8 @@ class AnswersInfo:
     """Of its files."""
     keep_top: int
     """Most probable tokens kept at each position."""
-    cost: dict[str, Any]
-    """A `results.SettingResult`."""
+    cost: SettingResult
+    """What that took."""
     machine: dict[str, str]
     """Where it was."""
     versions: dict[str, str]
@@ -98,15 +102,18 @@ def write_prompts(path: Path, info: PromptsInfo, requests: Sequence[Request]) ->
 
 def read_prompts(path: Path) -> Prompts:
     """Read what `write_prompts` wrote. Raises `ResultsError`."""
-    info, columns, digest = _read(path, "prompts", ("prompt", "options"))
-    try:
+    with _reading(path):
+        about, columns = _read(path, "prompts", ("prompt", "options"))
+        info = typed.read(PromptsInfo, about["info"])
+        _check(0 <= info.vocabulary < 2**64, f"vocabulary {info.vocabulary}")
+        _check(info.context_length > 0, f"context_length {info.context_length}")
+        _check(info.max_eval_instances is None or info.max_eval_instances > 0, "max_eval_instances below 1")
         requests = [
-            Request(**_tuples(json.loads(options)), prompt=prompt)
+            typed.read(Request, _object(options), prompt=prompt)
             for prompt, options in zip(columns["prompt"], columns["options"], strict=True)
         ]
-        return Prompts(info=PromptsInfo(**info), requests=requests, digest=digest)
-    except (TypeError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        _check(len({request.content_hash() for request in requests}) == len(requests), "a request that comes twice")
+        return Prompts(info=info, requests=requests, digest=about["digest"])
 
 
 def write_answers(path: Path, info: AnswersInfo, requests: Sequence[Request], completions: Sequence[Completion]) -> str:
@@ -121,55 +128,41 @@ def write_answers(path: Path, info: AnswersInfo, requests: Sequence[Request], co
 
 def read_answers(path: Path) -> AnswersFile:
     """Read what `write_answers` wrote. Raises `ResultsError`."""
-    info, columns, _ = _read(path, "answers", ("request", "text", "answer"))
-    try:
-        answers = [completion_from_json(json.loads(answer)) for answer in columns["answer"]]
+    with _reading(path):
+        about, columns = _read(path, "answers", ("request", "text", "answer"))
+        info = typed.read(AnswersInfo, about["info"])
+        Setting.parse(info.setting)  # files are named by it
+        _check(info.cost.setting == info.setting, f"the cost of {typed.show(info.cost.setting)}")
+        _check(0 <= info.keep_top <= distributions.MOST_TOP, f"keep_top {info.keep_top}")
+        answers = [completion_from_json(_object(answer)) for answer in columns["answer"]]
         completions = dict(zip(columns["request"], answers, strict=True))
-        return AnswersFile(info=AnswersInfo(**info), completions=completions)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise _unreadable(path, error) from error
+        _check(len(completions) == len(answers), "two answers to one request")
+        return AnswersFile(info=info, completions=completions)
 
 
 def _write(path: Path, kind: str, info: dict[str, Any], columns: dict[str, list[str]]) -> str:
-    import pyarrow
-    from pyarrow import parquet
-
     digest = _digest(kind, info, columns)
     about = json.dumps({"kind": kind, "version": VERSION, "info": info, "digest": digest})
-    table = pyarrow.table({name: pyarrow.array(values, pyarrow.string()) for name, values in columns.items()})
-    with replacing(path) as temporary:
-        parquet.write_table(table.replace_schema_metadata({_KEY: about}), temporary, compression="zstd")
+    parquet.save_texts(columns, path, metadata={_KEY: about})
     return digest
 
 
-def _read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, list[str]], str]:
-    import pyarrow
-    from pyarrow import parquet
-
+def _read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, list[str]]]:
     if not path.is_file():
         raise ResultsError("there is no such file", where=str(path), mend=f"Name a file of {kind}")
-    try:
-        table = parquet.read_table(path)
-        about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    about = parse_json(parquet.read_metadata(path).get(_KEY, b"{}"))
     if not isinstance(about, dict) or about.get("kind") != kind:
         raise ResultsError(
             f"this is not a file of {kind}", where=str(path), mend=f"Name one that `flexeval {_MAKER[kind]}` wrote"
         )
     if about.get("version") != VERSION:
-        what = f"its form has version {about.get('version')}, this flexeval reads {VERSION}"
+        what = f"its form has version {typed.show(about.get('version'))}, this flexeval reads {VERSION}"
         raise ResultsError(what, where=str(path), mend="Use the same flexeval for all three steps")
-    try:
-        columns = {name: table.column(name).to_pylist() for name in names}
-        is_whole = about["digest"] == _digest(kind, about["info"], columns)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not is_whole:
-        raise ResultsError(
-            "it was changed after it was written", where=str(path), mend="Copy it again, or make it anew"
-        )
-    return about["info"], columns, about["digest"]
+    columns = parquet.read_texts(path, names)
+    _check(isinstance(about.get("info"), dict), "no facts on what it was made of")
+    if about.get("digest") != _digest(kind, about["info"], columns):
+        raise ResultsError("it was changed after it was written", where=str(path), mend=_AGAIN)
+    return about, columns
 
 
 def _digest(kind: str, info: dict[str, Any], columns: dict[str, list[str]]) -> str:
@@ -179,13 +172,27 @@ def _digest(kind: str, info: dict[str, Any], columns: dict[str, list[str]]) -> s
     return digest.hexdigest()
 
 
-def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in fields(Request)}
-    if not options.keys() <= known:
-        raise ValueError(f"unknown options {sorted(options.keys() - known)}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object whose texts can be written. Raises `ValueError`."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"a cell holds {typed.show(found)}, not an object")
+    json.dumps(found, ensure_ascii=False).encode()  # halves of characters are no text
+    return found
 
 
-def _unreadable(path: Path, error: Exception) -> ResultsError:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return ResultsError(f"cannot be read: {lines[0]}", where=str(path), mend=_AGAIN)
+def _check(is_right: bool, what: str) -> None:
+    if not is_right:
+        raise ValueError(f"it has {what}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of whatever is wrong in which file it is."""
+    try:
+        yield
+    except ResultsError:
+        raise
+    except (FlexevalError, ValueError, OSError, RecursionError) as error:
+        what = error.what if isinstance(error, FlexevalError) else str(error)
+        raise ResultsError(f"cannot be read: {what}", where=str(path), mend=_AGAIN) from error

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flexeval import typed
 from flexeval.errors import ModelError
-from flexeval.files import read_json, write_json
+from flexeval.files import is_plain_name, read_json, write_json
 
 CACHE = "prepared"
 """The kind of cached directory that prepared models are."""
 MANIFEST = "prepared.json"
 REST = "rest.safetensors"
 """Embedding, norms and head."""
+_NAME = re.compile(r"\w[\w.-]{0,200}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DTYPES = ("float32", "bfloat16", "float16")
 FORMAT = 1
 """Raised when manifests or files come to mean something else."""
 
@@ -98,20 +103,35 @@ def read_manifest(directory: Path) -> Manifest:
     """Read the manifest and check that all files are there in full length. Raises `ModelError`."""
     path = directory / MANIFEST
     try:
-        data: dict[str, Any] = read_json(path)
+        data: Any = read_json(path)
+        if not isinstance(data, dict) or "format" not in data:
+            raise ValueError(f"it holds {typed.show(data)}, not an object that names its format")
         found = data.pop("format")
         if found != FORMAT:
             raise ModelError(
-                f"prepared in format {found!r}, this flexeval reads format {FORMAT}",
+                f"prepared in format {typed.show(found)}, this flexeval reads format {FORMAT}",
                 where=str(path),
                 mend="Prepare the model again with flexeval prepare-model",
             )
-        data["files"] = {name: FileFacts(**facts) for name, facts in data["files"].items()}
-        manifest = Manifest(**data | {"content": Content(**data["content"])})
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"not a manifest: {error!r}", where=str(path), mend=_mend(directory)) from error
+        manifest = _checked(typed.read(Manifest, data))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"not a manifest: {error}", where=str(path), mend=_mend(directory)) from error
     for name, facts in manifest.files.items():
         _check_length(directory / name, facts)
+    return manifest
+
+
+def _checked(manifest: Manifest) -> Manifest:
+    """The manifest, unless it names what is no name. Raises `ValueError`."""
+    if not _NAME.fullmatch(manifest.name):  # folders are called so
+        raise ValueError(f"name is {typed.show(manifest.name)}")
+    if manifest.dtype not in _DTYPES:
+        raise ValueError(f"dtype is {typed.show(manifest.dtype)}, which is none of {', '.join(_DTYPES)}")
+    for name, facts in manifest.files.items():
+        if not is_plain_name(name) or name == MANIFEST:
+            raise ValueError(f"it names {typed.show(name)}, which is no file of its own")
+        if not _SHA256.fullmatch(facts.sha256):
+            raise ValueError(f"the SHA-256 of {name} is {typed.show(facts.sha256)}")
     return manifest
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flexeval.config import Setting
 from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ResultsError
+from flexeval.journal import fits
 from flexeval.models import fingerprint, resolve
 from flexeval.portable import (
     AnswersFile,
@@ -135,7 +135,7 @@ def execute(
         model=model,
         fingerprint=fingerprint(source),
         keep_top=keep_top,
-        cost=asdict(answers.cost),
+        cost=answers.cost,
         machine=describe_machine(),
         versions=describe_versions(),
     )
@@ -182,7 +182,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
             completions = [file.completions[request.content_hash()] for request in requests]
             every = [one for completion in completions for one in (completion, *completion.alternatives)]
             rows = [one.distributions for one in every if one.distributions is not None]
-            answers = Answers(completions, rows, SettingResult(**file.info.cost))
+            answers = Answers(completions, rows, file.info.cost)
             outcomes.append(
                 pipeline.score(
                     helm,
@@ -217,6 +217,10 @@ def _check(prompts: Prompts, where: Path, files: Sequence[AnswersFile], paths: S
         if file.info.prompts != prompts.digest or file.completions.keys() != asked:
             what = f"these answers are not to the prompts in {where}"
             raise ResultsError(what, where=str(path), mend=f"Run flexeval execute {where}")
+        for request in prompts.requests:
+            if not fits(request, file.completions[request.content_hash()], keep_top=file.info.keep_top):
+                what = f"the answer to request {request.short_hash()} is not what was asked for"
+                raise ResultsError(what, where=str(path), mend=f"Run flexeval execute {where}")
         if file.info.fingerprint != files[0].info.fingerprint:
             what = f"answered by another model than {paths[0]}: {file.info.model}, not {files[0].info.model}"
             raise ResultsError(what, where=str(path), mend="Score each model in a directory of its own, then compare")

@@ -5,14 +5,17 @@ Knows no tensor, no HELM class and no template. `results.json` is this module's 
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexeval import typed
 from flexeval.errors import ResultsError
 from flexeval.files import read_json, write_json
 
 SCHEMA_VERSION = 1
+_SHORT_HASH = re.compile(r"[0-9a-f]{16}")
 RESULTS_FILE = "results.json"
 
 
@@ -197,19 +200,29 @@ class RunResults:
             raise ResultsError("no results here", where=str(path), mend="Name a directory that `flexeval run` wrote")
         try:
             data = read_json(path)
+            if not isinstance(data, dict):
+                raise ValueError(f"it holds {typed.show(data)}, not an object")
             if data.get("schema_version") != SCHEMA_VERSION:
                 raise ResultsError(
-                    f"layout version {data.get('schema_version')!r}, this flexeval reads {SCHEMA_VERSION}",
+                    f"layout version {typed.show(data.get('schema_version'))}, this flexeval reads {SCHEMA_VERSION}",
                     where=str(path),
                     mend="Run the suite again",
                 )
-            data["tasks"] = [TaskInfo(**task) for task in data["tasks"]]
-            data["settings"] = [SettingResult(**setting) for setting in data["settings"]]
-            data["fidelity"] = [Fidelity(**one) for one in data.get("fidelity", [])]
-            data["instances"] = [InstanceResult(**instance) for instance in data["instances"]]
-            return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return _checked(typed.read(cls, data))
+        except (ValueError, OSError) as error:
             raise ResultsError(f"not a results file: {error}", where=str(path), mend="Run the suite again") from error
+
+
+def _checked(results: RunResults) -> RunResults:
+    """The results, unless a value is none that was ever written. Raises `ValueError`."""
+    for instance in results.instances:
+        if odd := [name for name in instance.requests if not _SHORT_HASH.fullmatch(name)]:
+            raise ValueError(f"instances.requests names {typed.show(odd[0])}, not a request")
+    for one in results.fidelity:
+        lengths = (len(one.kl_quantiles), len(one.probability_change_quantiles))
+        if lengths[0] != len(QUANTILES) or lengths[1] not in (0, len(QUANTILES)):
+            raise ValueError(f"fidelity has {max(lengths)} quantiles, not {len(QUANTILES)}")
+    return results
 
 
 def load_results(directory: str | Path) -> RunResults:

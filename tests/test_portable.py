@@ -25,6 +25,7 @@ from flexeval.portable import (
     write_prompts,
 )
 from flexeval.request import Completion, FinishReason, Request
+from flexeval.results import SettingResult
 
 PROMPTS = PromptsInfo(
     suite="demo",
@@ -35,13 +36,26 @@ PROMPTS = PromptsInfo(
     skip_missing=False,
     is_chat=False,
 )
+COST = SettingResult(
+    setting="w4",
+    backend="flexeval",
+    elapsed_s=1.5,
+    load_s=0.5,
+    num_requests=3,
+    num_prompt_tokens=9,
+    num_computed_prompt_tokens=9,
+    num_generated_tokens=6,
+    peak_bytes={"cpu": 5},
+    policy={"block": {"size": 2}},
+    lanes={"disk": {"busy_s": 0.5, "num_bytes": 7}},
+)
 ANSWERS = AnswersInfo(
     prompts="abc",
     setting="w4",
     model="smollm2",
     fingerprint="f",
     keep_top=2,
-    cost={"elapsed_s": 1.5},
+    cost=COST,
     machine={"processor": "x"},
     versions={"torch": "2"},
 )
@@ -50,6 +64,10 @@ REQUESTS = [
     Request(prompt="1 + 1 =", max_tokens=0, echo=True, top_logprobs=2),
     Request(prompt="a", num_completions=2),
 ]
+
+
+ROWS = np.zeros(3, row_type(2))
+ROWS["position"], ROWS["logprob"] = [1, 2, 3], -0.25
 
 
 def completion(text: str) -> Completion:
@@ -63,7 +81,7 @@ def completion(text: str) -> Completion:
         num_generated_tokens=2,
         top_logprobs=({"a": -0.5},),
         elapsed_s=0.25,
-        distributions=np.ones(3, row_type(2)),
+        distributions=ROWS,
     )
 
 
@@ -99,7 +117,7 @@ def test_answers_come_back_as_they_were(answered: Path) -> None:
     assert list(found.completions) == [request.content_hash() for request in REQUESTS]
     first = found.completions[REQUESTS[0].content_hash()]
     assert first == answers()[0]
-    assert first.distributions is not None and first.distributions.tobytes() == np.ones(3, row_type(2)).tobytes()
+    assert first.distributions is not None and first.distributions.tobytes() == ROWS.tobytes()
 
 
 def test_other_tools_can_read_them(prompts: Path, answered: Path) -> None:

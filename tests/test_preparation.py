@@ -108,7 +108,7 @@ def test_slabs_and_all_other_tensors_come_back_bit_for_bit(family: str, tmp_path
     manifest = Manifest(
         model="", name="", note="", is_dummy=False, setting="", dtype="", content=content_of("", layouts), files=files
     )
-    packed = PackedCheckpoint(tmp_path, manifest)
+    packed = PackedCheckpoint(anatomy, tmp_path, manifest)
     for layer, layout in enumerate(layouts):
         slab = torch.full((layout.num_bytes,), 7, dtype=torch.uint8)
         packed.packed(layer).read(slab)

@@ -24,6 +24,9 @@ from flexeval.prepared import Content
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_MOST = {"num_hidden_layers": 2000}
+"""Each is built, weights or not; no model has a tenth as many."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenModel:
@@ -161,7 +164,7 @@ def _read_config(source: ModelSource) -> PretrainedConfig:
         raise _unusable("configuration", source, error) from error
     text = config.get_text_config()
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if isinstance(value := getattr(text, name, None), int) and value < 1:
+        if isinstance(value := getattr(text, name, None), int) and not 0 < value <= _MOST.get(name, value):
             raise _unusable("configuration", source, f"{name}={value}")
     return config
 

@@ -5,6 +5,7 @@ Knows what goes together; neither how weights are packed nor where they will res
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def open_weights(source: ModelSource, anatomy: Anatomy, setting: Setting) -> Wei
     if source.is_prepared:
         manifest = read_manifest(source.directory)
         content = content_of(manifest.content.weights, layouts)
-        return Weights(_open_prepared(source.directory, manifest, content), content)
+        return Weights(_open_prepared(anatomy, layouts, source.directory, manifest, content), content)
     original = RandomCheckpoint(anatomy) if source.is_dummy else SafetensorsCheckpoint(anatomy, source.directory)
     if codec is None or original.identity is None:
         return Weights(original, None)
@@ -81,7 +82,7 @@ def open_weights(source: ModelSource, anatomy: Anatomy, setting: Setting) -> Wei
     directory = cache_root() / CACHE / cache_name(source, setting, content)
     if not is_prepared(directory):
         return Weights(original, content)
-    return Weights(_open_prepared(directory, read_manifest(directory), content), content)
+    return Weights(_open_prepared(anatomy, layouts, directory, read_manifest(directory), content), content)
 
 
 def cache_name(source: ModelSource, setting: Setting, content: Content) -> str:
@@ -89,16 +90,26 @@ def cache_name(source: ModelSource, setting: Setting, content: Content) -> str:
     return f"{source.name}-{setting.weights}-{content.name}"
 
 
-def _open_prepared(directory: Path, manifest: Manifest, content: Content) -> PackedCheckpoint:
+def _open_prepared(
+    anatomy: Anatomy, layouts: Sequence[SlabLayout], directory: Path, manifest: Manifest, content: Content
+) -> PackedCheckpoint:
     """Layers are checked when they are read; the rest of the directory is small, and is checked now."""
     num_layers = sum(layer_file(layer) in manifest.files for layer in range(len(manifest.files)))
     if manifest.content != content:
-        raise ModelError(
-            f"its {num_layers} layers are laid out in another way than this flexeval and transformers want them",
-            where=str(directory),
-            mend="Prepare the model again with flexeval prepare-model",
-        )
+        what = f"its {num_layers} layers are laid out in another way than this flexeval and transformers want them"
+        raise _not_whole(what, directory)
+    for layer, layout in enumerate(layouts):
+        found = manifest.files.get(layer_file(layer))
+        if found is None or found.num_bytes != layout.num_bytes:
+            says = f"{found.num_bytes} bytes" if found else "nothing"
+            raise _not_whole(f"layer {layer} takes {layout.num_bytes} bytes, the manifest says {says}", directory)
+    if REST not in manifest.files:
+        raise _not_whole(f"the manifest does not name {REST}", directory)
     large = {REST, *(layer_file(layer) for layer in range(num_layers))}
     for name in manifest.files.keys() - large:
         check_content(directory / name, manifest.files[name])
-    return PackedCheckpoint(directory, manifest)
+    return PackedCheckpoint(anatomy, directory, manifest)
+
+
+def _not_whole(what: str, directory: Path) -> ModelError:
+    return ModelError(what, where=str(directory), mend="Prepare the model again with flexeval prepare-model")

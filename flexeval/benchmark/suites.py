@@ -19,6 +19,7 @@ from pyparsing import ParseBaseException
 from flexeval.benchmark.data import PACKAGED
 from flexeval.benchmark.resources import resource_folders
 from flexeval.errors import ConfigError
+from flexeval.files import is_plain_name
 
 _SUFFIX = ".conf"
 _ENTRY_KEYS = {"description", "priority", "groups"}
@@ -72,7 +73,7 @@ def _find(name_or_path: str) -> Path:
         return Path(name_or_path)
     for folder in resource_folders("run_specs"):
         path = folder / f"{name_or_path}{_SUFFIX}"
-        if path.is_file():
+        if is_plain_name(name_or_path) and path.is_file():
             return path
     known = ", ".join(suite_names()) or "none"
     raise ConfigError(

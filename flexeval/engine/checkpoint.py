@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,13 +29,15 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from flexeval.checkpoints import INDEX_FILE, read_index
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.packed import PackedLayer
 from flexeval.errors import ModelError
 
-INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _SAMPLE_BYTES = 2**20
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+_INDEX = re.compile(r"[0-9]{1,6}")
 
 
 class Checkpoint(Protocol):
@@ -90,6 +93,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._files = _find_files(directory)
         self.identity = _identify(anatomy, set(self._files.values()))
         self._keys: dict[int | None, list[str]] = defaultdict(list)
+        self._weights: set[str] = set()
         with _with_layers(anatomy) as whole:
             self._mapping = get_model_conversion_mapping(whole)
             names = whole.state_dict(keep_vars=True)
@@ -98,6 +102,8 @@ class SafetensorsCheckpoint(Checkpoint):
             for key in self._files:
                 name, _ = rename_source_key(key, renamings, converters, whole.base_model_prefix, names)
                 self._keys[_locate(name, anatomy.layers_name)[0]].append(key)
+                if (wanted := names.get(name)) is not None and wanted.is_floating_point():
+                    self._weights.add(key)
 
     def layer(self, layer: int) -> dict[str, Tensor]:
         """Read one layer. Raises `ModelError` for a tensor that is missing or cannot be read."""
@@ -113,18 +119,19 @@ class SafetensorsCheckpoint(Checkpoint):
     def _read(self, keys: list[str], wanted: set[str], *, tie: bool = False) -> dict[str, Tensor]:
         with _with_layers(self._anatomy) as model, _opened(self._files, keys) as read, _quiet():
             meta = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-            slices = {key: read(key) for key in keys}
             config = LoadStateDictConfig(
                 device_map={"": "cpu"},
                 dtype=self._anatomy.dtype,
                 weight_mapping=list(self._mapping),  # type: ignore[arg-type]
             )
             try:
+                slices = {key: read(key) for key in keys}
+                self._check_types(slices)
                 info, _ = convert_and_load_state_dict_in_model(model, slices, config, None)
                 if tie:
                     model.tie_weights(missing_keys=info.missing_keys)
                 loaded = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in wanted}
-            except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # tensors of strange types and shapes raise whatever they lead to
                 raise ModelError(
                     f"the weights cannot be read: {error}", where=str(self._directory), mend="Fetch the model again"
                 ) from error
@@ -139,6 +146,12 @@ class SafetensorsCheckpoint(Checkpoint):
             what = f"the weights do not fit: {problems[0]}" if problems else f"no weights for {missing[0]}"
             raise ModelError(what, where=str(self._directory), mend="Fetch the model again, or check its config.json")
         return {name: tensor.detach() for name, tensor in loaded.items()}
+
+    def _check_types(self, slices: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for weights that are codes: converted to numbers without their scales, they were wrong."""
+        for key in self._weights & slices.keys():
+            if (found := slices[key].get_dtype()) not in _NUMBERS:
+                raise ValueError(f"{key} is of type {found}, not one of {', '.join(_NUMBERS)}")
 
 
 def _identify(anatomy: Anatomy, paths: set[Path]) -> str:
@@ -161,23 +174,18 @@ def _find_files(directory: Path) -> dict[str, Path]:
     """The file of each tensor. Raises `ModelError`."""
     try:
         if (directory / INDEX_FILE).is_file():
-            weight_map = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
-            files = {key: directory / name for key, name in weight_map.items()}
-            for path in sorted(set(files.values())):
-                if not path.is_file() or path.parent != directory:
-                    raise ModelError("a weight file is missing", where=str(path), mend="Fetch the model again")
-                _check_header(path)
-            return files
+            shards = read_index(directory / INDEX_FILE)
+            held = {name: set(_check_header(directory / name)) for name in sorted(set(shards.values()))}
+            if lost := [key for key, name in shards.items() if key not in held[name]]:
+                raise ValueError(f"it looks for {lost[0]} in {shards[lost[0]]}, where that is not")
+            return {key: directory / name for key, name in shards.items()}
         path = directory / SINGLE_FILE
         if not path.is_file():
             raise ModelError("no safetensors weights here", where=str(directory), mend="Convert them to safetensors")
         return dict.fromkeys(_check_header(path), path)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"the index of the weights cannot be read: {error}",
-            where=str(directory / INDEX_FILE),
-            mend="Fetch the model again",
-        ) from error
+    except ValueError as error:
+        what = f"the index of the weights cannot be read: {error}"
+        raise ModelError(what, where=str(directory / INDEX_FILE), mend="Fetch the model again") from error
 
 
 def _check_header(path: Path) -> list[str]:
@@ -236,4 +244,4 @@ def _locate(name: str, layers_name: str) -> tuple[int | None, str]:
     if not name.startswith(layers_name + "."):
         return None, name
     index, _, local = name[len(layers_name) + 1 :].partition(".")
-    return int(index), local
+    return (int(index), local) if _INDEX.fullmatch(index) else (None, name)

@@ -12,16 +12,20 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flexeval.directio import CHUNK_BYTES
+from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.chunks import bytes_of
 from flexeval.engine.memory.tier import page_aligned
 from flexeval.errors import ModelError
+from flexeval.files import parse_json
 from flexeval.prepared import REST, FileFacts, Manifest, check_content, check_digest, layer_file
 
+_AGAIN = "Prepare the model again with flexeval prepare-model"
 _TIED = "tied"
 """Names of tensors that share another one's numbers, in the file's metadata."""
 
@@ -54,7 +58,8 @@ class PackedLayer:
 class PackedCheckpoint:
     """A prepared model's weights."""
 
-    def __init__(self, directory: Path, manifest: Manifest):
+    def __init__(self, anatomy: Anatomy, directory: Path, manifest: Manifest):
+        self._anatomy = anatomy
         self._directory = directory
         self._files = manifest.files
         self.identity: str | None = manifest.content.weights
@@ -76,10 +81,31 @@ class PackedCheckpoint:
             with safe_open(path, framework="pt") as file:
                 names: list[str] = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
-                tied = json.loads(file.metadata()[_TIED])
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"weights cannot be read: {error}", where=str(path), mend="Check the disk") from error
-        return tensors | {name: tensors[first] for name, first in tied.items()}
+                tied = _read_tied(file.metadata())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(f"weights cannot be read: {error}", where=str(path), mend=_AGAIN) from error
+        tensors |= {name: tensors[first] for name, first in tied.items() if first in tensors}
+        wanted = self._anatomy.model.state_dict(keep_vars=True)
+        for name in sorted(wanted.keys() | tensors.keys()):
+            _check_fit(name, tensors.get(name), wanted.get(name), self._anatomy.dtype, path)
+        return tensors
+
+
+def _read_tied(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    tied = parse_json((metadata or {}).get(_TIED, ""))
+    if not isinstance(tied, dict) or not all(isinstance(first, str) for first in tied.values()):
+        raise ValueError("the names of tied tensors are none")
+    return tied
+
+
+def _check_fit(name: str, tensor: Tensor | None, wanted: Tensor | None, dtype: torch.dtype, path: Path) -> None:
+    if tensor is None or wanted is None:
+        what = f"it holds no {name}" if tensor is None else f"it holds {name}, which the model does not have"
+    elif tensor.shape != wanted.shape or tensor.dtype not in (wanted.dtype, dtype):
+        what = f"{name} is {list(tensor.shape)} of {tensor.dtype}, the model has {list(wanted.shape)} of {wanted.dtype}"
+    else:
+        return
+    raise ModelError(what, where=str(path), mend=_AGAIN)
 
 
 def save_rest(tensors: Mapping[str, Tensor], path: Path) -> None:

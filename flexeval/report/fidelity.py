@@ -28,6 +28,8 @@ from flexeval.report.merge import baseline_index
 from flexeval.report.statistics import MeanWithError, clustered_mean
 from flexeval.results import QUANTILES, Fidelity, RunResults
 
+_LARGEST_LOG = 700.0
+"""Its exponential is still a number."""
 Numbers = npt.NDArray[Any]
 
 
@@ -73,7 +75,7 @@ def perplexity_ratio(one: Fidelity) -> MeanWithError | None:
     """
     if one.loss_change is None:
         return None
-    ratio = math.exp(one.loss_change)
+    ratio = math.exp(min(one.loss_change, _LARGEST_LOG))
     return MeanWithError(ratio, None if one.loss_change_error is None else ratio * one.loss_change_error)
 
 

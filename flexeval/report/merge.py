@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flexeval.errors import ResultsError
+from flexeval.files import is_plain_name
 from flexeval.results import RunResults, SettingResult, TaskInfo
 
 BASELINE = "none"
@@ -22,7 +23,9 @@ def baseline_index(settings: Sequence[str]) -> int:
 
 
 def distribution_path(directory: Path, setting: str) -> Path:
-    """Where a run's directory has the distributions of a setting."""
+    """Where a run's directory has the distributions of a setting. Raises `ResultsError` for one that names no file."""
+    if not is_plain_name(setting):
+        raise ResultsError(f"{setting!r} is no name of a setting", where=str(directory), mend="Run the suite again")
     return directory / "distributions" / f"{setting}.parquet"
 
 

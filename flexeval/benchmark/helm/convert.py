@@ -10,7 +10,7 @@ from typing import NamedTuple
 from helm.common.request import GeneratedOutput, RequestResult, Token
 from helm.common.request import Request as HelmRequest
 
-from flexeval.errors import RequestError
+from flexeval.errors import RequestError, ResultsError
 from flexeval.request import Completion, Request
 
 UNSUPPORTED_FIELDS = (
@@ -72,6 +72,8 @@ def to_helm(request: HelmRequest, completion: Completion, *, batch: Batch, added
 
     HELM cuts nothing from them afterwards: `text` and `tokens` already end before the first stop sequence.
 
+    Raises `ResultsError` for an echo that is not one.
+
     Args:
         request: What HELM asked.
         completion: The answer, with its alternatives.
@@ -99,7 +101,9 @@ def _to_output(completion: Completion, added_prefix: str) -> GeneratedOutput:
     scored = zip(completion.tokens, completion.logprobs, strict=True)
     tokens = [Token(text=text, logprob=logprob) for text, logprob in scored]
     if added_prefix:
-        assert tokens[0].text == added_prefix, f"the echo begins with {tokens[0].text!r}, not with {added_prefix!r}"
+        if not tokens or tokens[0].text != added_prefix:  # answers may come from another machine
+            what = f"the echo of a prompt does not begin with {added_prefix!r}, as this model's does"
+            raise ResultsError(what, mend="Execute the prompts again, with the same model")
         tokens = tokens[1:]
     return GeneratedOutput(
         text=completion.text.removeprefix(added_prefix),

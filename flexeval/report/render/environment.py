@@ -37,7 +37,7 @@ def environment() -> Environment:
         with_error=show.with_error,
         percent=show.percent,
         perplexity_ratio=perplexity_ratio,
-        exp=math.exp,
+        exp=_exp,
         digits=show.digits,
         count=show.count,
         seconds=show.seconds,
@@ -69,6 +69,14 @@ def _change(value: float, in_points: bool) -> str:
 
 def _interval(estimate: Estimate, in_points: bool, signed: bool = False) -> str:
     return show.interval(estimate, in_points=in_points, signed=signed)
+
+
+def _exp(value: float) -> float:
+    """The exponential, or infinity."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def _pretty(value: Any) -> str:
