@@ -96,7 +96,7 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
     repeated = [name for name, count in Counter(options.settings).items() if count > 1]
     if repeated:
         raise ConfigError(f"setting {repeated[0]!r} is named twice", where="--setting", mend="Name each once")
-    Engine.check_options(**_engine_options(options))
+    Engine.check_options(**engine_options(options))
     out = options.out or Path("reports") / suite.name
     with output_directory(out, kept=f"{_JOURNALS}/*"):
         with progress.activity(f"preparing {options.model}"):
@@ -133,7 +133,7 @@ def _run_setting(
     options: RunOptions, suite: Suite, source: ModelSource, setting: Setting, out: Path, progress: Progress
 ) -> Outcome:
     """Collect all requests, answer them in one call of the engine, and score the answers."""
-    with Engine.load(source, setting=setting, **_engine_options(options)) as engine:
+    with Engine.load(source, setting=setting, **engine_options(options)) as engine:
         helm, requests = ask(
             suite,
             source,
@@ -233,7 +233,8 @@ def _answered(requests: Sequence[Request], completions: Sequence[Completion], sc
             yield Answered(request_key(name), prompt_ids, name in right, one.distributions)
 
 
-def _engine_options(options: RunOptions) -> dict[str, Any]:
+def engine_options(options: RunOptions) -> dict[str, Any]:
+    """What of them `Engine.load` takes."""
     names = ("policy", "device", "dtype", "gpu_memory", "cpu_memory", "disk")
     return {name: getattr(options, name) for name in names}
 

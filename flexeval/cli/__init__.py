@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import flexeval
-from flexeval.cli import bench, data, evaluate, new_task, prepare, remote
+from flexeval.cli import bench, data, evaluate, new_task, plan, prepare, remote
 from flexeval.errors import FlexevalError
 
 _INTERRUPTED = 130
@@ -32,6 +32,7 @@ for command in (
     evaluate.run,
     evaluate.compare,
     evaluate.report,
+    plan.plan,
     remote.prepare,
     remote.execute,
     remote.score,

@@ -11,7 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flexeval.cli.options import ChatTemplate, CpuMemory, Device, Disk, Dtype, GpuMemory, KeepTop, Policy
+from flexeval.cli.options import (
+    ChatTemplate,
+    CpuMemory,
+    Device,
+    Disk,
+    Dtype,
+    GpuMemory,
+    KeepTop,
+    MaxEvalInstances,
+    Model,
+    Policy,
+    Settings,
+    SkipMissing,
+    SuiteName,
+)
+from flexeval.cli.plan import show_plan
 from flexeval.errors import ConfigError
 
 if TYPE_CHECKING:  # opening it would import torch
@@ -19,26 +34,10 @@ if TYPE_CHECKING:  # opening it would import torch
 
 
 def run(
-    suite: Annotated[
-        str, typer.Option(metavar="NAME|FILE.conf", help="What to ask: demo, helm-lite, or a file of HELM run entries.")
-    ],
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="REF",
-            help="HF or prepared directory, hub name, GGUF file, smollm2, or dummy:NAME (random weights).",
-        ),
-    ] = "smollm2",
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="What to compare: none, w8, w4, kv4, w4kv4, topk10, quest10, w4kv4-topk10, ... Repeatable.",
-        ),
-    ] = None,
-    max_eval_instances: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
-    ] = None,
+    suite: SuiteName,
+    model: Model = "smollm2",
+    setting: Settings = None,
+    max_eval_instances: MaxEvalInstances = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the report goes.", show_default="reports/SUITE")
     ] = None,
@@ -49,9 +48,10 @@ def run(
     disk: Disk = None,
     policy: Policy = "auto",
     keep_top: KeepTop = 32,
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")] = False,
+    skip_missing: SkipMissing = False,
     chat_template: ChatTemplate = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Answer again what an earlier run has answered.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, as flexeval plan does.")] = False,
 ) -> None:
     """Evaluate a model on a suite, once per setting, and write a report."""
     from flexeval.pipeline import RunOptions
@@ -74,7 +74,10 @@ def run(
         fresh=fresh,
         command=shlex.join(["flexeval", *sys.argv[1:]]),
     )
-    _evaluate(options)
+    if dry_run:
+        show_plan(options)
+    else:
+        _evaluate(options)
 
 
 def compare(
@@ -89,9 +92,7 @@ def compare(
         str | None, typer.Option(metavar="NAME|FILE.conf", help="What to ask them.", show_default="compression")
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="REF", help="Which model.", show_default="smollm2")] = None,
-    max_eval_instances: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
-    ] = None,
+    max_eval_instances: MaxEvalInstances = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a report of the comparison here.")] = None,
 ) -> None:
     """Compare runs question by question; the first one's `none` is the baseline."""

@@ -26,3 +26,25 @@ KeepTop = Annotated[
         metavar="N", min=0, help="Keep N most probable tokens, by which settings are compared; 0: answers alone."
     ),
 ]
+SuiteName = Annotated[
+    str,
+    typer.Option(
+        "--suite", metavar="NAME|FILE.conf", help="What to ask: demo, helm-lite, or a file of HELM run entries."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="REF",
+        help="HF or prepared directory, hub name, GGUF file, smollm2, or dummy:NAME (random weights).",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="What to compare: none, w8, w4, kv4, w4kv4, topk10, quest10, w4kv4-topk10, ... Repeatable.",
+    ),
+]
+MaxEvalInstances = Annotated[int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")]
+SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")]

@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flexeval.cli.options import ChatTemplate, CpuMemory, Device, Disk, Dtype, GpuMemory, KeepTop, Policy
+from flexeval.cli.options import (
+    ChatTemplate,
+    CpuMemory,
+    Device,
+    Disk,
+    Dtype,
+    GpuMemory,
+    KeepTop,
+    MaxEvalInstances,
+    Policy,
+)
 
 
 def prepare(
@@ -19,9 +29,7 @@ def prepare(
     model: Annotated[
         str, typer.Option(metavar="REF", help="As for run; its tokenizer is needed, not its weights.")
     ] = "smollm2",
-    max_eval_instances: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")
-    ] = None,
+    max_eval_instances: MaxEvalInstances = None,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out tasks that have no data.")] = False,
     chat_template: ChatTemplate = None,
 ) -> None:

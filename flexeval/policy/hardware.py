@@ -12,9 +12,10 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -79,29 +80,39 @@ class Hardware:
 def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -> Hardware:
     """Measure this machine within `limits`, but for attention on the CPU beside a GPU. Raises `ConfigError`.
 
+    Rates are measured once a process, so that settings are planned for the same machine.
+
     Args:
         device: What multiplies.
         limits: What the user gives.
         dtype: The number format of the layers.
     """
-    cpu_bytes = int(HOST_USABLE_SHARE * free_host_bytes())
+    rates = _measure(device, dtype, limits.disk_dir)
     gpu_bytes = _free_gpu_bytes() if device == "cuda" else 0
-    to_gpu, from_gpu = _link_rates() if device == "cuda" else (0.0, 0.0)
-    disk = _probe_disk(limits.disk_dir) if limits.disk_dir else _Disk(0, 0.0, 0.0)
     return Hardware(
         device=device,
         gpu_bytes=int(GPU_USABLE_SHARE * _at_most(limits.gpu_bytes, gpu_bytes)),
-        cpu_bytes=_at_most(limits.cpu_bytes, cpu_bytes),
-        disk_bytes=_at_most(limits.disk_bytes, disk.num_free_bytes),
-        to_gpu_bytes_per_s=to_gpu,
-        from_gpu_bytes_per_s=from_gpu,
-        disk_read_bytes_per_s=disk.read_bytes_per_s,
-        disk_write_bytes_per_s=disk.write_bytes_per_s,
-        flops_per_s=_matmul_rate(device, dtype),
-        memory_bytes_per_s=_memory_rate(device),
-        launch_s=_launch_seconds(device),
+        cpu_bytes=_at_most(limits.cpu_bytes, int(HOST_USABLE_SHARE * free_host_bytes())),
+        disk_bytes=_at_most(limits.disk_bytes, _free_disk_bytes(limits.disk_dir)) if limits.disk_dir else 0,
         host_attention_bytes_per_s=0.0,
+        **rates,
     )
+
+
+@cache
+def _measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path | None) -> dict[str, float]:
+    """The rates of `Hardware`."""
+    to_gpu, from_gpu = _link_rates() if device == "cuda" else (0.0, 0.0)
+    disk_read, disk_write = _disk_rates(disk_dir) if disk_dir else (0.0, 0.0)
+    return {
+        "to_gpu_bytes_per_s": to_gpu,
+        "from_gpu_bytes_per_s": from_gpu,
+        "disk_read_bytes_per_s": disk_read,
+        "disk_write_bytes_per_s": disk_write,
+        "flops_per_s": _matmul_rate(device, dtype),
+        "memory_bytes_per_s": _memory_rate(device),
+        "launch_s": _launch_seconds(device),
+    }
 
 
 def _at_most(limit: int | None, num_bytes: int) -> int:
@@ -164,29 +175,34 @@ def _link_rates() -> tuple[float, float]:
     return PROBE_BYTES / to_gpu_s, PROBE_BYTES / from_gpu_s
 
 
-class _Disk(NamedTuple):
-    num_free_bytes: int
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-
-
-def _probe_disk(directory: Path) -> _Disk:
-    """Room, prepared weights included (they give way or are what is wanted), and rates as the engine moves files."""
+def _disk_rates(directory: Path) -> tuple[float, float]:
+    """Reading and writing, as the engine moves files. Raises `ConfigError`."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with DirectIO(directory) as io, NamedTemporaryFile(dir=directory) as file:
             chunks = [_noise(CHUNK_BYTES) for _ in range(QUEUE_DEPTH)]
             write_rate = _transfer_rate(io, Path(file.name), os.O_WRONLY, io.write, chunks)
             os.fsync(file.fileno())
-            read_rate = _transfer_rate(io, Path(file.name), os.O_RDONLY, io.read, chunks)
-        num_free_bytes = shutil.disk_usage(directory).free + prepared_shelf(directory).num_bytes()
-        return _Disk(num_free_bytes, read_rate, write_rate)
+            return _transfer_rate(io, Path(file.name), os.O_RDONLY, io.read, chunks), write_rate
     except OSError as error:
-        raise ConfigError(
-            f"cannot write to the disk folder: {error.strerror or error}",
-            where=str(directory),
-            mend="Name a writable folder with --disk DIR",
-        ) from error
+        raise _no_folder(directory, error) from error
+
+
+def _free_disk_bytes(directory: Path) -> int:
+    """Room, prepared weights included: they give way or are what is wanted. Raises `ConfigError`."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(directory).free + prepared_shelf(directory).num_bytes()
+    except OSError as error:
+        raise _no_folder(directory, error) from error
+
+
+def _no_folder(directory: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot write to the disk folder: {error.strerror or error}",
+        where=str(directory),
+        mend="Name a writable folder with --disk DIR",
+    )
 
 
 def _noise(num_bytes: int) -> mmap.mmap:

@@ -52,20 +52,26 @@ class RoomModel:
         """New tokens of the largest sweep."""
         return min(policy.sweep_tokens, self.workload.num_prompt_tokens)
 
+    def item_bytes(self, policy: Policy) -> dict[str, float]:
+        """Bytes of one item of each kind: a layer's weights, a layer's KV of a block, a row's hidden states."""
+        work, shape = self.workload, self.shape
+        block = min(policy.block_sequences, work.num_generating_sequences)
+        return {
+            "weights": shape.layer_bytes,
+            "kv": (block * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token,
+            "hidden": self.sweep_tokens(policy) * shape.hidden_bytes_per_token / self.num_items(policy)["hidden"],
+        }
+
     def peak_bytes(self, policy: Policy, placement: Placement) -> dict[Tier, Linear]:
         """Most bytes of each tier in use at once: what rests there, staging buffers and workspace."""
         work, shape, home = self.workload, self.shape, self.home
         num_generating = work.num_generating_sequences
         row_tokens = min(policy.row_tokens, work.num_prompt_tokens)
         block = min(policy.block_sequences, num_generating)
+        item_bytes = self.item_bytes(policy)
         group = min(policy.group_sequences, num_generating)
         group_kv = (group * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token
         row_bytes = row_tokens * shape.hidden_bytes_per_token
-        item_bytes = {
-            "weights": shape.layer_bytes,
-            "kv": (block * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token,
-            "hidden": self.sweep_tokens(policy) * shape.hidden_bytes_per_token / self.num_items(policy)["hidden"],
-        }
         buffer_bytes = {"weights": shape.layer_bytes, "kv": group_kv, "hidden": row_bytes}
 
         peak = {tier: sum(item_bytes[kind] * placement.counts[kind][tier] for kind in KINDS) for tier in Tier}

@@ -106,6 +106,11 @@ class HelmSuite:
         }
         return list(dict.fromkeys(request for run in self._runs.values() for request in run.requests))
 
+    @property
+    def requests_of_tasks(self) -> dict[str, Sequence[Request]]:
+        """By task, all that it asks; known after `collect`."""
+        return {task: run.requests for task, run in self._runs.items()}
+
     def score(self, completions: Sequence[Completion], *, on_task: OnTask = lambda num_done, num_tasks: None) -> Scored:
         """Compute HELM's metrics and write its run directories.
 

@@ -1,0 +1,43 @@
+"""`flexeval plan` from options to forecasts: questions are read, models opened, and nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from flexeval.backends.native import Engine
+from flexeval.backends.options import read_policy
+from flexeval.benchmark.suites import load_suite
+from flexeval.config import Setting
+from flexeval.forecast.forecast import Forecast, forecast
+from flexeval.models import resolve
+from flexeval.pipeline import RunOptions, ask, engine_options, is_asked_in_chat
+from flexeval.progress import Progress
+
+
+def forecast_run(options: RunOptions, progress: Progress) -> Sequence[Forecast]:
+    """What `flexeval run` with these options would take, a forecast a setting. Raises `FlexevalError` as it would."""
+    suite, source = load_suite(options.suite), resolve(options.model)
+    Engine.check_options(**engine_options(options))
+    forecasts = []
+    for name in options.settings:
+        with (
+            TemporaryDirectory(prefix="flexeval-plan-") as folder,
+            Engine.load(source, setting=Setting.parse(name), **engine_options(options)) as engine,
+        ):
+            helm, requests = ask(
+                suite,
+                source,
+                name,
+                output=Path(folder),
+                context_length=engine.context_length,
+                max_eval_instances=options.max_eval_instances,
+                skip_missing=options.skip_missing,
+                is_chat=is_asked_in_chat(suite, source, options.chat_template),
+                progress=progress,
+            )
+            with progress.activity(f"{name}: looking for the best policy"):
+                fixed = read_policy(options.policy)
+                forecasts.append(forecast(engine, name, requests, helm.requests_of_tasks, fixed))
+    return forecasts
