@@ -98,16 +98,18 @@ def _grid(model: CostModel) -> Iterator[Policy]:
 
 
 def _row_sizes(model: CostModel) -> list[int]:
-    """The power of two from which layer calls run near their peak rate, and a half and a sixteenth for tight memory.
+    """The power of two from which layer calls run near their peak rate, twice that, and a half and a sixteenth of it.
 
-    A call of t tokens runs at peak * t / (t + t_half) (see `CostModel.compute_seconds`); 8 t_half gives 8/9 of peak.
+    A call of t tokens runs at peak * t / (t + t_half) (see `CostModel.compute_seconds`): 8 t_half gives 8/9 of peak, 16
+    t_half 16/17. The smaller ones are for tight memory.
     """
     shape, hardware = model.shape, model.hardware
     call_s = shape.layer_compute_bytes / hardware.memory_bytes_per_s + KERNELS_PER_CALL * hardware.launch_s
     half = call_s * hardware.flops_per_s / (2 * shape.layer_params)
     low, high = ROW_TOKENS
     large = min(high, max(low, 2 ** ceil(log2(8 * half))))
-    return sorted({large, max(TIGHT_ROW_TOKENS, large // 2), max(TIGHT_ROW_TOKENS, large // 16)}, reverse=True)
+    sizes = (min(high, 2 * large), large, max(TIGHT_ROW_TOKENS, large // 2), max(TIGHT_ROW_TOKENS, large // 16))
+    return sorted(set(sizes), reverse=True)
 
 
 def _group_sizes(most: int) -> list[int]:
