@@ -12,11 +12,16 @@ _LONGEST = 1000
 class FlexevalError(Exception):
     """A problem the user can mend; the command line prints it as one line and exits with code 2.
 
+    docs/errors.md lists the kinds.
+
     Args:
         what: What is wrong, with the offending value.
         where: The file, option or field it was found in, if there is one.
         mend: What the user can do about it.
     """
+
+    code = "error"
+    """Names the kind, for scripts that read the line."""
 
     def __init__(self, what: str, *, where: str | None = None, mend: str | None = None):
         self.what = what
@@ -37,30 +42,46 @@ def _cut(text: str) -> str:
 class ConfigError(FlexevalError):
     """An option, suite file or setting that cannot be read."""
 
+    code = "config"
+
 
 class RequestError(FlexevalError):
     """A request that no engine could answer as asked: wrong values, or longer than the context."""
+
+    code = "request"
 
 
 class ModelError(FlexevalError):
     """A model that cannot be found, read or run."""
 
+    code = "model"
+
 
 class UnsupportedModelError(ModelError):
     """A model family that the engine would answer wrongly, and therefore refuses."""
+
+    code = "unsupported-model"
 
 
 class CapacityError(FlexevalError):
     """The work does not fit in the memory given."""
 
+    code = "capacity"
+
 
 class DiskError(FlexevalError):
     """A disk that fails in the middle of the work."""
+
+    code = "disk"
 
 
 class DataError(FlexevalError):
     """Benchmark data that is missing or not what it should be."""
 
+    code = "data"
+
 
 class ResultsError(FlexevalError):
     """A results directory that cannot be read or compared."""
+
+    code = "results"

@@ -56,7 +56,7 @@ def test_a_peer_that_is_not_installed_is_named_before_anything_runs(tmp_path: Pa
     done = run_bare(tmp_path, ABSENT, "flexeval", "bench", "--model", "dummy:opt-125m", "--peer", "accelerate")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line == "flexeval: the peer accelerate is not installed (--peer). Run pip install accelerate"
+    assert line == "flexeval: error[config]: the peer accelerate is not installed (--peer). Run pip install accelerate"
 
 
 def test_what_is_tested_on_a_gpu_needs_no_helm(tmp_path: Path) -> None:

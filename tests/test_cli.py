@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_directory import write_tiny_model
 
 from flexeval.cli import app, main
+from flexeval.errors import FlexevalError
 
 ENTRY = "simple_mcqa:model=text"
 SUITE = 'entries: [{{description: "{entry}", priority: 1}}]\nmax_eval_instances: 3\n'
@@ -47,7 +50,7 @@ def assert_mistake(
 ) -> None:
     errors = capsys.readouterr().err.splitlines()
     assert code == 2, errors
-    assert len(errors) == lines and errors[0].startswith("flexeval: "), errors
+    assert len(errors) == lines and errors[0].startswith("flexeval: error["), errors
     assert all(word.lower() in errors[0].lower() for word in words), errors
     assert out is None or not out.exists()
 
@@ -340,6 +343,29 @@ def test_what_happens_outside_is_said_in_one_line(
     assert call(monkeypatch, "run", "--suite", "demo") == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("flexeval: ") and words in line
+
+
+def test_a_mistake_is_debugged_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, has_traceback in ((["--debug"], True), ([], False)):
+        assert call(monkeypatch, *options, "run", "--suite", "demo", "--setting", "w3") == 2
+        *above, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("flexeval: error[config]: unknown setting 'w3'")
+        assert ("in parse" in "\n".join(above)) == has_traceback == bool(above)
+
+
+def test_every_kind_of_error_is_documented() -> None:
+    def kinds(base: type[FlexevalError]) -> Iterator[type[FlexevalError]]:
+        for kind in base.__subclasses__():
+            if kind.__module__ == "flexeval.errors":
+                yield kind
+            yield from kinds(kind)
+
+    page = (Path(__file__).parents[1] / "docs" / "errors.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted({(kind.code, kind.__name__) for kind in kinds(FlexevalError)})
+    assert len({code for code, _ in rows}) == len(rows) == 8
 
 
 def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from typing import Annotated, NoReturn
 
 import typer
 
 import flexeval
 from flexeval.cli import bench, data, evaluate, new_task, plan, prepare, remote
-from flexeval.errors import FlexevalError
+from flexeval.errors import ConfigError, DiskError, FlexevalError
 
 _INTERRUPTED = 130
+_is_debugging = False
+"""Whether a mistake of the user's is shown with its traceback."""
 _OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG}
 """Errors of files that are no bug of ours."""
 
@@ -55,8 +58,11 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the program a mistake was found.")] = False,
 ) -> None:
     """Options of every command."""
+    global _is_debugging
+    _is_debugging = debug
 
 
 def main() -> None:
@@ -68,20 +74,23 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except FlexevalError as error:
-        _fail(str(error))
+        _fail(str(error), error.code)
     except typer.TyperException as error:  # an option that there is not, a value that cannot be read
         if not error.format_message():  # no command at all: the help has been shown
             sys.exit(error.exit_code)
-        _fail(f"{error.format_message().rstrip('.')}. See flexeval --help")
+        _fail(f"{error.format_message().rstrip('.')}. See flexeval --help", ConfigError.code)
     except OSError as error:
         if error.errno not in _OUTSIDE:
             raise
-        _fail(f"{error.strerror} ({error.filename or 'while writing'}). Make room there, or name another place")
+        what = f"{error.strerror} ({error.filename or 'while writing'}). Make room there, or name another place"
+        _fail(what, DiskError.code)
     if code == _INTERRUPTED:
         print("flexeval: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
     sys.exit(code)
 
 
-def _fail(message: str) -> NoReturn:
-    print("flexeval:", " ".join(message.split()), file=sys.stderr)
+def _fail(message: str, code: str) -> NoReturn:
+    if _is_debugging:
+        traceback.print_exc()
+    print(f"flexeval: error[{code}]:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
