@@ -1,0 +1,62 @@
+"""Bring what is missing, and look again: what came may ask for more. Knows needs; must not know how any is met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from flexeval.benchmark.network import impatient_downloads
+from flexeval.benchmark.supply.need import Inventory, Need
+from flexeval.errors import FlexevalError
+
+OnNeed = Callable[[Need], None]
+"""Told what is fetched next."""
+
+
+class Fetched(NamedTuple):
+    """What fetching has done."""
+
+    inventory: Inventory
+    """The last one that was taken; of what could not be fetched it says why."""
+    num_new: int
+    """How many needs were met."""
+
+
+def fetch_missing(take: Callable[[], Inventory], *, on_need: OnNeed = lambda need: None) -> Fetched:
+    """Fetch what an inventory lacks until nothing new is asked for.
+
+    Args:
+        take: Takes the inventory.
+        on_need: Told the progress.
+    """
+    tried: dict[Path, str] = {}
+    while True:
+        inventory = take()
+        wanted = [need for need in inventory.missing if need.path not in tried]
+        if not wanted:
+            break
+        with impatient_downloads():
+            for need in wanted:
+                on_need(need)
+                tried[need.path] = _try(need)
+    needs = tuple(
+        need if need.is_there else replace(need, reason=tried.get(need.path) or need.reason) for need in inventory.needs
+    )
+    num_new = sum(need.is_there and need.path in tried for need in needs)
+    return Fetched(replace(inventory, needs=needs), num_new)
+
+
+def _try(need: Need) -> str:
+    """Fetch one thing; say why it did not come, or nothing."""
+    if need.fetch is None:
+        return ""
+    try:
+        need.fetch()
+    except FlexevalError as error:
+        return error.what.removeprefix(f"{need.source}: ")
+    except Exception as error:  # the hub's library raises errors of many kinds; each is one line of the table
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        return f"{type(error).__name__}: {lines[0]}"
+    return ""
