@@ -28,6 +28,10 @@ def test_what_came_is_remembered(roots: dict[str, Path], tmp_path: Path) -> None
     assert again.damage_of(cache / "set", reads=True) == f"{cache}/set/a has another checksum than when it came"
     again.record([cache / "set"])
     assert again.damage_of(cache / "set", reads=True), "what is remembered stays"
+    again.record([cache / "set"], anew=True)
+    assert again.damage_of(cache / "set", reads=True) == ""
+    (cache / "set/a").write_text("one")
+    again.record([cache / "set"], anew=True)
     (cache / "set/a").write_text("longer")
     assert again.damage_of(cache / "set", reads=False) == f"{cache}/set/a has 6 bytes, 3 when it came"
     (cache / "set/a").write_text("one")

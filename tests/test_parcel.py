@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -118,6 +119,24 @@ def test_another_file_in_the_place_of_one_is_left_alone(archive: Path, tmp_path:
     with pytest.raises(DataError, match=r"another file lies at .*one\.csv"):
         unpack(archive, there)
     assert files(tmp_path / "there") == {"cache/a/one.csv": b"mine"}
+
+
+def test_one_that_fails_in_the_middle_is_taken_back(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, told = [], []
+    move = shutil.move
+
+    def fill_the_disk(source: Path, target: Path) -> None:
+        if len(moved) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        moved.append(move(source, target))
+
+    monkeypatch.setattr(shutil, "move", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        unpack(archive, roots_below(tmp_path / "there"), before=told.extend)
+    assert len(moved) == 2 and not files(tmp_path / "there")
+    assert [entry.path for entry in told] == ["a/b/zwei", "a/one.csv", "p"], "and was told beforehand"
 
 
 def members(archive: Path) -> list[tuple[tarfile.TarInfo, bytes]]:

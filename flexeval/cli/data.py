@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,16 +52,17 @@ def fetch(suite: SuiteOption) -> None:
     from flexeval.benchmark.supply.fetching import fetch_missing
 
     take, console = _inventory_of(suite), Console(stderr=True)
-    inventory, num_new = fetch_missing(
+    inventory, new = fetch_missing(
         lambda: take()[0],
         on_need=lambda need: console.print(
             f"Fetching {need.what} from {need.source}", markup=False, highlight=False, soft_wrap=True
         ),
     )
     ledger = _ledger()
+    ledger.record((need.path for need in new), anew=True)
     ledger.record(need.path for need in inventory.needs if need.is_there)
     print_inventory(Console(), suite, inventory, _damage_of(inventory, ledger, reads=False), {}, is_fetched=True)
-    _say(f"Fetched: {num_new}. Checksums of what is there: {_ledger_path()}")
+    _say(f"Fetched: {len(new)}. Checksums of what is there: {_ledger_path()}")
     raise typer.Exit(0 if inventory.is_complete else _INCOMPLETE)
 
 
@@ -93,8 +95,7 @@ def import_data(
     """Put the files of an archive where they are looked for: all of them, checked, or none."""
     from flexeval.benchmark.supply.parcel import unpack
 
-    done = unpack(source, _roots())
-    _ledger().add(done.entries)
+    done = unpack(source, _roots(), before=_ledger().add)
     num_new = len(done.entries) - done.num_there
     _say(f"Imported: {num_new} files" + (f"; {done.num_there} were there already" if done.num_there else ""))
 
@@ -119,7 +120,7 @@ def _take(suite: Suite) -> Inventory:
         from flexeval.benchmark.helm.log import helm_talks_to  # HELM is imported first, and quietly
         from flexeval.benchmark.helm.inventory import take_inventory  # isort: skip
 
-        with helm_talks_to(cache_root() / "helm" / "data.log"):
+        with helm_talks_to(Path(os.devnull)):
             return take_inventory(suite, cache_root() / "helm", on_task=update)
 
 

@@ -20,8 +20,8 @@ class Fetched(NamedTuple):
 
     inventory: Inventory
     """The last one that was taken; of what could not be fetched it says why."""
-    num_new: int
-    """How many needs were met."""
+    new: tuple[Need, ...]
+    """The needs that were met."""
 
 
 def fetch_missing(take: Callable[[], Inventory], *, on_need: OnNeed = lambda need: None) -> Fetched:
@@ -44,8 +44,8 @@ def fetch_missing(take: Callable[[], Inventory], *, on_need: OnNeed = lambda nee
     needs = tuple(
         need if need.is_there else replace(need, reason=tried.get(need.path) or need.reason) for need in inventory.needs
     )
-    num_new = sum(need.is_there and need.path in tried for need in needs)
-    return Fetched(replace(inventory, needs=needs), num_new)
+    new = tuple(need for need in needs if need.is_there and need.path in tried)
+    return Fetched(replace(inventory, needs=needs), new)
 
 
 def _try(need: Need) -> str:

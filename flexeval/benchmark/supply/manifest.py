@@ -97,10 +97,10 @@ class Ledger:
         self._roots = roots
         self._entries = self._read()
 
-    def record(self, paths: Iterable[Path]) -> None:
-        """Remember all files of some files and folders as they are now, but those that are known already."""
-        unknown = [file for path in paths for file in files_of(path) if self._find(file) is None]
-        self.add(describe(file, self._roots) for file in unknown)
+    def record(self, paths: Iterable[Path], *, anew: bool = False) -> None:
+        """Remember all files of some files and folders as they are now: those that are not known yet, or all `anew`."""
+        files = [file for path in paths for file in files_of(path) if anew or self._find(file) is None]
+        self.add(describe(file, self._roots) for file in files)
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Remember files."""

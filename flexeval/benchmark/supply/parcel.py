@@ -12,7 +12,7 @@ import json
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -26,7 +26,11 @@ from flexeval.files import replacing
 MANIFEST = "flexeval-data.json"
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _NUM_NAMED = 3
+_COMPRESSION = 3  # most of it is compressed already, or text: more takes five times as long for a tenth less
 _CHUNK_BYTES = 2**20
+
+
+BeforePlacing = Callable[[list[Entry]], None]
 
 
 class Imported(NamedTuple):
@@ -54,7 +58,7 @@ def pack(paths: Iterable[Path], roots: Roots, out: Path) -> list[Entry]:
     if not entries:
         raise DataError("there is nothing to pack", where=str(out), mend="Fetch the data first")
     manifest = json.dumps(to_json(entries.values())).encode()
-    with replacing(out) as temporary, tarfile.open(temporary, "w:gz") as tar:
+    with replacing(out) as temporary, tarfile.open(temporary, "w:gz", compresslevel=_COMPRESSION) as tar:
         tar.addfile(_header(MANIFEST, len(manifest)), BytesIO(manifest))
         for file, entry in entries.items():
             with file.open("rb") as content:
@@ -62,8 +66,14 @@ def pack(paths: Iterable[Path], roots: Roots, out: Path) -> list[Entry]:
     return list(entries.values())
 
 
-def unpack(source: Path, roots: Roots) -> Imported:
+def unpack(source: Path, roots: Roots, *, before: BeforePlacing = lambda entries: None) -> Imported:
     """Put the files of an archive, or of a folder that one was unpacked to, below their roots: all or none.
+
+    Args:
+        source: The archive or folder.
+        roots: By name.
+        before: Told what comes, once all of it has been checked and before the first file is in place: whoever
+            remembers it sees what is missing if the machine stops in between.
 
     Raises:
         DataError: It is damaged, holds what it should not, or another file lies where one of its own belongs.
@@ -89,19 +99,37 @@ def unpack(source: Path, roots: Roots) -> Imported:
             raise _refuse(source, f"its manifest does not name {_some(strays)}", "Take out what does not belong")
         if missing := sorted(entries.keys() - unpacked.keys()):
             raise _refuse(source, f"its manifest names {_some(missing)}, not in it")
-        return _put_in_place(source, entries, unpacked, roots)
+        there = _already_there(source, entries, roots)
+        before(list(entries.values()))
+        _put_in_place({name: _target(entries[name], roots) for name in entries.keys() - there}, unpacked)
+        return Imported(list(entries.values()), len(there))
 
 
-def _put_in_place(source: Path, entries: dict[str, Entry], unpacked: dict[str, Path], roots: Roots) -> Imported:
-    targets = {name: roots[entry.root] / entry.path for name, entry in entries.items()}
-    there = {name for name, target in targets.items() if target.exists()}
+def _already_there(source: Path, entries: dict[str, Entry], roots: Roots) -> set[str]:
+    """Which files are in place already, the same. Raises `DataError` where another one is."""
+    there = {name for name, entry in entries.items() if _target(entry, roots).exists()}
     for name in there:
-        if not targets[name].is_file() or sha256_of(targets[name]) != entries[name].sha256:
-            raise _refuse(source, f"another file lies at {targets[name]}", "Move it away")
-    for name in targets.keys() - there:
-        targets[name].parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(unpacked[name], targets[name])
-    return Imported(list(entries.values()), len(there))
+        target = _target(entries[name], roots)
+        if not target.is_file() or sha256_of(target) != entries[name].sha256:
+            raise _refuse(source, f"another file lies at {target}", "Move it away")
+    return there
+
+
+def _put_in_place(targets: dict[str, Path], unpacked: dict[str, Path]) -> None:
+    placed: list[Path] = []
+    try:
+        for name, target in targets.items():
+            with replacing(target) as temporary:
+                shutil.move(unpacked[name], temporary)
+            placed.append(target)
+    except BaseException:
+        for target in placed:
+            target.unlink()
+        raise
+
+
+def _target(entry: Entry, roots: Roots) -> Path:
+    return roots[entry.root] / entry.path
 
 
 def _find_manifest(source: Path, roots: Roots) -> tuple[str, dict[str, Entry]]:
@@ -131,8 +159,7 @@ def _read_manifest(source: Path, content: IO[bytes], roots: Roots) -> list[Entry
     for entry in entries:
         if entry.root not in roots or not entry.path or checked_name(source, entry.path) != entry.path:
             raise _refuse(source, f"it wants to write to {entry.member!r}")
-        target = roots[entry.root] / entry.path
-        if not target.parent.resolve().is_relative_to(roots[entry.root].resolve()):
+        if not _target(entry, roots).parent.resolve().is_relative_to(roots[entry.root].resolve()):
             raise _refuse(source, f"a link leads {entry.member!r} out of its folder")
     return entries
 
