@@ -121,7 +121,7 @@ def test_names_in_each_other_s_way(form: str, names: tuple[str, str], what: str,
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "tar"])
 def test_a_bomb_is_stopped(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "FREE_BYTES", 2**20)
-    source = make(tmp_path, form, ("zeros", bytes(100 * 2**20)))
+    source = make(tmp_path, form, ("zeros", bytes(40 * 2**20)))
     monkeypatch.setattr(archive, "MAX_RATIO", 20)
     with pytest.raises(DataError, match="or 20 times its size"):
         unpacked(source, tmp_path / "out")
@@ -208,7 +208,7 @@ def test_one_compressed_file(
         decompress(source, target)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
 @given(data=st.data())
 def test_damage_is_refused_in_one_line_or_does_no_harm(data: st.DataObject, tmp_path: Path) -> None:
     form = data.draw(st.sampled_from(FORMS))

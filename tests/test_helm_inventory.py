@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +16,7 @@ import datasets
 import helm.common.general
 import helm_lite_data
 import pytest
+import requests
 from helm.benchmark.scenarios import gsm_scenario, mmlu_scenario
 from helm_support import DocumentScenario, build_suite
 from typer.testing import CliRunner
@@ -196,7 +199,7 @@ def test_data_that_is_there_and_wrong(empty_machine: Path) -> None:
     (empty_machine / "scenarios/mmlu/data").mkdir(parents=True)
     found = take("gsm:model=text", "mmlu:subject=anatomy,model=text", data=empty_machine)
     assert found.missing == () and not found.is_complete
-    assert found.open_ends["gsm"].startswith("cannot read its files: JSONDecodeError: ")
+    assert found.open_ends["gsm"].startswith("cannot read its questions: JSONDecodeError: ")
     assert found.open_ends["mmlu: anatomy"] == f"finds no questions in {empty_machine}/scenarios/mmlu"
 
 
@@ -222,6 +225,33 @@ def test_what_cannot_be_foreseen_is_said(empty_machine: Path, monkeypatch: pytes
     found = take("mmlu:subject=anatomy,model=text", data=empty_machine)
     assert [need.source for need in found.needs] == ["http://x/index.json"]
     assert found.open_ends == {"mmlu: anatomy": "may ask for more once it has these"}
+
+
+def test_a_scenario_that_asks_the_network_by_itself(
+    server: str, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(folder: Path) -> None:
+        requests.get(f"{server}train.jsonl")
+        raise AssertionError("check downloads nothing")
+
+    monkeypatch.setattr(mmlu_scenario.MMLUScenario, "get_instances", reading(ask))
+    found = take("mmlu:subject=anatomy,model=text", data=empty_machine)
+    assert found.needs == () and not found.is_complete
+    assert found.open_ends["mmlu: anatomy"].startswith(f"asks for {server}train.jsonl by itself")
+    assert requests.get(f"{server}train.jsonl").text == GSM * 8, "and may afterwards"
+
+
+def test_what_lies_in_an_archive_is_made_up(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(folder: Path) -> None:
+        mmlu_scenario.ensure_file_downloaded("http://x/first.zip", f"{folder}/first", unpack=True)
+        assert set(os.listdir(folder / "first/inside")) <= {"file.txt"}
+        assert (folder / "first/inside/file.txt").read_text() == ""
+        mmlu_scenario.ensure_file_downloaded("http://x/second.gz", f"{folder}/second.gz")
+        assert gzip.decompress((folder / "second.gz").read_bytes()) == b""
+
+    monkeypatch.setattr(mmlu_scenario.MMLUScenario, "get_instances", reading(look))
+    found = take("mmlu:subject=anatomy,model=text", data=empty_machine)
+    assert [need.what for need in found.needs] == ["mmlu/first", "mmlu/second.gz"] and not found.open_ends
 
 
 def test_files_to_be_placed_by_hand_and_derived_ones(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ ANY_MODEL = "openai/gpt2"
 """Known to HELM: data does not depend on who is asked."""
 OnTask = Callable[[int, int], None]
 """Told (tasks done, tasks in all)."""
+_WEB = ("http://", "https://")
 _MAX_FILES_MADE_UP = 200
 """Of one scenario, in what is stood in for."""
 
@@ -110,7 +111,7 @@ class _Reading:
             try:
                 questions = scenario.get_instances(str(folder))
                 break
-            except FileNotFoundError as error:
+            except (FileNotFoundError, NotADirectoryError) as error:
                 if not self._make_up(error):
                     raise
         if not questions and num_before == self._stage.num_stand_ins and not self._lacks():
@@ -126,26 +127,30 @@ class _Reading:
 
     def _end_open(self, error: Exception) -> None:
         found = diagnose(error)
-        if found is not None and not self._lacks() and found.path not in self._needs:
-            self._note(Path(found.path), "the scenario's own download", reason=found.reason)
+        if found is not None and found.path.startswith(_WEB):
+            self._open_ends[self._task] = f"asks for {found.path} by itself, which is not seen otherwise"
         elif self._lacks():
             self._open_ends[self._task] = "may ask for more once it has these"
+        elif found is not None:
+            self._note(Path(found.path), "the scenario's own download", reason=found.reason)
         else:
             lines = str(error).splitlines() or [""]
-            self._open_ends[self._task] = f"cannot read its files: {type(error).__name__}: {lines[0]}"
+            self._open_ends[self._task] = f"cannot read its questions: {type(error).__name__}: {lines[0]}"
 
     def _lacks(self) -> bool:
         """Whether something is missing of what the task at hand has asked for."""
         return any(self._task in need.tasks and not need.is_there for need in self._needs.values())
 
-    def _make_up(self, error: FileNotFoundError) -> bool:
-        """Make the file that a scenario looked for; whether that is of use."""
+    def _make_up(self, error: FileNotFoundError | NotADirectoryError) -> bool:
+        """Make the file that a scenario looked for, or the folder; whether that is of use."""
         path = Path(str(error.filename or ""))
-        if error.filename is None or not path.is_relative_to(self._stage.folder) or path.exists():
+        if error.filename is None or not path.is_relative_to(self._stage.folder):
             return False
+        if isinstance(error, NotADirectoryError):
+            return self._stage.is_made_up(path) and self._stage.stand_in(path, is_folder=True)
         if not self._stage.is_made_up(path):
             self._note(self._stage.real(path), "nobody's download: place it there")
-        return self._stage.stand_in(path)
+        return not path.exists() and self._stage.stand_in(path)
 
     def _note(
         self,

@@ -72,6 +72,8 @@ class Stage:
         if not path.parent.resolve().is_relative_to(self.folder):
             return False
         if is_folder:
+            if path.is_file():
+                path.unlink()
             path.mkdir(parents=True, exist_ok=True)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
