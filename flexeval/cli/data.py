@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from flexeval.benchmark.suites import Suite
     from flexeval.benchmark.supply.manifest import Ledger
     from flexeval.benchmark.supply.need import Inventory, Need
+    from flexeval.progress import Update
 
 app = typer.Typer(help="The files that questions are read from: which there are, and how to get the others.")
 
@@ -80,7 +82,9 @@ def export_data(
         from flexeval.errors import DataError
 
         raise DataError(next(iter(damage.values())), mend="Remove it and fetch it again: flexeval data fetch")
-    entries = pack([need.path for need in inventory.needs if need.is_there], _roots(), out)
+    roots = _roots()
+    with _activity("packing") as update:
+        entries = pack([need.path for need in inventory.needs if need.is_there], roots, out, on_file=update)
     num_bytes = sum(entry.size for entry in entries)
     _say(f"Exported: {len(entries)} files, {format_size(num_bytes)}, to {out}")
     if not inventory.is_complete:
@@ -95,7 +99,9 @@ def import_data(
     """Put the files of an archive where they are looked for: all of them, checked, or none."""
     from flexeval.benchmark.supply.parcel import unpack
 
-    done = unpack(source, _roots(), before=_ledger().add)
+    roots, ledger = _roots(), _ledger()  # which takes seconds
+    with _activity("checking") as update:
+        done = unpack(source, roots, before=ledger.add, on_file=update)
     num_new = len(done.entries) - done.num_there
     _say(f"Imported: {num_new} files" + (f"; {done.num_there} were there already" if done.num_there else ""))
 
@@ -114,14 +120,19 @@ def _inventory_of(suite: str) -> Callable[[], tuple[Inventory, Ledger]]:
 
 def _take(suite: Suite) -> Inventory:
     from flexeval.cache import cache_root
-    from flexeval.progress import choose_progress
 
-    with choose_progress(Console(stderr=True)).activity("looking") as update:
+    with _activity("looking") as update:
         from flexeval.benchmark.helm.log import helm_talks_to  # HELM is imported first, and quietly
         from flexeval.benchmark.helm.inventory import take_inventory  # isort: skip
 
         with helm_talks_to(Path(os.devnull)):
             return take_inventory(suite, cache_root() / "helm", on_task=update)
+
+
+def _activity(label: str) -> AbstractContextManager[Update]:
+    from flexeval.progress import choose_progress
+
+    return choose_progress(Console(stderr=True)).activity(label)
 
 
 def _ledger() -> Ledger:

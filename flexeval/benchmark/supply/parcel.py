@@ -31,6 +31,8 @@ _CHUNK_BYTES = 2**20
 
 
 BeforePlacing = Callable[[list[Entry]], None]
+OnFile = Callable[[int, int], None]
+"""Told (files done, files in all)."""
 
 
 class Imported(NamedTuple):
@@ -42,13 +44,16 @@ class Imported(NamedTuple):
     """How many of them lay there already, the same."""
 
 
-def pack(paths: Iterable[Path], roots: Roots, out: Path) -> list[Entry]:
+def pack(
+    paths: Iterable[Path], roots: Roots, out: Path, *, on_file: OnFile = lambda num_done, num_files: None
+) -> list[Entry]:
     """Write files, and folders with all that is in them, to a `.tar.gz`, whole or not at all.
 
     Args:
         paths: Each below one of the roots.
         roots: By name.
         out: The archive.
+        on_file: Told the progress.
 
     Raises:
         DataError: A path is below none of them, or there is nothing to pack.
@@ -60,13 +65,20 @@ def pack(paths: Iterable[Path], roots: Roots, out: Path) -> list[Entry]:
     manifest = json.dumps(to_json(entries.values())).encode()
     with replacing(out) as temporary, tarfile.open(temporary, "w:gz", compresslevel=_COMPRESSION) as tar:
         tar.addfile(_header(MANIFEST, len(manifest)), BytesIO(manifest))
-        for file, entry in entries.items():
+        for num_done, (file, entry) in enumerate(entries.items()):
+            on_file(num_done, len(entries))
             with file.open("rb") as content:
                 tar.addfile(_header(entry.member, entry.size), content)
     return list(entries.values())
 
 
-def unpack(source: Path, roots: Roots, *, before: BeforePlacing = lambda entries: None) -> Imported:
+def unpack(
+    source: Path,
+    roots: Roots,
+    *,
+    before: BeforePlacing = lambda entries: None,
+    on_file: OnFile = lambda num_done, num_files: None,
+) -> Imported:
     """Put the files of an archive, or of a folder that one was unpacked to, below their roots: all or none.
 
     Args:
@@ -74,6 +86,7 @@ def unpack(source: Path, roots: Roots, *, before: BeforePlacing = lambda entries
         roots: By name.
         before: Told what comes, once all of it has been checked and before the first file is in place: whoever
             remembers it sees what is missing if the machine stops in between.
+        on_file: Told the progress.
 
     Raises:
         DataError: It is damaged, holds what it should not, or another file lies where one of its own belongs.
@@ -92,6 +105,7 @@ def unpack(source: Path, roots: Roots, *, before: BeforePlacing = lambda entries
             if entry is None:
                 strays.append(name)
                 continue
+            on_file(len(unpacked), len(entries))
             unpacked[inner] = Path(scratch) / str(len(unpacked))
             if _copy(source, content, unpacked[inner], entry.size) != entry.sha256:
                 raise _refuse(source, f"{inner} is damaged: its checksum differs")
