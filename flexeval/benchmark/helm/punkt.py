@@ -1,4 +1,4 @@
-"""The model with which NLTK splits text for BLEU. Knows where it is to be had and where it lies; not what it says."""
+"""The model with which NLTK splits text for BLEU. Knows where it is to be had; must not know what it says."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-import nltk  # type: ignore[import-untyped]
 from helm.benchmark.run_spec import RunSpec
 
 from flexeval.assets import fetch
 from flexeval.benchmark.data import PUNKT, PUNKT_FOLDER
 from flexeval.benchmark.helm.missing import MissingData
 from flexeval.benchmark.supply.download import download
+from flexeval.benchmark.supply.places import punkt_folder, punkt_place
 from flexeval.cache import settle, unfinished_beside
 from flexeval.errors import DataError
 
@@ -25,19 +25,6 @@ def wants_punkt(spec: RunSpec) -> bool:
     """Whether the metrics of a run need the model: BLEU and HELM's measure of bias cut text into words with it."""
     names = [name for metric in spec.metric_specs for name in metric.args.get("names", [])]
     return any("bleu" in name for name in names) or any(metric.class_name == _BIAS for metric in spec.metric_specs)
-
-
-def punkt_folder() -> Path | None:
-    """Where the model lies; None if it does not."""
-    try:
-        return Path(str(nltk.data.find("tokenizers/punkt_tab")))
-    except LookupError:
-        return None
-
-
-def punkt_place() -> Path:
-    """Where it belongs."""
-    return Path(nltk.data.path[0]) / "tokenizers" / "punkt_tab"
 
 
 def missing_for_metrics(spec: RunSpec) -> MissingData | None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import IO, NamedTuple
 from flexeval.benchmark.supply import archive
 from flexeval.benchmark.supply.archive import Member, checked_name, read_members, reading
 from flexeval.benchmark.supply.manifest import Entry, Roots, describe, files_of, parse, sha256_of, to_json
+from flexeval.cache import unfinished_beside
 from flexeval.errors import DataError
 from flexeval.files import replacing
 
@@ -92,9 +92,7 @@ def unpack(
         DataError: It is damaged, holds what it should not, or another file lies where one of its own belongs.
     """
     above, entries = _find_manifest(source, roots)
-    first = next(iter(roots.values()))
-    first.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".flexeval-import-", dir=first) as scratch:
+    with unfinished_beside(next(iter(roots.values())) / "import") as scratch:
         unpacked: dict[str, Path] = {}
         strays = []
         for name, content in _members(source):
@@ -106,7 +104,7 @@ def unpack(
                 strays.append(name)
                 continue
             on_file(len(unpacked), len(entries))
-            unpacked[inner] = Path(scratch) / str(len(unpacked))
+            unpacked[inner] = scratch / str(len(unpacked))
             if _copy(source, content, unpacked[inner], entry.size) != entry.sha256:
                 raise _refuse(source, f"{inner} is damaged: its checksum differs")
         if strays:
