@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import http.server
+import io
 import json
 import os
 import shutil
@@ -290,6 +291,32 @@ def test_files_to_be_placed_by_hand_and_derived_ones(empty_machine: Path, monkey
     assert need.path == scenarios / "by-hand.txt" and need.source == "nobody's download: place it there"
     assert need.fetch is None
     assert files(scenarios) == {"mine/there.txt"}, "what is made of a stand-in goes with the stage"
+
+
+def test_what_a_scenario_rewrites_stays_as_it_is(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = empty_machine / "scenarios/mmlu"
+    real.mkdir(parents=True)
+    names = ("opened", "path", "appended", "packed")
+    for name in names:
+        (real / name).write_text("whole")
+
+    def rewrite(folder: Path) -> None:
+        mmlu_scenario.ensure_file_downloaded("http://x/missing", f"{folder}/missing")
+        with open(folder / "opened", "w") as file:
+            file.write("made of a stand-in")
+        (folder / "path").write_text("made of a stand-in")
+        with (folder / "appended").open("a") as file:
+            file.write(" and more")
+        with gzip.open(folder / "packed", "wb") as packed:
+            packed.write(b"made of a stand-in")
+        assert (folder / "appended").read_text() == "whole and more"
+
+    before = open
+    monkeypatch.setattr(mmlu_scenario.MMLUScenario, "get_instances", reading(rewrite))
+    found = take("mmlu:subject=anatomy,model=text", data=empty_machine)
+    assert [need.what for need in found.needs] == ["mmlu/missing"] and not found.open_ends
+    assert {name: (real / name).read_text() for name in names} == dict.fromkeys(names, "whole")
+    assert open is before and io.open is before
 
 
 def test_helm_s_files_are_fetched(server: str, empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

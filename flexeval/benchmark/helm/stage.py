@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,6 +67,13 @@ class Stage:
             for name in (*names, *(name for name in folders if Path(folder, name).is_symlink())):
                 if not os.path.lexists(place / name):
                     (place / name).symlink_to(Path(folder, name))
+
+    def own(self, path: Path) -> None:
+        """Put a copy in the place of a link to a real file: it is about to be written."""
+        if path.is_symlink() and path.absolute().is_relative_to(self.folder):
+            real = path.resolve()
+            path.unlink()
+            shutil.copyfile(real, path)
 
     def stand_in(self, path: Path, *, source: str = "", is_folder: bool = False) -> bool:
         """Put something empty at a path of the stage; whether it could be put there."""

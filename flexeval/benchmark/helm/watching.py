@@ -5,6 +5,7 @@ Knows the three functions that HELM's scenarios and this project's tasks fetch w
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ from flexeval.benchmark.helm.replacing import Function, replaced
 from flexeval.benchmark.helm.stage import Hollow, Stage
 from flexeval.benchmark.supply.download import download
 from flexeval.benchmark.supply.need import NOT_FETCHED, Fetch
+
+_WRITES = frozenset("wxa+")
 
 
 class Note(Protocol):
@@ -42,10 +45,22 @@ class Note(Protocol):
 def watching(stage: Stage, note: Note) -> AbstractContextManager[None]:
     """Note every call that would fetch something until the block ends, and stand in for what is missing."""
     return replaced(
+        (open, _watch_open(stage, open)),
         (helm.common.general.ensure_file_downloaded, _watch_file(stage, note)),
         (datasets.load_dataset, _watch_dataset(stage, note, datasets.load_dataset)),
         (flexeval.assets.fetch, _watch_asset(stage, note, flexeval.assets.fetch)),
     )
+
+
+def _watch_open(stage: Stage, opened: Function) -> Function:
+    """What a scenario writes to a file that is there goes to a copy of the stage's own."""
+
+    def open_own(file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if isinstance(file, str | os.PathLike) and not _WRITES.isdisjoint(mode):
+            stage.own(Path(os.fsdecode(file)))
+        return opened(file, mode, *rest, **options)
+
+    return open_own
 
 
 def _watch_file(stage: Stage, note: Note) -> Function:
