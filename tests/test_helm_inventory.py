@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -323,9 +324,14 @@ def test_helm_s_files_are_fetched(server: str, empty_machine: Path, monkeypatch:
     monkeypatch.setattr(gsm_scenario.GSM8KScenario, "get_instances", fetching_from(server, "train", "absent", "test"))
     data = empty_machine / "data"
     told: list[str] = []
-    found, new = fetch_missing(lambda: take("gsm:model=text", data=data), on_need=lambda need: told.append(need.what))
-    assert [need.what for need in new] == ["gsm/train", "gsm/test"]
-    assert told == ["gsm/train", "gsm/absent", "gsm/test"]
+
+    @contextmanager
+    def during(need: Need) -> Iterator[None]:
+        yield
+        told.append(need.what)
+
+    found, new = fetch_missing(lambda: take("gsm:model=text", data=data), during=during)
+    assert [need.what for need in new] == told == ["gsm/train", "gsm/test"]
     assert [need.is_there for need in found.needs] == [True, False, True]
     assert [need.num_bytes for need in found.needs] == [8 * len(GSM), 0, 8 * len(GSM)]
     assert found.needs[1].reason.startswith("HTTPError: HTTP Error 404")

@@ -19,9 +19,10 @@ def roots(tmp_path: Path) -> dict[str, Path]:
 
 def test_what_came_is_remembered(roots: dict[str, Path], tmp_path: Path) -> None:
     cache, place = roots["cache"], tmp_path / "checksums.json"
-    Ledger(place, roots).record([cache / "set", cache / "alone"])
+    Ledger(place, roots).record([cache / "set", cache / "alone", tmp_path / "outside"])
     again = Ledger(place, roots)
     assert again.knows(cache / "set") and again.knows(cache / "alone")
+    assert not again.knows(tmp_path / "outside"), "which lies below no root"
     assert again.damage_of(cache / "set", reads=True) == ""
     (cache / "set/a").write_text("0ne")
     assert again.damage_of(cache / "set", reads=False) == "", "sizes alone do not show it"

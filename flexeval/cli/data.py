@@ -54,13 +54,8 @@ def fetch(suite: SuiteOption) -> None:
     from flexeval.benchmark.supply.fetching import fetch_missing
     from flexeval.benchmark.supply.places import checksums_path
 
-    take, console = _inventory_of(suite), Console(stderr=True)
-    inventory, new = fetch_missing(
-        lambda: take()[0],
-        on_need=lambda need: console.print(
-            f"Fetching {need.what} from {need.source}", markup=False, highlight=False, soft_wrap=True
-        ),
-    )
+    take = _inventory_of(suite)
+    inventory, new = fetch_missing(lambda: take()[0], during=lambda need: _activity(f"fetching {need.what}"))
     ledger = _ledger()
     ledger.record((need.path for need in new), anew=True)
     ledger.record(need.path for need in inventory.needs if need.is_there)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,8 @@ from flexeval.benchmark.network import impatient_downloads
 from flexeval.benchmark.supply.need import Inventory, Need
 from flexeval.errors import FlexevalError
 
-OnNeed = Callable[[Need], None]
-"""Told what is fetched next."""
+During = Callable[[Need], AbstractContextManager[object]]
+"""Makes what is entered while a need is met: it may show that this takes time."""
 
 
 class Fetched(NamedTuple):
@@ -24,12 +25,12 @@ class Fetched(NamedTuple):
     """The needs that were met."""
 
 
-def fetch_missing(take: Callable[[], Inventory], *, on_need: OnNeed = lambda need: None) -> Fetched:
+def fetch_missing(take: Callable[[], Inventory], *, during: During = lambda need: nullcontext()) -> Fetched:
     """Fetch what an inventory lacks until nothing new is asked for.
 
     Args:
         take: Takes the inventory.
-        on_need: Told the progress.
+        during: Entered while each need is met.
     """
     tried: dict[Path, str] = {}
     while True:
@@ -39,8 +40,7 @@ def fetch_missing(take: Callable[[], Inventory], *, on_need: OnNeed = lambda nee
             break
         with impatient_downloads():
             for need in wanted:
-                on_need(need)
-                tried[need.path] = _try(need)
+                tried[need.path] = _try(need, during)
     needs = tuple(
         need if need.is_there else replace(need, reason=tried.get(need.path) or need.reason) for need in inventory.needs
     )
@@ -48,12 +48,13 @@ def fetch_missing(take: Callable[[], Inventory], *, on_need: OnNeed = lambda nee
     return Fetched(replace(inventory, needs=needs), new)
 
 
-def _try(need: Need) -> str:
+def _try(need: Need, during: During) -> str:
     """Fetch one thing; say why it did not come, or nothing."""
     if need.fetch is None:
         return ""
     try:
-        need.fetch()
+        with during(need):
+            need.fetch()
     except FlexevalError as error:
         return error.what.removeprefix(f"{need.source}: ")
     except Exception as error:  # the hub's library raises errors of many kinds; each is one line of the table

@@ -98,9 +98,14 @@ class Ledger:
         self._entries = self._read()
 
     def record(self, paths: Iterable[Path], *, anew: bool = False) -> None:
-        """Remember all files of some files and folders as they are now: those that are not known yet, or all `anew`."""
-        files = [file for path in paths for file in files_of(path) if anew or self._find(file) is None]
-        self.add(describe(file, self._roots) for file in files)
+        """Remember all files of some files and folders as they are now: those that are not known yet, or all `anew`.
+
+        What lies below none of the roots is left out.
+        """
+        files = [
+            file for path in paths for file in files_of(path) if any(map(file.is_relative_to, self._roots.values()))
+        ]
+        self.add(describe(file, self._roots) for file in files if anew or self._find(file) is None)
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Remember files."""
