@@ -19,10 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from flexeval.engine.codecs.codec import Codec, CodedMatrix
 from flexeval.engine.codecs.kv_format import KVShape
+from flexeval.engine.compute.binding import bind, fill_buffers, place_of
 from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
 from flexeval.engine.compute.channels import Keys
 from flexeval.engine.compute.experts import Fetch, experts_per_token, find_experts, register_experts
-from flexeval.engine.compute.linear import CodedLinear, make_coded
+from flexeval.engine.compute.linear import make_coded
 from flexeval.engine.compute.port import (
     ATTENTION_NAME,
     Attend,
@@ -130,8 +131,10 @@ class Anatomy:
     def resident_bytes(self, codec: Codec | None) -> int:
         """Bytes of embedding, norms and head, where the codec is for the first and the last; tied ones count once."""
         tensors = self.model.state_dict(keep_vars=True)
-        distinct = {_place(tensor): self.vocabulary.num_bytes(name, tensor, codec) for name, tensor in tensors.items()}
-        return sum(distinct.values())
+        distinct = {
+            place_of(tensor): self.vocabulary.num_bytes(name, tensor, codec) for name, tensor in tensors.items()
+        }
+        return sum(of_place.values())
 
     def layer_specs(self, layer: int) -> list[TensorSpec]:
         """The tensors of a layer's slab: its parameters and the buffers a checkpoint holds."""
@@ -156,7 +159,7 @@ class Anatomy:
 
         Where `fetch_experts` is given, the experts' tensors need not hold anything before it was asked for them.
         """
-        _bind(self.layers[layer], tensors)
+        bind(self.layers[layer], tensors)
         if (experts := self.experts[layer]) is not None:
             experts.port.fetch = fetch_experts
 
@@ -166,25 +169,13 @@ class Anatomy:
         A codec is for the embedding and the head. Raises what `Vocabulary.bind` does.
         """
         for module in [*self.model.modules(), *(child for layer in self.layers for child in layer.modules())]:
-            self._fill_buffers(module, device)
+            fill_buffers(self.model, module, device)
         coded = frozenset() if codec is None else self.vocabulary.bind(tensors, codec, device)
         plain = {name: tensor for name, tensor in tensors.items() if name not in coded}
-        moved = {_place(tensor): tensor.to(device) for tensor in plain.values()}  # tied tensors once
-        _bind(self.model, {name: moved[_place(tensor)] for name, tensor in plain.items()})
+        moved = {place_of(tensor): tensor.to(device) for tensor in plain.values()}  # tied tensors once
+        bind(self.model, {name: moved[place_of(tensor)] for name, tensor in plain.items()})
         unbound = {name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta}
         assert unbound == coded, (unbound, "tensors without a value")
-
-    def _fill_buffers(self, module: nn.Module, device: torch.device) -> None:
-        """Compute the buffers that no checkpoint holds (rotary frequencies, scales), as transformers does."""
-        in_checkpoint = set(module.state_dict(keep_vars=True))
-        absent = [name for name, buffer in module.named_buffers(recurse=False) if name not in in_checkpoint]
-        if any(module.get_buffer(name).is_meta for name in absent):
-            assert all(parameter.is_meta for parameter in module.parameters(recurse=False)), (
-                "weights come after buffers"
-            )
-            for name in absent:
-                module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
-            self.model._init_weights(module)
 
     def embed(self, ids_1T: Tensor, positions_1T: Tensor) -> Embedded:
         """Hidden states entering the first layer, and what every layer is called with."""
@@ -250,27 +241,6 @@ class Anatomy:
         return logits
 
 
-def _place(tensor: Tensor) -> tuple[int, torch.Size]:
-    """The same for tensors that share their numbers."""
-    return (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
-
-
 def _is_input_first(module: nn.Module) -> bool:
     """Whether a module's matrices have the input dimension before the output's."""
     return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
-
-
-def _bind(root: nn.Module, tensors: Mapping[str, Tensor | CodedMatrix]) -> None:
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        module = root.get_submodule(path)
-        if isinstance(module, CodedLinear) and leaf == "weight":
-            module.coded = None if isinstance(tensor, Tensor) else tensor
-        if not isinstance(tensor, Tensor):
-            assert isinstance(module, CodedLinear), (name, "cannot be coded")
-            module._parameters[leaf] = None
-        elif leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            assert leaf in module._buffers, (name, "is neither a parameter nor a buffer")
-            module._buffers[leaf] = tensor

@@ -1,0 +1,45 @@
+"""Gives modules their tensors, wherever these lie. Knows modules and names; not where tensors come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexeval.engine.codecs.codec import CodedMatrix
+from flexeval.engine.compute.linear import CodedLinear
+
+
+def bind(root: nn.Module, tensors: Mapping[str, Tensor | CodedMatrix]) -> None:
+    """Let the modules under `root` compute with these tensors, linear layers also with coded matrices."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = root.get_submodule(path)
+        if isinstance(module, CodedLinear) and leaf == "weight":
+            module.coded = None if isinstance(tensor, Tensor) else tensor
+        if not isinstance(tensor, Tensor):
+            assert isinstance(module, CodedLinear), (name, "cannot be coded")
+            module._parameters[leaf] = None
+        elif leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            assert leaf in module._buffers, (name, "is neither a parameter nor a buffer")
+            module._buffers[leaf] = tensor
+
+
+def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
+    """The same for tensors that share their numbers."""
+    return (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
+
+
+def fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
+    """Compute the buffers of a module of `model` that no checkpoint holds (rotary frequencies, scales), as it does."""
+    in_checkpoint = set(module.state_dict(keep_vars=True))
+    absent = [name for name, buffer in module.named_buffers(recurse=False) if name not in in_checkpoint]
+    if any(module.get_buffer(name).is_meta for name in absent):
+        assert all(parameter.is_meta for parameter in module.parameters(recurse=False)), "weights come after buffers"
+        for name in absent:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
+        model._init_weights(module)
