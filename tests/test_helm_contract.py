@@ -20,6 +20,7 @@ HONOURED = {
     "model_deployment",
     "model",
     "prompt",
+    "messages",
     "temperature",
     "num_completions",
     "top_k_per_token",

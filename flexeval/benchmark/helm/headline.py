@@ -130,7 +130,7 @@ def instance_results(
                 setting=setting,
                 instance_id=f"{question[0]}-trial{question[1]}" if has_trials else question[0],
                 score=values[headline.metric],
-                prompt=state.request.prompt,
+                prompt=_asked_text(state),
                 output=_chosen(state, values) if "predicted_index" in values else _output(state, answer),
                 reference=" | ".join(_references(state)),
                 num_prompt_tokens=sum(part.answer.num_prompt_tokens for part in parts),
@@ -172,6 +172,12 @@ def _is_right(state: RequestState) -> bool:
     if not state.request.echo_prompt or state.request_mode == "calibration":
         return False
     return state.reference_index is None or state.instance.references[state.reference_index].is_correct
+
+
+def _asked_text(state: RequestState) -> str:
+    """Return the prompt as HELM wrote it, a conversation turn by turn."""
+    said = [f"{message['role']}: {message['content']}" for message in state.request.messages or ()]
+    return "\n".join(said) or state.request.prompt
 
 
 def _output(state: RequestState, answer: Completion) -> str:
