@@ -65,8 +65,9 @@ def from_helm(request: HelmRequest, *, is_chat: bool = False) -> Request:
         messages=tuple(_message(message, where) for message in request.messages or ()),
         max_tokens=request.max_tokens,
         stop=tuple(request.stop_sequences),
-        temperature=request.temperature,
-        top_p=request.top_p,
+        # A nucleus of nothing holds the most probable token, in HELM's client too.
+        temperature=request.temperature if request.top_p else 0.0,
+        top_p=request.top_p or 1.0,
         num_completions=request.num_completions,
         seed=_seed(request.random),
         echo=request.echo_prompt,
