@@ -19,7 +19,7 @@ from flexeval.benchmark.suites import Suite, load_suite
 from flexeval.config import Setting
 from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
-from flexeval.errors import ConfigError
+from flexeval.errors import ConfigError, ResultsError
 from flexeval.models import DEFAULT_MODEL, ModelSource, resolve
 from flexeval.output import output_directory
 from flexeval.parquet import save
@@ -82,6 +82,8 @@ class Done(NamedTuple):
     """What it found."""
     page: Path
     """The report."""
+    failed: dict[str, str]
+    """Tasks that were answered but not scored, and why: they are not in it."""
 
 
 def run_suite(options: RunOptions, progress: Progress) -> Done:
@@ -114,7 +116,7 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
         )
         results.save(out)
         with progress.activity("writing the report"):
-            return Done(results, write_report(results, out))
+            return Done(results, write_report(results, out), failed_tasks(outcomes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,8 @@ class Outcome:
     """What they have cost."""
     skipped: dict[str, str]
     """Tasks without data, and why."""
+    failed: dict[str, str]
+    """Tasks that were answered but not scored, and why."""
 
 
 def _run_setting(
@@ -219,7 +223,12 @@ def score(
             save(gather(answered, answers.rows, vocabulary=vocabulary), distribution_path(out, setting))
         else:
             distribution_path(out, setting).unlink(missing_ok=True)  # an earlier run's
-    return Outcome(scored=scored, cost=answers.cost, skipped=helm.skipped)
+    return Outcome(scored=scored, cost=answers.cost, skipped=helm.skipped, failed=helm.failed)
+
+
+def failed_tasks(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Tasks that were not scored under one of the settings, and why."""
+    return {task: reason for outcome in outcomes for task, reason in outcome.failed.items()}
 
 
 def _answered(requests: Sequence[Request], completions: Sequence[Completion], scored: Scored) -> Iterator[Answered]:
@@ -250,8 +259,14 @@ def collect(
     machine: dict[str, str],
     versions: dict[str, str],
 ) -> RunResults:
-    """All settings' parts as one result; HELM asks every setting the same."""
-    first = outcomes[0]
+    """All settings' parts as one result; HELM asks every setting the same.
+
+    A task that was not scored under one of them is left out: settings are compared on the same questions.
+    """
+    first, failed = outcomes[0], failed_tasks(outcomes)
+    tasks = [task for task in first.scored.tasks if task.name not in failed]
+    if not tasks:
+        raise ResultsError(f"no task was scored under every setting. {next(iter(failed.values()))}")
     results = RunResults(
         name=out.resolve().name,
         suite=suite,
@@ -261,9 +276,9 @@ def collect(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine,
         versions=versions,
-        tasks=first.scored.tasks,
+        tasks=tasks,
         settings=[outcome.cost for outcome in outcomes],
-        instances=[instance for outcome in outcomes for instance in outcome.scored.instances],
-        skipped=first.skipped,
+        instances=[one for outcome in outcomes for one in outcome.scored.instances if one.task not in failed],
+        skipped=first.skipped | failed,
     )
     return replace(results, fidelity=measure(results, distribution_files([results], [out])))

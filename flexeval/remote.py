@@ -207,7 +207,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
         )
         results.save(out)
         with progress.activity("writing the report"):
-            return pipeline.Done(results, write_report(results, out))
+            return pipeline.Done(results, write_report(results, out), pipeline.failed_tasks(outcomes))
 
 
 def _check(prompts: Prompts, where: Path, files: Sequence[AnswersFile], paths: Sequence[Path]) -> None:

@@ -108,7 +108,7 @@ def test_what_the_package_requests_could_not_have_is_named_by_its_address() -> N
     error = ConnectionError("no route")
     error.request = Request()  # type: ignore[attr-defined]
     found = diagnose(error)
-    assert found is not None and found == ("https://example.org/model", "ConnectionError: no route")
+    assert found is not None and found[:2] == ("https://example.org/model", "ConnectionError: no route")
 
 
 @pytest.mark.parametrize("name", ["demo", "helm-lite", "helm-lite-full", "helm-lite-instruct", "perplexity"])
