@@ -19,6 +19,10 @@ from helm.common.optional_dependencies import handle_module_not_found_error
 from helm_support import FakeEngine, build_card, build_suite, tokenizer_dir
 
 from flexeval.benchmark.helm import HelmSuite
+from flexeval.benchmark.helm.entries import build_run_specs
+from flexeval.benchmark.helm.log import quiet_import
+from flexeval.benchmark.helm.missing import wants_punkt
+from flexeval.benchmark.helm.models import register
 from flexeval.benchmark.suites import Suite
 from flexeval.errors import DataError, ResultsError
 
@@ -161,3 +165,24 @@ def test_annotations_are_written_with_the_answers(tmp_path: Path) -> None:
     suite.score(FakeEngine(tokenizer_dir()).generate(suite.collect()))
     (state,) = (tmp_path / "runs/test").glob("*/scenario_state.json")
     assert json.loads(state.read_text())["request_states"][0]["annotations"] == {"judge": {"verdict": "good"}}
+
+
+def test_what_is_imported_quietly_may_go_on_printing() -> None:
+    """NLTK keeps the stream that it finds when it is imported, and prints there when HELM's metrics download."""
+    with quiet_import():
+        kept = sys.stdout
+    print("Downloading punkt_tab", file=kept)
+
+
+@pytest.mark.parametrize("entry", ["narrative_qa:model=text", "boolq:model=text"])
+def test_metrics_that_split_sentences_want_their_model(entry: str, tmp_path: Path) -> None:
+    (spec,) = build_run_specs(entry, build_suite(entry), register_card(tmp_path), None)
+    assert wants_punkt(spec), "BLEU, and HELM's metrics of bias"
+    (other,) = build_run_specs(GOOD, build_suite(GOOD), register_card(tmp_path), None)
+    assert not wants_punkt(other)
+
+
+def register_card(folder: Path) -> str:
+    card = build_card()
+    register(card, folder)
+    return card.deployment

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 _IMPORT_TIMEOUT_S = 10.0
+
+
+class _Nowhere(io.TextIOBase):
+    """A stream that forgets what is written to it."""
+
+    def write(self, s: str, /) -> int:
+        return len(s)
 
 
 @contextmanager
@@ -21,7 +28,8 @@ def quiet_import() -> Iterator[None]:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_IMPORT_TIMEOUT_S)
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        nowhere = _Nowhere()  # never closed: NLTK keeps what it finds as stdout when it is imported
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
             yield
     finally:
         socket.setdefaulttimeout(timeout)

@@ -76,7 +76,7 @@ class Metrics:
                 except _FAILURES as error:
                     self._checked[key] = _lack(one, error)
             found.append(self._checked[key])
-        return [lack for lack in found if lack is not None]
+        return [lack for lack in dict.fromkeys(found) if lack is not None]
 
     def evaluate(self, spec: RunSpec, state: ScenarioState) -> tuple[ScenarioState, Evaluated]:
         """Annotate the answers of a run and compute its metrics; return the state with its annotations as well.

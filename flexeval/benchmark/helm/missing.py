@@ -68,9 +68,10 @@ def diagnose(error: BaseException) -> MissingData | None:
 
 
 def wants_punkt(spec: RunSpec) -> bool:
-    """Whether the metrics of a run need NLTK's Punkt model: BLEU splits sentences with it."""
+    """Whether the metrics of a run need NLTK's Punkt model: BLEU and those of bias split sentences with it."""
     names = [name for metric in spec.metric_specs for name in metric.args.get("names", [])]
-    return any("bleu" in name for name in names)
+    classes = [metric.class_name for metric in spec.metric_specs]
+    return any("bleu" in name for name in names) or any(name.endswith("BiasMetric") for name in classes)
 
 
 def punkt_folder() -> Path | None:
@@ -86,7 +87,7 @@ def missing_for_metrics(spec: RunSpec) -> MissingData | None:
     if not wants_punkt(spec) or punkt_folder() is not None:
         return None
     path = Path(nltk.data.path[0]) / "tokenizers" / "punkt_tab"
-    return MissingData(path=str(path), reason="BLEU needs NLTK's punkt_tab")
+    return MissingData(path=str(path), reason="its metrics need NLTK's punkt_tab")
 
 
 def _package(error: BaseException) -> str | None:
