@@ -184,6 +184,7 @@ def ask(
         max_sequence_length=context_length,
         note=source.note,
         num_template_tokens=num_chat_tokens(open_tokenizer(source.tokenizer_dir)) if is_chat else 0,
+        is_instruct=is_chat,  # as HELM tags the models that it asks in their templates
     )
     with progress.activity(f"{setting}: reading the questions") as update:
         helm = HelmSuite(suite, card, output=output, max_eval_instances=max_eval_instances, skip_missing=skip_missing)

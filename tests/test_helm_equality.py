@@ -59,7 +59,6 @@ ENTRIES = (
 """Nothing is downloaded for any."""
 CHAT_ENTRIES = (
     "simple_mcqa:model=text",
-    "dyck_language:num_parenthesis_pairs=2,model=text",
     "conversation:model=text",  # chat
 )
 NUM_INSTANCES = 2
@@ -301,6 +300,16 @@ def test_statistics_are_the_same(both: Both, file: str) -> None:
         assert len(compared) > 10
         for key in compared:
             assert my_stats[key] == pytest.approx(their_stats[key], rel=1e-5, abs=1e-4), (name, key)
+
+
+def test_times_are_real(both: Both) -> None:
+    """HELM's efficiency metrics: of a batch, and of one request's share of it."""
+    for name, run in runs(both[1]).items():
+        by_name = {stat["name"]["name"]: stat for stat in json.loads((run / "stats.json").read_text())}
+        whole, share, size = (by_name[name]["mean"] for name in CLOCK)
+        assert whole > share > 0, name
+        assert size > 1 and share == pytest.approx(whole / size), name
+        assert by_name["num_output_tokens"]["mean"] >= 0 and by_name["num_completion_tokens"]["mean"] > 0
 
 
 def flat(stats: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

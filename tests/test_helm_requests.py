@@ -27,7 +27,7 @@ NAME = "flexeval/tiny"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 PROMPT = "Question: Which of these?"
 EOS = 0
-MANY = 6000
+MANY = 4000
 """Samples, for which frequencies are within 0.08 of probabilities in total variation, over some hundreds of tokens."""
 
 
@@ -158,7 +158,7 @@ def test_a_scored_prompt_has_the_same_logprobs(prompt: str, clients: Clients) ->
     assert logprobs(ours.completions[0])[0] == 0.0
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (2.0, 0.3)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (1.0, 0.6)])
 def test_samples_of_both_come_from_the_same_distribution(
     temperature: float, top_p: float, clients: Clients, folder: Path
 ) -> None:

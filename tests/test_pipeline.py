@@ -279,6 +279,8 @@ def test_a_chat_template_is_applied_where_there_is_one(options: RunOptions, mode
     assert "chat template" not in plain.model_note
     tokens = [sum(setting.num_prompt_tokens for setting in results.settings) for results in (plain, asked)]
     assert tokens[0] < tokens[1]
+    tags = [(tmp_path / name / "helm/prod_env/model_metadata.yaml").read_text() for name in ("plain", "asked")]
+    assert ["INSTRUCTION_FOLLOWING_MODEL_TAG" in text for text in tags] == [False, True]
 
 
 def test_a_task_that_cannot_be_scored_costs_itself_alone(
