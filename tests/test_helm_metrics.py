@@ -103,14 +103,14 @@ def suite_in(folder: Path, suite: Suite, **options: Any) -> HelmSuite:
 @pytest.mark.parametrize(
     ("how", "lack", "reason"),
     [
-        ("bug", "a working WhenMade", "KeyError: 'answer"),
+        ("bug", "working WhenMade", "KeyError: 'answer"),
         (
             "package",
-            "the package no_such_package",
+            "package no_such_package",
             r'HELM\'s WhenMade: Optional .*pip install "crfm-helm\[summarization\]',
         ),
         ("file", "data at /no/such/judgements.json", "HELM's WhenMade: FileNotFoundError"),
-        ("exit", "a working WhenMade", "SystemExit: 1"),
+        ("exit", "working WhenMade", "SystemExit: 1"),
     ],
 )
 def test_what_a_metric_lacks_is_said_before_anything_is_answered(
@@ -132,7 +132,7 @@ def test_what_a_metric_lacks_is_said_before_anything_is_answered(
     ("part", "how", "message"),
     [
         ("WhenAsked", "bug", r"HELM's WhenAsked failed: KeyError: 'answer.*helm\.log has the traceback"),
-        ("WhenAsked", "package", r"HELM's WhenAsked needs the package no_such_package: .*pip install.*Install it"),
+        ("WhenAsked", "package", r"HELM's WhenAsked needs package no_such_package: .*pip install.*Install it"),
         ("WhenAsked", "file", r"HELM's WhenAsked needs data at /no/such/judgements\.json: .*Place it there"),
         ("WhenAsked", "exit", r"HELM's WhenAsked failed: SystemExit: 1"),
         ("Judge", "bug", r"HELM's Judge failed: KeyError: 'answer.*helm\.log has the traceback"),

@@ -124,7 +124,7 @@ def _lack(spec: ObjectSpec, error: BaseException) -> MissingData:
     found = diagnose(error)
     if found is None:
         traceback.print_exc()
-        return MissingData(path=_name(spec), reason=_first_words(error), kind="a working")
+        return MissingData(path=_name(spec), reason=_first_words(error), kind="working")
     return found._replace(reason=f"HELM's {_name(spec)}: {found.reason}")
 
 

@@ -23,7 +23,7 @@ from flexeval.errors import DataError
 _DOWNLOAD_FILE = ("helm.common.general", "ensure_file_downloaded")
 _LOAD_DATASET = ("datasets.load", "load_dataset")
 _DATA = "data at"
-_PACKAGE = "the package"
+_PACKAGE = "package"
 
 
 class MissingData(NamedTuple):
