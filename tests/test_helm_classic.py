@@ -13,11 +13,13 @@ import pytest
 from helm.benchmark.runner import set_benchmark_output_path
 from helm.benchmark.scenarios import math_scenario
 from helm.benchmark.scenarios.raft_scenario import SUBSETS
+from helm.benchmark.scenarios.scenario import create_scenario
 from helm.common.object_spec import get_class_by_name
 from helm_support import FakeEngine, build_card
 
 from flexeval.benchmark.helm import HelmSuite
 from flexeval.benchmark.helm.entries import build_run_specs, task_names
+from flexeval.benchmark.helm.headline import LOWER_IS_BETTER, PREFERENCE
 from flexeval.benchmark.helm.models import register
 from flexeval.benchmark.suites import load_suite
 
@@ -47,7 +49,7 @@ def test_every_run_spec_can_be_made(tmp_path: Path) -> None:
     register(card, tmp_path)
     set_benchmark_output_path(str(tmp_path / "data"))
     specs = [spec for entry in suite.entries for spec in build_run_specs(entry, suite, card.deployment, None)]
-    assert len(set(task_names(specs))) == len(specs) == len(suite.entries) == 96
+    assert len(set(task_names(specs))) == len(specs) == len(suite.entries) == 92
     for spec in specs:
         assert get_class_by_name(spec.scenario_spec.class_name), spec.name
         assert spec.metric_specs and spec.groups, spec.name
@@ -72,3 +74,26 @@ def test_what_needs_no_download_runs_to_its_scores(tmp_path: Path) -> None:
         ("gsm", "final_number_exact_match"),
     ]
     assert {instance.task for instance in scored.instances} == {task.name for task in scored.tasks}
+
+
+def test_every_task_has_a_number_that_stands_for_it(tmp_path: Path) -> None:
+    """Declared by its scenario, or else of the metrics that HELM Classic's schema shows."""
+    suite, card = load_suite("helm-classic"), build_card()
+    register(card, tmp_path)
+    set_benchmark_output_path(str(tmp_path / "data"))
+    undeclared = {}
+    for entry in suite.entries:
+        (spec,) = build_run_specs(entry, suite, card.deployment, None)
+        scenario = create_scenario(spec.scenario_spec)
+        try:
+            declared = scenario.get_metadata().main_metric
+        except NotImplementedError:
+            declared = "unknown"
+        if declared == "unknown":
+            undeclared[scenario.name] = {metric.class_name.rpartition(".")[2] for metric in spec.metric_specs}
+    assert undeclared.keys() == {"blimp", "synthetic_reasoning", "copyright", "real_toxicity_prompts"}
+    assert "BasicReferenceMetric" in undeclared["blimp"], "exact_match"
+    assert "BasicGenerationMetric" in undeclared["synthetic_reasoning"], "quasi_exact_match"
+    assert "ToxicityMetric" in undeclared["real_toxicity_prompts"], "toxic_frac"
+    assert "BasicCopyrightMetric" in undeclared["copyright"], "longest_common_prefix_length"
+    assert {"toxic_frac", "longest_common_prefix_length"} < LOWER_IS_BETTER & set(PREFERENCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from helm.common.response_format import ResponseFormat
 from helm.proxy.retry import NonRetriableException
 from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from tiny_directory import write_tiny_model
+from tiny_tokenizer import tokenizer_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexeval.helm_plugin import FlexevalClient
@@ -46,12 +48,13 @@ class Clients(NamedTuple):
 IDENTITY = {"model": NAME, "model_deployment": NAME}
 
 
-def write_model(folder: Path, *, has_template: bool = False, **sampling: float | None) -> Path:
+def write_model(folder: Path, *, has_template: bool = False, adds_bos: bool = False, **sampling: float | None) -> Path:
     """A tiny model that writes printable text and draws end-of-text as well.
 
     Args:
         folder: Where to.
         has_template: Whether it knows conversations.
+        adds_bos: Whether its tokenizer begins every text.
         sampling: What its `generation_config.json` says; by default, to sample from the whole vocabulary.
     """
     write_tiny_model(folder)
@@ -65,18 +68,21 @@ def write_model(folder: Path, *, has_template: bool = False, **sampling: float |
     model.save_pretrained(folder)
     path = folder / "generation_config.json"  # says nothing of top_k by default: 50 then
     path.write_text(json.dumps({**json.loads(path.read_text()), "top_k": 0, **sampling}))
+    if adds_bos:
+        shutil.copytree(tokenizer_dir(adds_bos=True), folder, dirs_exist_ok=True)
     if has_template:
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(folder)
     return folder
 
 
-def open_clients(folder: Path) -> Clients:
+def open_clients(folder: Path, *, added_prefix: str = "") -> Clients:
     HuggingFaceServerFactory._servers.clear()
     cache, path = BlackHoleCacheConfig(), str(folder)
     tokenizer = HuggingFaceTokenizer(cache, f"flexeval/{folder.name}", path)
     theirs = HuggingFaceClient(cache, tokenizer, path, "<eos>", device="cpu", torch_dtype="torch.float32")
-    return Clients(theirs, FlexevalClient(path, engine_options={"device": "cpu", "dtype": "float32"}))
+    options = {"device": "cpu", "dtype": "float32"}
+    return Clients(theirs, FlexevalClient(path, added_prefix=added_prefix, engine_options=options))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +162,20 @@ def test_a_scored_prompt_has_the_same_logprobs(prompt: str, clients: Clients) ->
     assert shown(ours) == shown(theirs) and ours.completions[0].text == prompt
     assert logprobs(ours.completions[0]) == pytest.approx(logprobs(theirs.completions[0]), abs=1e-4)
     assert logprobs(ours.completions[0])[0] == 0.0
+
+
+def test_a_beginning_that_the_tokenizer_adds_is_seen_and_not_shown(tmp_path: Path) -> None:
+    """HELM counts the tokens of the prompt as it wrote it; its client shows one more, and begins twice what begins."""
+    clients = open_clients(write_model(tmp_path, adds_bos=True), added_prefix="<s>")
+    theirs, ours = clients.ask()
+    assert shown(ours) == shown(theirs)
+    assert shown(ours) != shown(clients.ask(prompt=f"<s>{PROMPT}")[0]), "a second one"
+    assert shown(ours) == shown(clients.ask(prompt=f"<s>{PROMPT}")[1])
+    theirs, ours = clients.ask(echo_prompt=True, max_tokens=0)
+    [(text, tokens)], [(their_text, their_tokens)] = shown(ours), shown(theirs)
+    assert (their_text, their_tokens) == (f"<s>{text}", ["<s>", *tokens])
+    their_logprobs = logprobs(theirs.completions[0])
+    assert logprobs(ours.completions[0]) == pytest.approx(their_logprobs[1:], abs=1e-4)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (1.0, 0.6)])

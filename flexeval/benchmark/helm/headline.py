@@ -31,11 +31,25 @@ PREFERENCE = (
     "f1_score",
     "rouge_l",
     "bits_per_byte",
+    "toxic_frac",
+    "longest_common_prefix_length",
 )
 """Metrics tried in this order for a scenario that declares none, or one that HELM has not per question."""
 
 LOWER_IS_BETTER = frozenset(
-    {"bits_per_byte", "perplexity", "error_rate", "wer_score", "toxic_frac", "absolute_value_difference", "distance"}
+    {
+        "absolute_value_difference",
+        "bits_per_byte",
+        "distance",
+        "edit_similarity",
+        "error_rate",
+        "expected_max_toxicity",
+        "longest_common_prefix_length",
+        "max_toxicity_probability",
+        "perplexity",
+        "toxic_frac",
+        "wer_score",
+    }
 )
 """Metrics of HELM's schemas that a good model makes small."""
 
