@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helm.clients.huggingface_client import HuggingFaceClient, HuggingFaceServerFactory
+from helm.clients.huggingface_client import HuggingFaceClient
 from helm.common.cache import BlackHoleCacheConfig
 from helm.common.media_object import MediaObject, MultimediaObject
 from helm.common.request import GeneratedOutput, RequestResult
@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexeval.helm_plugin import FlexevalClient
 
-NAME = "flexeval/tiny"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 PROMPT = "Question: Which of these?"
 EOS = 0
@@ -36,16 +35,19 @@ MANY = 4000
 class Clients(NamedTuple):
     """Both for one model."""
 
+    name: str
+    """HELM's client keeps models by it."""
     theirs: HuggingFaceClient
     ours: FlexevalClient
 
     def ask(self, **fields: Any) -> tuple[RequestResult, RequestResult]:
-        request = HelmRequest(**{"prompt": PROMPT, "temperature": 0.0, "max_tokens": 8, **IDENTITY, **fields})
+        request = self.request(**{"temperature": 0.0, **fields})
         torch.manual_seed(0)
         return self.theirs.make_request(request), self.ours.make_request(request)
 
-
-IDENTITY = {"model": NAME, "model_deployment": NAME}
+    def request(self, **fields: Any) -> HelmRequest:
+        base = {"model": self.name, "model_deployment": self.name, "prompt": PROMPT, "max_tokens": 8}
+        return HelmRequest(**{**base, **fields})
 
 
 def write_model(folder: Path, *, has_template: bool = False, adds_bos: bool = False, **sampling: float | None) -> Path:
@@ -77,12 +79,11 @@ def write_model(folder: Path, *, has_template: bool = False, adds_bos: bool = Fa
 
 
 def open_clients(folder: Path, *, added_prefix: str = "") -> Clients:
-    HuggingFaceServerFactory._servers.clear()
-    cache, path = BlackHoleCacheConfig(), str(folder)
-    tokenizer = HuggingFaceTokenizer(cache, f"flexeval/{folder.name}", path)
+    cache, path, name = BlackHoleCacheConfig(), str(folder), f"flexeval/{folder.name}"
+    tokenizer = HuggingFaceTokenizer(cache, name, path)
     theirs = HuggingFaceClient(cache, tokenizer, path, "<eos>", device="cpu", torch_dtype="torch.float32")
     options = {"device": "cpu", "dtype": "float32"}
-    return Clients(theirs, FlexevalClient(path, added_prefix=added_prefix, engine_options=options))
+    return Clients(name, theirs, FlexevalClient(path, added_prefix=added_prefix, engine_options=options))
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +203,7 @@ def test_samples_of_both_come_from_the_same_distribution(
 
 def test_samples_are_those_of_their_random(clients: Clients) -> None:
     def sample(random: str | None) -> list[tuple[str, list[str]]]:
-        request = HelmRequest(
-            prompt=PROMPT, temperature=1.0, max_tokens=8, num_completions=2, random=random, **IDENTITY
-        )
+        request = clients.request(temperature=1.0, num_completions=2, random=random)
         return shown(clients.ours.make_request(request))
 
     assert sample("1") == sample("1")
@@ -258,7 +257,7 @@ DROPPED = ("image_generation_parameters", "response_format", "presence_penalty",
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_honoured_is_refused_in_a_line(name: str, clients: Clients) -> None:
     fields, message = REFUSED[name]
-    request = HelmRequest(**{"prompt": PROMPT, "max_tokens": 8, **IDENTITY, **fields})
+    request = clients.request(**fields)
     refusal = clients.ours.make_request(request)
     assert not refusal.success and refusal.error is not None
     assert message in refusal.error and "\n" not in refusal.error and len(refusal.error) < 400
@@ -270,7 +269,7 @@ def test_what_cannot_be_honoured_is_refused_in_a_line(name: str, clients: Client
 
 def test_every_field_has_a_row() -> None:
     fields = {field.name for field in dataclasses.fields(HelmRequest)}
-    assert fields == {*EQUAL, *REFUSED, *IDENTITY}
+    assert fields == {*EQUAL, *REFUSED, "model", "model_deployment"}
 
 
 def test_a_penalty_for_repetition_that_a_model_recommends_is_not_taken(folder: Path, tmp_path: Path) -> None:
