@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +18,18 @@ from flexeval.benchmark.suites import Suite, load_suite
 from flexeval.config import Setting
 from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
-from flexeval.errors import ConfigError, ResultsError
+from flexeval.errors import ConfigError
 from flexeval.models import DEFAULT_MODEL, ModelSource, resolve
+from flexeval.outcomes import Outcome, collect, failed_tasks
 from flexeval.output import output_directory
 from flexeval.parquet import save
 from flexeval.progress import Progress
-from flexeval.report.fidelity import measure
-from flexeval.report.merge import distribution_files, distribution_path
+from flexeval.report.merge import distribution_path
 from flexeval.report.write import write_report
 from flexeval.request import Completion, Request
-from flexeval.results import RunResults, SettingResult
+from flexeval.results import RunResults
 from flexeval.tokenizer import has_chat_template, num_chat_tokens, open_tokenizer
 
-CHAT_NOTE = "prompts in the model's chat template"
-"""What reports say of the model then."""
 _JOURNALS = "journal"
 """Folder of the journals in an output directory."""
 
@@ -117,20 +114,6 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
         results.save(out)
         with progress.activity("writing the report"):
             return Done(results, write_report(results, out), failed_tasks(outcomes))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """One setting's part of the results."""
-
-    scored: Scored
-    """What HELM made of the answers."""
-    cost: SettingResult
-    """What they have cost."""
-    skipped: dict[str, str]
-    """Tasks without data, and why."""
-    failed: dict[str, str]
-    """Tasks that were answered but not scored, and why."""
 
 
 def _run_setting(
@@ -227,11 +210,6 @@ def score(
     return Outcome(scored=scored, cost=answers.cost, skipped=helm.skipped, failed=helm.failed)
 
 
-def failed_tasks(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Tasks that were not scored under one of the settings, and why."""
-    return {task: reason for outcome in outcomes for task, reason in outcome.failed.items()}
-
-
 def _answered(requests: Sequence[Request], completions: Sequence[Completion], scored: Scored) -> Iterator[Answered]:
     """Every answer with what it holds probable, and whether its prompt is known to be right."""
     right = {name for instance in scored.instances for name, is_right in instance.requests.items() if is_right}
@@ -247,39 +225,3 @@ def engine_options(options: RunOptions) -> dict[str, Any]:
     """What of them `Engine.load` takes."""
     names = ("policy", "device", "dtype", "gpu_memory", "cpu_memory", "disk")
     return {name: getattr(options, name) for name in names}
-
-
-def collect(
-    suite: str,
-    source: ModelSource,
-    out: Path,
-    outcomes: Sequence[Outcome],
-    *,
-    is_chat: bool,
-    command: str,
-    machine: dict[str, str],
-    versions: dict[str, str],
-) -> RunResults:
-    """All settings' parts as one result; HELM asks every setting the same.
-
-    A task that was not scored under one of them is left out: settings are compared on the same questions.
-    """
-    first, failed = outcomes[0], failed_tasks(outcomes)
-    tasks = [task for task in first.scored.tasks if task.name not in failed]
-    if not tasks:
-        raise ResultsError(f"no task was scored under every setting. {next(iter(failed.values()))}")
-    results = RunResults(
-        name=out.resolve().name,
-        suite=suite,
-        model=source.ref,
-        model_note="; ".join(filter(None, (source.note, CHAT_NOTE if is_chat else ""))),
-        command=command,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=machine,
-        versions=versions,
-        tasks=tasks,
-        settings=[outcome.cost for outcome in outcomes],
-        instances=[one for outcome in outcomes for one in outcome.scored.instances if one.task not in failed],
-        skipped=first.skipped | failed,
-    )
-    return replace(results, fidelity=measure(results, distribution_files([results], [out])))
