@@ -38,7 +38,8 @@ class FinishReason(StrEnum):
     """The model generated its end-of-text token."""
 
 
-class Message(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Message:
     """A turn of a conversation."""
 
     role: str
@@ -116,8 +117,8 @@ class Request:
 
     def _check_messages(self) -> None:
         try:
-            messages = tuple(Message(*message) for message in self.messages)
-            is_text = all(isinstance(part, str) for message in messages for part in message)
+            messages = tuple(one if isinstance(one, Message) else Message(*one) for one in self.messages)
+            is_text = all(isinstance(text, str) for one in messages for text in (one.role, one.content))
         except TypeError:
             is_text = False
         if not is_text:

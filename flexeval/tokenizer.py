@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def chat_ids(
     Raises:
         RequestError: The template does not allow for it: many want user and assistant to take turns.
     """
-    said = [message._asdict() for message in messages]
+    said = list(map(asdict, messages))
     try:
         written = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise what they like, in a language of their own

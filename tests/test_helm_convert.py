@@ -10,7 +10,7 @@ from helm.common.request import Token
 
 from flexeval.benchmark.helm.convert import UNSUPPORTED_FIELDS, Batch, from_helm, to_helm
 from flexeval.errors import RequestError
-from flexeval.request import Completion, FinishReason, Request
+from flexeval.request import Completion, FinishReason, Message, Request
 
 BATCH = Batch(size=4, elapsed_s=2.0)
 
@@ -85,7 +85,7 @@ CONVERSATION = [
 def test_a_conversation_arrives_turn_by_turn() -> None:
     request = from_helm(helm_request(prompt="", messages=CONVERSATION), is_chat=True)
     assert (request.prompt, request.is_chat) == ("", True)
-    assert request.messages == (("user", "1 + 1?"), ("assistant", "2"), ("user", "+ 1?"))
+    assert request.messages == (Message("user", "1 + 1?"), Message("assistant", "2"), Message("user", "+ 1?"))
 
 
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": "data:" + "x" * 10_000}]}
