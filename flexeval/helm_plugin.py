@@ -3,7 +3,8 @@
     helm-run --runner-class-name flexeval.helm_plugin.FlexevalRunner --local-path OUT/helm/prod_env
         --models-to-run flexeval/MODEL-w4 --conf-paths FILE.conf --suite NAME --max-eval-instances 10
 
-Model and setting stand in the deployment's `client_spec` in `model_deployments.yaml`, which every flexeval run writes.
+Model and setting stand in the deployment's `client_spec` in `model_deployments.yaml`, which every flexeval run writes;
+so does `apply_chat_template`, which means what it means to HELM's HuggingFaceClient.
 HELM downloads all data itself here; a suite's `packaged_data` is not known to it.
 Without `--runner-class-name`, HELM sends single requests to the Client, which can only gather those of its threads.
 Knows HELM and `Engine`; must not know how the engine works.
@@ -16,7 +17,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -51,6 +52,8 @@ class EngineArguments:
     """The setting's name."""
     added_prefix: str = ""
     """Text of the token that the tokenizer puts before a prompt, if it does."""
+    apply_chat_template: bool | None = None
+    """Whether prompts that are answered stand in the model's chat template; None where it has one."""
     engine_options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `Engine.load`: `{gpu_memory: 16GiB}`."""
 
@@ -64,11 +67,30 @@ class EngineArguments:
                 where="--models-to-run",
                 mend=f"Name a deployment whose client is {CLIENT_CLASS}",
             )
-        return cls(**spec.args)
+        try:
+            return cls(**spec.args)
+        except TypeError as error:  # of a name that is none, or none that must be there
+            raise ConfigError(
+                f"the arguments of {name}'s client are not those of {CLIENT_CLASS}: {error}",
+                where="model_deployments.yaml",
+                mend=f"Arguments are: {', '.join(field.name for field in fields(cls))}",
+            ) from error
 
     def load(self) -> flexeval.Engine:
         """Load the engine: a context manager."""
         return flexeval.Engine.load(self.model, setting=self.setting, **self.engine_options)
+
+    def answer(self, engine: flexeval.Engine, requests: Sequence[HelmRequest]) -> list[RequestResult]:
+        """Answer HELM's requests in one batch; equal ones share an answer."""
+        is_chat = engine.has_chat_template if self.apply_chat_template is None else self.apply_chat_template
+        asked = [from_helm(request, is_chat=is_chat) for request in requests]
+        unique = list(dict.fromkeys(asked))
+        completions = engine.generate(unique)
+        answers, batch = dict(zip(unique, completions, strict=True)), Batch.of(completions)
+        return [
+            to_helm(request, answers[ours], batch=batch, added_prefix=self.added_prefix)
+            for request, ours in zip(requests, asked, strict=True)
+        ]
 
 
 class FlexevalRunner(Runner):
@@ -104,7 +126,7 @@ class EngineExecutor(Executor):
             return scenario_state
         arguments = EngineArguments.of_deployment(scenario_state.adapter_spec.model_deployment)
         requests = [state.request for state in scenario_state.request_states]
-        results = _answer(self._engine(arguments), requests, arguments.added_prefix)
+        results = arguments.answer(self._engine(arguments), requests)
         request_states = [
             replace(state, result=result) for state, result in zip(scenario_state.request_states, results, strict=True)
         ]
@@ -125,6 +147,7 @@ class FlexevalClient(Client):
         model: What `Engine.load` takes.
         setting: The setting's name.
         added_prefix: Text of the token that the tokenizer puts before a prompt, if it does.
+        apply_chat_template: Whether prompts stand in the model's chat template; None where it has one.
         engine_options: Further arguments of `Engine.load`.
     """
 
@@ -133,10 +156,15 @@ class FlexevalClient(Client):
         model: str,
         setting: str = "none",
         added_prefix: str = "",
+        apply_chat_template: bool | None = None,
         engine_options: dict[str, Any] | None = None,
     ):
         self._arguments = EngineArguments(
-            model=model, setting=setting, added_prefix=added_prefix, engine_options=engine_options or {}
+            model=model,
+            setting=setting,
+            added_prefix=added_prefix,
+            apply_chat_template=apply_chat_template,
+            engine_options=engine_options or {},
         )
         self._waiting: SimpleQueue[tuple[HelmRequest, Future[RequestResult]]] = SimpleQueue()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flexeval-client")
@@ -167,25 +195,13 @@ class FlexevalClient(Client):
                 engine = self._arguments.load()
                 self._engine = engine.__enter__()
                 atexit.register(engine.__exit__, None, None, None)  # HELM never closes a client
-            results = _answer(self._engine, [request for request, _ in waiting], self._arguments.added_prefix)
+            results = self._arguments.answer(self._engine, [request for request, _ in waiting])
         except Exception as error:
             for _, future in waiting:
                 future.set_exception(error)
         else:
             for (_, future), result in zip(waiting, results, strict=True):
                 future.set_result(result)
-
-
-def _answer(engine: flexeval.Engine, requests: Sequence[HelmRequest], added_prefix: str) -> list[RequestResult]:
-    """Answer HELM's requests in one batch; equal ones share an answer."""
-    asked = [from_helm(request) for request in requests]
-    unique = list(dict.fromkeys(asked))
-    completions = engine.generate(unique)
-    answers, batch = dict(zip(unique, completions, strict=True)), Batch.of(completions)
-    return [
-        to_helm(request, answers[ours], batch=batch, added_prefix=added_prefix)
-        for request, ours in zip(requests, asked, strict=True)
-    ]
 
 
 def _drain(queue: SimpleQueue[Any]) -> list[Any]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +20,16 @@ from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError
 from flexeval.models import DEFAULT_MODEL, ModelSource, resolve
+from flexeval.outcomes import Outcome, collect, failed_tasks
 from flexeval.output import output_directory
 from flexeval.parquet import save
 from flexeval.progress import Progress
-from flexeval.report.fidelity import measure
-from flexeval.report.merge import distribution_files, distribution_path
+from flexeval.report.merge import distribution_path
 from flexeval.report.write import write_report
 from flexeval.request import Completion, Request
-from flexeval.results import RunResults, SettingResult
+from flexeval.results import RunResults
 from flexeval.tokenizer import has_chat_template, num_chat_tokens, open_tokenizer
 
-CHAT_NOTE = "prompts in the model's chat template"
-"""What reports say of the model then."""
 _JOURNALS = "journal"
 """Folder of the journals in an output directory."""
 
@@ -82,6 +79,8 @@ class Done(NamedTuple):
     """What it found."""
     page: Path
     """The report."""
+    failed: dict[str, str]
+    """Tasks that were answered but not scored, and why: they are not in it."""
 
 
 def run_suite(options: RunOptions, progress: Progress) -> Done:
@@ -114,19 +113,7 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
         )
         results.save(out)
         with progress.activity("writing the report"):
-            return Done(results, write_report(results, out))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """One setting's part of the results."""
-
-    scored: Scored
-    """What HELM made of the answers."""
-    cost: SettingResult
-    """What they have cost."""
-    skipped: dict[str, str]
-    """Tasks without data, and why."""
+            return Done(results, write_report(results, out), failed_tasks(outcomes))
 
 
 def _run_setting(
@@ -180,6 +167,7 @@ def ask(
         max_sequence_length=context_length,
         note=source.note,
         num_template_tokens=num_chat_tokens(open_tokenizer(source.tokenizer_dir)) if is_chat else 0,
+        is_instruct=is_chat,  # as HELM tags the models that it asks in their templates
     )
     with progress.activity(f"{setting}: reading the questions") as update:
         helm = HelmSuite(suite, card, output=output, max_eval_instances=max_eval_instances, skip_missing=skip_missing)
@@ -219,7 +207,7 @@ def score(
             save(gather(answered, answers.rows, vocabulary=vocabulary), distribution_path(out, setting))
         else:
             distribution_path(out, setting).unlink(missing_ok=True)  # an earlier run's
-    return Outcome(scored=scored, cost=answers.cost, skipped=helm.skipped)
+    return Outcome(scored=scored, cost=answers.cost, skipped=helm.skipped, failed=helm.failed)
 
 
 def _answered(requests: Sequence[Request], completions: Sequence[Completion], scored: Scored) -> Iterator[Answered]:
@@ -237,33 +225,3 @@ def engine_options(options: RunOptions) -> dict[str, Any]:
     """What of them `Engine.load` takes."""
     names = ("policy", "device", "dtype", "gpu_memory", "cpu_memory", "disk")
     return {name: getattr(options, name) for name in names}
-
-
-def collect(
-    suite: str,
-    source: ModelSource,
-    out: Path,
-    outcomes: Sequence[Outcome],
-    *,
-    is_chat: bool,
-    command: str,
-    machine: dict[str, str],
-    versions: dict[str, str],
-) -> RunResults:
-    """All settings' parts as one result; HELM asks every setting the same."""
-    first = outcomes[0]
-    results = RunResults(
-        name=out.resolve().name,
-        suite=suite,
-        model=source.ref,
-        model_note="; ".join(filter(None, (source.note, CHAT_NOTE if is_chat else ""))),
-        command=command,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=machine,
-        versions=versions,
-        tasks=first.scored.tasks,
-        settings=[outcome.cost for outcome in outcomes],
-        instances=[instance for outcome in outcomes for instance in outcome.scored.instances],
-        skipped=first.skipped,
-    )
-    return replace(results, fidelity=measure(results, distribution_files([results], [out])))

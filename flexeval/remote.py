@@ -152,6 +152,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
     from flexeval import pipeline
     from flexeval.answering import Answers
     from flexeval.benchmark.suites import load_suite
+    from flexeval.outcomes import Outcome, collect, failed_tasks
     from flexeval.output import output_directory
     from flexeval.report.write import write_report
 
@@ -159,7 +160,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
     files = [read_answers(path) for path in answers_files]
     _check(prompts, prompts_file, files, answers_files)
     suite, source = load_suite(prompts.info.suite), resolve(prompts.info.model, needs_weights=False)
-    outcomes: list[pipeline.Outcome] = []
+    outcomes: list[Outcome] = []
     with output_directory(out, kept="results.json"):
         for file in files:
             helm, requests = pipeline.ask(
@@ -195,7 +196,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
                 )
             )
         first = files[0].info
-        results = pipeline.collect(
+        results = collect(
             suite.name,
             source,
             out,
@@ -207,7 +208,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
         )
         results.save(out)
         with progress.activity("writing the report"):
-            return pipeline.Done(results, write_report(results, out))
+            return pipeline.Done(results, write_report(results, out), failed_tasks(outcomes))
 
 
 def _check(prompts: Prompts, where: Path, files: Sequence[AnswersFile], paths: Sequence[Path]) -> None:

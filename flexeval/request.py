@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # this vocabulary is imported where numpy is not wanted yet
     import numpy.typing as npt
 
 _SHORT_HASH_DIGITS = 16
+_YOUNGER_FIELDS = ("is_chat", "messages")
+"""Fields that requests did not always have: at their defaults they are no part of the hash, so that answers which were
+journalled before are found."""
 
 
 class FinishReason(StrEnum):
@@ -33,6 +36,16 @@ class FinishReason(StrEnum):
     """`max_tokens` were generated."""
     ENDOFTEXT = "endoftext"
     """The model generated its end-of-text token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A turn of a conversation."""
+
+    role: str
+    """Who says it, as the model's chat template names them: `system`, `user`, `assistant`."""
+    content: str
+    """What is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +74,8 @@ class Request:
     """How many of them, and of the others, to keep by their ids, for comparing settings: see `distributions`."""
     is_chat: bool = False
     """Whether the prompt is what a user says: the model's chat template is put around it, and asks for the answer."""
+    messages: tuple[Message, ...] = ()
+    """With `is_chat` and an empty prompt: a conversation of several turns, which the answer continues."""
     ignore_eos: bool = False
     """Generate on past end-of-text (benchmarks of speed)."""
     detokenize: bool = True
@@ -93,15 +108,34 @@ class Request:
         if not self.detokenize and (self.stop or self.top_logprobs):
             what = "detokenize=False leaves no text to find stop sequences in, or to name top_logprobs by"
             raise RequestError(what, mend="Leave out stop and top_logprobs, or let it be text")
+        self._check_messages()
         if self.is_chat and (self.echo or not isinstance(self.prompt, str)):
             what = "is_chat puts a template around a text that is answered, not around token ids or what is scored"
             raise RequestError(what, mend="Pass a text, without echo")
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens=0 asks for nothing", mend="Set echo=True to score the prompt")
 
+    def _check_messages(self) -> None:
+        try:
+            messages = tuple(one if isinstance(one, Message) else Message(*one) for one in self.messages)
+            is_text = all(isinstance(text, str) for one in messages for text in (one.role, one.content))
+        except TypeError:
+            is_text = False
+        if not is_text:
+            what = f"messages={self.messages!r} are not pairs of a role and a text"
+            raise RequestError(what, mend="Pass (role, text) for each turn; only text can be asked")
+        if messages and (self.prompt or not self.is_chat):
+            what = "messages are all that is said, and need a chat template"
+            raise RequestError(what, mend='Pass them with prompt="" and is_chat=True')
+        object.__setattr__(self, "messages", messages)
+
     def content_hash(self) -> str:
-        """Sha256 over every field: equal hashes may share an answer."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Sha256 over every field that says something: equal hashes may share an answer."""
+        values = asdict(self)
+        for name in _YOUNGER_FIELDS:
+            if not values[name]:
+                del values[name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def short_hash(self) -> str:
         """The beginning of `content_hash`, which tells the requests of a run apart."""

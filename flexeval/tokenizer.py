@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flexeval.errors import ModelError
+from flexeval.errors import ModelError, RequestError
+from flexeval.request import Message
 
 
 def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -29,17 +32,38 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.chat_template)
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Tokens of a conversation in which the user has said `text` and the answer is to follow."""
-    asked = [{"role": "user", "content": text}]
-    written = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    return tuple(tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"])
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Tokens of a text with the tokenizer's special ones, unless it begins with the beginning-of-text token already."""
+    bos = tokenizer.bos_token
+    has_bos = bool(bos) and text.startswith(str(bos))
+    return tuple(tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"])
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, where: str | None = None
+) -> tuple[int, ...]:
+    """Tokens of a conversation, after which the answer is to follow.
+
+    Raises:
+        RequestError: The template does not allow for it: many want user and assistant to take turns.
+    """
+    said = list(map(asdict, messages))
+    try:
+        written = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like, in a language of their own
+        roles = ", ".join(message.role for message in messages)
+        raise RequestError(
+            f"the model's chat template does not take a conversation of {roles}: {error}",
+            where=where,
+            mend="Leave this run entry out, or choose a model whose template takes it",
+        ) from error
+    return encode(tokenizer, str(written))
 
 
 def num_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that the template adds to a text, at most: those of the text may join with them."""
     plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    return len(chat_ids(tokenizer, "a")) - len(plain) + 2
+    return len(chat_ids(tokenizer, [Message("user", "a")])) - len(plain) + 2
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -86,6 +86,7 @@ class FakeEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self.batches: list[list[Request]] = []
         self.is_open = False
+        self.has_chat_template = False
 
     def __enter__(self) -> FakeEngine:
         self.is_open = True
@@ -103,10 +104,11 @@ class FakeEngine:
         return answers
 
     def _complete(self, request: Request, index: int) -> Completion:
-        content = f"{request.prompt}|{request.seed}|{index}"
+        prompt = "\n".join(message.content for message in request.messages) or request.prompt
+        content = f"{prompt}|{request.seed}|{index}"
         rng = random.Random(int(hashlib.md5(content.encode()).hexdigest(), 16))
-        has_bos = str(request.prompt).startswith("<s>")
-        prompt_ids = self._tokenizer.encode(request.prompt, add_special_tokens=not has_bos)
+        has_bos = str(prompt).startswith("<s>")
+        prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=not has_bos)
         assert len(prompt_ids) + request.max_tokens <= CONTEXT, "an engine refuses what does not fit"
         text = rng.choice([" A", " B", " C", " D", " yes", " } >", " The answer is 12."])
         ids = self._tokenizer.encode(text, add_special_tokens=False)[: request.max_tokens]

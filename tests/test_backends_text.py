@@ -71,6 +71,32 @@ def test_a_chat_template_is_put_around_the_prompt() -> None:
     assert len(asked) <= num_plain + num_chat_tokens(half.tokenizer) <= len(asked) + 4
 
 
+def test_a_conversation_of_several_turns_is_written_as_the_template_writes_it() -> None:
+    half = text_half(tokenizer_dir(adds_bos=True))
+    half.tokenizer.chat_template = TEMPLATE
+    said = (("system", "Be brief."), ("user", "One?"), ("assistant", "Two."), ("user", "Three?"))
+    asked = half.encode(Request(prompt="", messages=said, is_chat=True, max_tokens=1), where="here")
+    assert half.decode(list(asked)) == "<s>system: Be brief.\n<s>user: One?\n<s>assistant: Two.\n<s>user: Three?\nit:"
+    alone = half.encode(Request(prompt="", messages=said[1:2], is_chat=True), where="here")
+    assert alone == half.encode(Request(prompt="One?", is_chat=True), where="here")
+
+
+def test_a_template_without_beginning_of_text_gets_the_tokenizers() -> None:
+    """As HELM's client has it; many templates write their own."""
+    half = text_half(tokenizer_dir(adds_bos=True))
+    half.tokenizer.chat_template = TEMPLATE.replace("<s>", "")
+    asked = half.encode(Request(prompt="The answer", is_chat=True), where="here")
+    assert half.decode(list(asked)) == "<s>user: The answer\nit:"
+    assert len(asked) <= len(encode("The answer", half)) + num_chat_tokens(half.tokenizer)
+
+
+def test_a_conversation_that_the_template_does_not_take_is_refused() -> None:
+    half = text_half(tokenizer_dir())
+    half.tokenizer.chat_template = "{{ raise_exception('only users speak') }}"
+    with pytest.raises(RequestError, match=r"conversation of system, user: only users speak \(request 3\)\. Leave"):
+        half.encode(Request(prompt="", messages=(("system", "a"), ("user", "b")), is_chat=True), where="request 3")
+
+
 def test_without_a_chat_template_nobody_can_be_asked_in_one() -> None:
     with pytest.raises(RequestError, match=r"no chat template \(here\)"):
         BYTES.encode(Request(prompt="The answer", is_chat=True), where="here")

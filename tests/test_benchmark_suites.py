@@ -32,7 +32,8 @@ def test_demo_needs_no_download_of_helms() -> None:
 
 def test_an_unknown_suite_lists_those_that_exist() -> None:
     with pytest.raises(
-        ConfigError, match=r"'helm-light'.*demo, helm-lite, helm-lite-full, helm-lite-instruct, perplexity"
+        ConfigError,
+        match=r"'helm-light'.*demo, helm-classic, helm-lite, helm-lite-full, helm-lite-instruct, perplexity",
     ):
         load_suite("helm-light")
 

@@ -10,7 +10,7 @@ from helm.common.request import Token
 
 from flexeval.benchmark.helm.convert import UNSUPPORTED_FIELDS, Batch, from_helm, to_helm
 from flexeval.errors import RequestError
-from flexeval.request import Completion, FinishReason, Request
+from flexeval.request import Completion, FinishReason, Message, Request
 
 BATCH = Batch(size=4, elapsed_s=2.0)
 
@@ -71,9 +71,44 @@ def test_random_is_a_seed_that_depends_on_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", UNSUPPORTED_FIELDS)
 def test_what_no_engine_can_honour_is_refused(name: str) -> None:
-    value = [{"role": "user", "content": "hello"}] if name == "messages" else 0.5
-    with pytest.raises(RequestError, match=name):
-        from_helm(helm_request(**{name: value}))
+    with pytest.raises(RequestError, match=f"HELM asks for {name}=0.5, .*flexeval/tiny.*Leave this run entry out"):
+        from_helm(helm_request(**{name: 0.5}))
+
+
+CONVERSATION = [
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "+ 1?"},
+]
+
+
+def test_a_conversation_arrives_turn_by_turn() -> None:
+    request = from_helm(helm_request(prompt="", messages=CONVERSATION), is_chat=True)
+    assert (request.prompt, request.is_chat) == ("", True)
+    assert request.messages == (Message("user", "1 + 1?"), Message("assistant", "2"), Message("user", "+ 1?"))
+
+
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": "data:" + "x" * 10_000}]}
+
+
+@pytest.mark.parametrize(
+    ("values", "is_chat", "message"),
+    [
+        (
+            {"messages": CONVERSATION},
+            False,
+            "a conversation of 3 turns, and no chat template is applied.*--chat-template",
+        ),
+        ({"messages": CONVERSATION, "echo_prompt": True}, True, "a prompt or an echo as well"),
+        ({"messages": CONVERSATION, "prompt": "1"}, True, "a prompt or an echo as well"),
+        ({"messages": [IMAGE]}, True, "not text alone.*only text can be asked"),
+        ({"messages": [{"content": "1 + 1?"}]}, True, "not text alone"),
+    ],
+)
+def test_a_conversation_that_cannot_be_held_is_refused(values: dict[str, object], is_chat: bool, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        from_helm(helm_request(**{"prompt": "", **values}), is_chat=is_chat)
+    assert len(str(caught.value)) < 400
 
 
 def test_an_empty_stop_sequence_is_refused() -> None:

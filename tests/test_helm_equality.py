@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helm.benchmark.adaptation.adapter_spec import AdapterSpec
+from helm.benchmark.adaptation.adapter_spec import ADAPT_CHAT, AdapterSpec
 from helm.benchmark.adaptation.common_adapter_specs import (
     get_multiple_choice_separate_adapter_spec,
     get_ranking_binary_adapter_spec,
@@ -43,7 +43,7 @@ from helm_support import build_suite
 
 from flexeval import Engine
 from flexeval.benchmark.helm import HelmSuite, ModelCard
-from flexeval.benchmark.helm.models import register
+from flexeval.benchmark.helm.models import CLIENT_CLASS, register
 from flexeval.models import ModelSource
 from flexeval.tokenizer import num_chat_tokens, open_tokenizer
 
@@ -57,7 +57,10 @@ ENTRIES = (
     "document:model=text",  # language_modeling
 )
 """Nothing is downloaded for any."""
-CHAT_ENTRIES = ("simple_mcqa:model=text", "dyck_language:num_parenthesis_pairs=2,model=text")
+CHAT_ENTRIES = (
+    "simple_mcqa:model=text",
+    "conversation:model=text",  # chat
+)
 NUM_INSTANCES = 2
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo", "Cuba": "Havana"}
 
@@ -98,6 +101,20 @@ class RelevanceScenario(CapitalsScenario):
         return Instance(Input(f"What is the capital of {country}?"), references=references, split=split)
 
 
+class ConversationScenario(CapitalsScenario):
+    """Conversations of several turns, one begun by the system, one that the assistant spoke last in."""
+
+    name = "conversation"
+
+    def _instance(self, index: int, country: str) -> Instance:
+        said = ["Hello!", "Hello. What would you like to know?", f"What is the capital of {country}?", "It is"]
+        messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
+        begun = [{"role": "system", "content": "Answer in one word."}] if index == 0 else []
+        answered = Reference(Output(CAPITALS[country]), [CORRECT_TAG])
+        spoken = [*begun, *messages[: 4 if index == 1 else 3]]
+        return Instance(Input(messages=spoken), references=[answered], split=TEST_SPLIT)
+
+
 def run_spec(scenario: type[Scenario], adapter_spec: AdapterSpec, metric_specs: list[Any], name: str) -> RunSpec:
     return RunSpec(
         name=name,
@@ -122,6 +139,13 @@ def get_relevance_spec() -> RunSpec:
     return run_spec(RelevanceScenario, adapter_spec, metric_specs, "relevance")
 
 
+@run_spec_function("conversation")
+def get_conversation_spec() -> RunSpec:
+    adapter_spec = AdapterSpec(method=ADAPT_CHAT, max_train_instances=0, num_outputs=1, max_tokens=6, temperature=0.0)
+    metric_specs = get_exact_match_metric_specs() + get_generic_metric_specs()
+    return run_spec(ConversationScenario, adapter_spec, metric_specs, "conversation")
+
+
 @pytest.fixture(scope="module")
 def card(smollm2: ModelSource) -> ModelCard:
     return ModelCard(
@@ -132,38 +156,61 @@ def card(smollm2: ModelSource) -> ModelCard:
 @pytest.fixture(scope="module")
 def stock(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `helm-run` writes with its own client for models of transformers'."""
-    return run_stock(smollm2, card, tmp_path_factory.mktemp("stock"), ENTRIES, apply_chat_template=False)
-
-
-def run_stock(
-    smollm2: ModelSource, card: ModelCard, output: Path, entries: Sequence[str], *, apply_chat_template: bool
-) -> Path:
     HuggingFaceServerFactory._servers.clear()
-    local = output / "prod_env"
-    register(card, local)
-    path = local / "model_deployments.yaml"
-    deployments = yaml.safe_load(path.read_text())
-    deployments["model_deployments"][0]["client_spec"] = {
-        "class_name": "helm.clients.huggingface_client.HuggingFaceClient",
-        "args": {
-            "pretrained_model_name_or_path": str(smollm2.directory),
-            "torch_dtype": "torch.float32",
-            "device": "cpu",
-            "apply_chat_template": apply_chat_template,
-        },
-    }
-    path.write_text(yaml.safe_dump(deployments))
-    arguments = ["--output-path", str(output), "--local-path", str(local), "--suite", "test", "--exit-on-error"]
-    arguments += ["--max-eval-instances", str(NUM_INSTANCES), "--disable-cache", "--num-threads", "1"]
-    arguments += ["--models-to-run", NAME, "--num-train-trials", "1", "--run-entries", *entries]
-    helm_run(build_parser().parse_args(arguments))
-    return output / "runs/test"
+    return run_helm(card, tmp_path_factory.mktemp("stock"), ENTRIES, helms_client(smollm2, apply_chat_template=False))
 
 
 @pytest.fixture(scope="module")
 def ours(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `flexeval run` writes."""
     return run_ours(smollm2, card, tmp_path_factory.mktemp("ours"), ENTRIES)
+
+
+@pytest.fixture(scope="module")
+def stock_chat(smollm2: ModelSource, chat_card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HELM's client applies the chat template that it finds."""
+    HuggingFaceServerFactory._servers.clear()
+    return run_helm(chat_card, tmp_path_factory.mktemp("stock"), CHAT_ENTRIES, helms_client(smollm2))
+
+
+@pytest.fixture(scope="module")
+def our_chat(smollm2: ModelSource, chat_card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_ours(smollm2, chat_card, tmp_path_factory.mktemp("ours"), CHAT_ENTRIES)
+
+
+@pytest.fixture(scope="module")
+def plugged_chat(smollm2: ModelSource, chat_card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `helm-run` writes with our Runner, which finds the chat template as well."""
+    options = {"dtype": "float32", "device": "cpu"}
+    spec = {"class_name": CLIENT_CLASS, "args": {"model": str(smollm2.directory), "engine_options": options}}
+    runner = ("--runner-class-name", "flexeval.helm_plugin.FlexevalRunner")
+    return run_helm(chat_card, tmp_path_factory.mktemp("plugged"), CHAT_ENTRIES, spec, *runner)
+
+
+@pytest.fixture(scope="module")
+def chat_card(card: ModelCard) -> ModelCard:
+    return dataclasses.replace(card, num_template_tokens=num_chat_tokens(open_tokenizer(card.tokenizer_dir)))
+
+
+def helms_client(smollm2: ModelSource, **more: bool) -> dict[str, Any]:
+    path = str(smollm2.directory)
+    args = {"pretrained_model_name_or_path": path, "torch_dtype": "torch.float32", "device": "cpu", **more}
+    return {"class_name": "helm.clients.huggingface_client.HuggingFaceClient", "args": args}
+
+
+def run_helm(card: ModelCard, output: Path, entries: Sequence[str], client_spec: dict[str, Any], *more: str) -> Path:
+    """The command `helm-run` for a deployment with this client."""
+    local = output / "prod_env"
+    register(card, local)
+    path = local / "model_deployments.yaml"
+    deployments = yaml.safe_load(path.read_text())
+    deployments["model_deployments"][0]["client_spec"] = client_spec
+    path.write_text(yaml.safe_dump(deployments))
+    arguments = ["--output-path", str(output), "--local-path", str(local), "--suite", "test", "--exit-on-error"]
+    arguments += ["--max-eval-instances", str(NUM_INSTANCES), "--disable-cache", "--num-threads", "1", *more]
+    arguments += ["--models-to-run", NAME, "--num-train-trials", "1", "--run-entries", *entries]
+    helm_run(build_parser().parse_args(arguments))
+    return output / "runs/test"
 
 
 def run_ours(smollm2: ModelSource, card: ModelCard, output: Path, entries: Sequence[str]) -> Path:
@@ -173,39 +220,43 @@ def run_ours(smollm2: ModelSource, card: ModelCard, output: Path, entries: Seque
     return output / "runs/test"
 
 
-@pytest.fixture(scope="module")
-def stock_chat(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_stock(smollm2, card, tmp_path_factory.mktemp("stock"), CHAT_ENTRIES, apply_chat_template=True)
+Both = tuple[Path, Path]
+"""What HELM's client and what ours gave."""
 
 
-@pytest.fixture(scope="module")
-def our_chat(smollm2: ModelSource, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    num_template_tokens = num_chat_tokens(open_tokenizer(smollm2.directory))
-    chat_card = dataclasses.replace(card, num_template_tokens=num_template_tokens)
-    return run_ours(smollm2, chat_card, tmp_path_factory.mktemp("ours"), CHAT_ENTRIES)
+@pytest.fixture(scope="module", params=[("stock", "ours"), ("stock_chat", "our_chat"), ("stock_chat", "plugged_chat")])
+def both(request: pytest.FixtureRequest) -> Both:
+    theirs, mine = request.param
+    return request.getfixturevalue(theirs), request.getfixturevalue(mine)
 
 
 def runs(folder: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(folder.glob("*/stats.json"))}
 
 
-def pairs(stock: Path, ours: Path, file: str) -> Iterator[tuple[str, Any, Any]]:
+def pairs(both: Both, file: str) -> Iterator[tuple[str, Any, Any]]:
     """The name of each run, and what both have written of it."""
-    theirs, mine = runs(stock), runs(ours)
+    theirs, mine = map(runs, both)
     assert theirs.keys() == mine.keys()
     for name in theirs:
         yield name, *(json.loads((run[name] / file).read_text()) for run in (theirs, mine))
 
 
 @pytest.mark.parametrize("file", ["scenario.json", "run_spec.json"])
-def test_runs_are_the_same(stock: Path, ours: Path, file: str) -> None:
-    for name, theirs, mine in pairs(stock, ours, file):
+def test_runs_are_the_same(both: Both, file: str) -> None:
+    for name, theirs, mine in pairs(both, file):
         assert theirs == mine, name
 
 
-def test_requests_and_answers_are_the_same(stock: Path, ours: Path) -> None:
+def test_both_write_the_same_files(both: Both) -> None:
+    theirs, mine = map(runs, both)
+    for name in theirs:
+        assert {path.name for path in theirs[name].iterdir()} == {path.name for path in mine[name].iterdir()}, name
+
+
+def test_requests_and_answers_are_the_same(both: Both) -> None:
     """Theirs says 0.0 of every token that it draws, and nothing of why it ended."""
-    for name, theirs, mine in pairs(stock, ours, "scenario_state.json"):
+    for name, theirs, mine in pairs(both, "scenario_state.json"):
         assert len(theirs["request_states"]) == len(mine["request_states"]) > 0
         for their, my in zip(theirs["request_states"], mine["request_states"], strict=True):
             their_result, my_result = their.pop("result"), my.pop("result")
@@ -236,8 +287,8 @@ CALIBRATION = ("ece_", "platt_", "selective_")
 
 
 @pytest.mark.parametrize("file", ["stats.json", "per_instance_stats.json"])
-def test_statistics_are_the_same(stock: Path, ours: Path, file: str) -> None:
-    for name, theirs, mine in pairs(stock, ours, file):
+def test_statistics_are_the_same(both: Both, file: str) -> None:
+    for name, theirs, mine in pairs(both, file):
         is_drawn = not name.startswith(("capitals", "document"))
         excused = {*CLOCK, *REASONS, *(OF_DRAWN_TOKENS if is_drawn else ())}
         excused |= set(OF_TIES if name.startswith("relevance") else ())
@@ -249,6 +300,16 @@ def test_statistics_are_the_same(stock: Path, ours: Path, file: str) -> None:
         assert len(compared) > 10
         for key in compared:
             assert my_stats[key] == pytest.approx(their_stats[key], rel=1e-5, abs=1e-4), (name, key)
+
+
+def test_times_are_real(both: Both) -> None:
+    """HELM's efficiency metrics: of a batch, and of one request's share of it."""
+    for name, run in runs(both[1]).items():
+        by_name = {stat["name"]["name"]: stat for stat in json.loads((run / "stats.json").read_text())}
+        whole, share, size = (by_name[name]["mean"] for name in CLOCK)
+        assert whole > share > 0, name
+        assert size > 1 and share == pytest.approx(whole / size), name
+        assert by_name["num_output_tokens"]["mean"] >= 0 and by_name["num_completion_tokens"]["mean"] > 0
 
 
 def flat(stats: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -270,16 +331,12 @@ def numbers(stat: dict[str, Any]) -> dict[str, float]:
     return {field: value for field, value in stat.items() if field != "name"}
 
 
-def test_chat_templates_are_applied_as_there(stock_chat: Path, our_chat: Path, ours: Path) -> None:
-    answers = []
-    for name, theirs, mine in pairs(stock_chat, our_chat, "scenario_state.json"):
-        for their, my in zip(theirs["request_states"], mine["request_states"], strict=True):
-            assert their["request"] == my["request"], "HELM knows the prompt without the template"
-            answers.append(my["result"]["completions"][0]["text"])
-            assert their["result"]["completions"][0]["text"] == answers[-1], name
-    plain = [
-        state["result"]["completions"][0]["text"]
-        for name in runs(our_chat)
-        for state in json.loads((runs(ours)[name] / "scenario_state.json").read_text())["request_states"]
-    ]
-    assert answers != plain, "the template changed nothing"
+def test_chat_templates_change_answers(our_chat: Path, ours: Path) -> None:
+    asked, plain = runs(our_chat), runs(ours)
+    common = asked.keys() & plain.keys()
+    assert common and all(texts(asked[name]) != texts(plain[name]) for name in common)
+
+
+def texts(run: Path) -> list[str]:
+    states = json.loads((run / "scenario_state.json").read_text())["request_states"]
+    return [state["result"]["completions"][0]["text"] for state in states]

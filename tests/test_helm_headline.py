@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,16 @@ def test_perturbed_copies_do_not_count() -> None:
         run, [answer(" yes"), answer(" no")], stats, Headline("exact_match", "test"), task="t", setting="none"
     )
     assert [(result.score, result.output, result.reference) for result in results] == [(1.0, " yes", "yes")]
+
+
+def test_a_conversation_is_shown_turn_by_turn() -> None:
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it?"}]
+    run = build_run(Undeclared(), question("id0", "test"))
+    (state,) = run.state.request_states
+    run.state.request_states[0] = replace(state, request=HelmRequest(messages=said))
+    stats = {("id0", 0): {"exact_match": 1.0}}
+    (result,) = instance_results(run, [answer("yes")], stats, Headline("exact_match", "test"), task="t", setting="none")
+    assert result.prompt == "system: Be brief.\nuser: Is it?"
 
 
 def test_a_question_without_the_headline_is_not_passed_over() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,15 @@ import datasets
 import helm_lite_data
 import nltk
 import pytest
+from helm.benchmark.run_expander import IN_CONTEXT_LEARNING_INSTRUCTIONS_PREFIX, OutputFormatInstructions
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.runner import set_benchmark_output_path
 from helm.benchmark.scenarios import math_scenario, wmt_14_scenario
 from helm_support import FakeEngine, build_card
 
 from flexeval.benchmark.helm import HelmSuite, Scored
+from flexeval.benchmark.helm.entries import build_run_specs
+from flexeval.benchmark.helm.models import register
 from flexeval.benchmark.suites import load_suite
 from flexeval.request import Request
 
@@ -95,3 +101,53 @@ def test_instruct_models_are_told_how_to_answer(offline: None, tmp_path: Path) -
     assert len(instructed.scored.tasks) == 28
     words = ("Answer with only", "answer with only", "Respond with only", "Your response should", "Do not", "only")
     assert sum(any(word in request.prompt for word in words) for request in instructed.requests) > 20
+
+
+@pytest.fixture
+def build_specs(tmp_path: Path) -> Callable[[str, bool], dict[str, RunSpec]]:
+    """Makes a suite's run specs for a model that follows instructions, or one that does not, by entry."""
+
+    def build(name: str, is_instruct: bool) -> dict[str, RunSpec]:
+        suite = load_suite(name)
+        kind = "told" if is_instruct else "plain"
+        card = replace(build_card(name=f"flexeval/{kind}"), is_instruct=is_instruct)
+        register(card, tmp_path)
+        data = tmp_path / kind / name
+        helm_lite_data.write_all(suite, data / "scenarios")
+        set_benchmark_output_path(str(data))
+        return {entry: build_run_specs(entry, suite, card.deployment, None)[0] for entry in suite.entries}
+
+    return build
+
+
+BuildSpecs = Callable[[str, bool], dict[str, RunSpec]]
+
+
+def test_instruct_models_get_the_instructions_that_helm_gives_them_and_no_others(build_specs: BuildSpecs) -> None:
+    """HELM has two ways: a frame around the prompt for models of the tag, and instructions of the entry's own."""
+    framed, plain = build_specs("helm-lite", True), build_specs("helm-lite", False)
+    for entry, spec in framed.items():
+        has_frame = spec.adapter_spec.global_prefix.startswith(IN_CONTEXT_LEARNING_INSTRUCTIONS_PREFIX)
+        assert has_frame == ("follow_format_instructions=instruct" in entry), entry
+        assert spec.adapter_spec.instructions == plain[entry].adapter_spec.instructions, entry
+        assert plain[entry].adapter_spec.global_prefix == "", entry
+    told, also_told = build_specs("helm-lite-instruct", True), build_specs("helm-lite-instruct", False)
+    for entry, spec in told.items():
+        assert spec.adapter_spec.global_prefix == "", "no frame as well"
+        assert spec.adapter_spec.instructions == also_told[entry].adapter_spec.instructions, entry
+        name, _, scenario = entry.partition(",output_format_instructions=")
+        (without,) = [other for other in plain if matches(other, name)]
+        expected = plain[without].adapter_spec.instructions
+        (own,) = OutputFormatInstructions(scenario).expand(plain[without]) if scenario else [plain[without]]
+        assert spec.adapter_spec.instructions == own.adapter_spec.instructions, entry
+        assert (spec.adapter_spec.instructions != expected) == bool(scenario), entry
+
+
+def matches(plain: str, told: str) -> bool:
+    return plain.replace(",follow_format_instructions=instruct", "") == told.replace(",stop=none", "")
+
+
+def test_instruct_models_are_asked_in_chat() -> None:
+    """As HELM's client asks those that have a template."""
+    assert load_suite("helm-lite-instruct").chat_template
+    assert not load_suite("helm-lite").chat_template

@@ -35,7 +35,12 @@ def test_registries_know_the_model(tmp_path: Path) -> None:
     assert get_default_model_deployment_for_model("flexeval/known-w4") == "flexeval/known-w4"
     deployment = get_model_deployment("flexeval/known-w4")
     assert (deployment.max_request_length, deployment.max_sequence_length) == (CONTEXT, CONTEXT - 1)
-    assert deployment.client_spec.args == {"model": "tiny", "setting": "w4", "added_prefix": ""}
+    assert deployment.client_spec.args == {
+        "model": "tiny",
+        "setting": "w4",
+        "added_prefix": "",
+        "apply_chat_template": False,
+    }
     assert get_class_by_name(deployment.client_spec.class_name).__name__ == "FlexevalClient"
     config = get_tokenizer_config("flexeval/known")
     assert (config.end_of_text_token, config.prefix_token) == ("<eos>", "<s>")

@@ -1,5 +1,6 @@
 """Stock `helm-run` with our engine: through the Runner in one batch a run, through the Client in small ones."""
 
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, register_model_deployment
 from helm.benchmark.run import build_parser, helm_run
 from helm.clients.auto_client import AutoClient
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig
@@ -16,7 +18,7 @@ from helm_support import FakeEngine, build_card, tokenizer_dir
 
 import flexeval
 from flexeval import helm_plugin
-from flexeval.benchmark.helm.models import register
+from flexeval.benchmark.helm.models import CLIENT_CLASS, register
 from flexeval.errors import ConfigError, RequestError
 from flexeval.helm_plugin import EngineArguments, FlexevalClient
 from flexeval.request import Completion, Request
@@ -103,6 +105,49 @@ def test_the_client_of_a_deployment_is_ours(tmp_path: Path) -> None:
     assert result.success and len(result.completions) == 1
 
 
+SAID = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3?"}]
+
+
+@pytest.mark.parametrize(
+    ("apply_chat_template", "has_one", "is_chat"),
+    [(None, True, True), (None, False, False), (True, True, True), (False, True, False)],
+)
+def test_a_chat_template_is_applied_as_the_deployment_says_or_where_there_is_one(
+    apply_chat_template: bool | None, has_one: bool, is_chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine(tokenizer_dir())
+    engine.has_chat_template = has_one
+    monkeypatch.setattr(EngineDouble, "load", lambda model, **options: engine)
+    client = FlexevalClient("tiny", apply_chat_template=apply_chat_template)
+    assert client.make_request(HelmRequest(prompt="1 + 1 =", max_tokens=8)).success
+    result = client.make_request(HelmRequest(messages=SAID, max_tokens=8))
+    assert result.success is is_chat
+    assert [request.is_chat for batch in engine.batches for request in batch] == ([True, True] if is_chat else [False])
+    if not is_chat:
+        assert result.error is not None and "no chat template is applied" in result.error
+
+
+def test_what_is_scored_stands_in_no_template(engines: list[FakeEngine]) -> None:
+    client = FlexevalClient("tiny", apply_chat_template=True)
+    client.make_request(HelmRequest(prompt="1 + 1 = 2", max_tokens=0, echo_prompt=True))
+    assert [request.is_chat for request in engines[0].batches[0]] == [False]
+
+
+@pytest.mark.parametrize("num_template_tokens", [0, 9])
+def test_helm_run_asks_as_the_run_that_wrote_the_deployment(num_template_tokens: int, tmp_path: Path) -> None:
+    card = dataclasses.replace(build_card(name="flexeval/asked"), num_template_tokens=num_template_tokens)
+    register(card, tmp_path)
+    assert EngineArguments.of_deployment("flexeval/asked").apply_chat_template is (num_template_tokens > 0)
+
+
+def test_arguments_that_are_none_of_ours_are_named() -> None:
+    register_model_deployment(
+        ModelDeployment("flexeval/odd", ClientSpec(CLIENT_CLASS, {"model": "tiny", "sett": "w4"}))
+    )
+    with pytest.raises(ConfigError, match=r"flexeval/odd's client.*'sett'.*model, setting, .*apply_chat_template"):
+        EngineArguments.of_deployment("flexeval/odd")
+
+
 def test_requests_of_many_threads_are_answered_together(
     engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +190,5 @@ def test_a_bug_is_not_tried_five_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_deployments_of_others_are_refused() -> None:
     with pytest.raises(ConfigError, match="openai/gpt2 is a deployment of"):
-        from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, register_model_deployment
-
         register_model_deployment(ModelDeployment("openai/gpt2", ClientSpec("helm.clients.openai_client.OpenAIClient")))
         EngineArguments.of_deployment("openai/gpt2")

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helm.benchmark.adaptation.scenario_state import ScenarioState
+from helm.benchmark.run_spec import RunSpec
+from rich.console import Console
 from tiny_directory import write_tiny_model
 
 import flexeval
 from flexeval.backends.native import Engine
+from flexeval.benchmark.helm import metrics
+from flexeval.benchmark.helm.metrics import Metrics
+from flexeval.cli.evaluate import show
 from flexeval.distributions import contexts_after
-from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError
+from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError, ResultsError
 from flexeval.output import output_directory
 from flexeval.parquet import load
 from flexeval.pipeline import RunOptions, run_suite
@@ -273,3 +279,32 @@ def test_a_chat_template_is_applied_where_there_is_one(options: RunOptions, mode
     assert "chat template" not in plain.model_note
     tokens = [sum(setting.num_prompt_tokens for setting in results.settings) for results in (plain, asked)]
     assert tokens[0] < tokens[1]
+    tags = [(tmp_path / name / "helm/prod_env/model_metadata.yaml").read_text() for name in ("plain", "asked")]
+    assert ["INSTRUCTION_FOLLOWING_MODEL_TAG" in text for text in tags] == [False, True]
+
+
+def test_a_task_that_cannot_be_scored_costs_itself_alone(
+    options: RunOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under one setting, and then it is not compared; everything else is in the report, and said before the error."""
+    make = metrics.create_metric
+
+    def fail_under_w4(self: Metrics, spec: RunSpec, state: ScenarioState) -> Any:
+        is_made_to_fail = spec.name.startswith("simple_mcqa") and "w4" in spec.name
+        monkeypatch.setattr(metrics, "create_metric", (lambda spec: 1 / 0) if is_made_to_fail else make)
+        return evaluate(self, spec, state)
+
+    evaluate = Metrics.evaluate
+    monkeypatch.setattr(Metrics, "evaluate", fail_under_w4)
+    done = run_suite(dataclasses.replace(options, settings=("none", "w4-g32")), Silence())
+    assert done.failed.keys() == {"simple_mcqa"} == done.results.skipped.keys()
+    assert {one.task for one in done.results.instances} == {"simple_classification"}
+    assert {one.setting for one in done.results.instances} == {"none", "w4-g32"}
+    assert "ZeroDivisionError" in done.page.read_text()
+    with pytest.raises(ResultsError, match=r"^1 task.* simple_mcqa: HELM's Basic\w+ failed: ZeroDivisionError"):
+        show(done, Console())
+    assert str(done.page) in capsys.readouterr().out
+    monkeypatch.setattr(Metrics, "evaluate", evaluate)
+    monkeypatch.setattr(metrics, "create_metric", make)
+    monkeypatch.setattr(Engine, "generate", refuse_to_generate)
+    assert len(run(dataclasses.replace(options, settings=("none", "w4-g32"))).instances) == 2 * 8, "nothing was lost"

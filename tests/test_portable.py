@@ -24,7 +24,7 @@ from flexeval.portable import (
     write_answers,
     write_prompts,
 )
-from flexeval.request import Completion, FinishReason, Request
+from flexeval.request import Completion, FinishReason, Message, Request
 from flexeval.results import SettingResult
 
 PROMPTS = PromptsInfo(
@@ -197,3 +197,11 @@ def test_a_file_that_is_cut_short_is_refused(share: float, answered: Path) -> No
     answered.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ResultsError, match="cannot be read"):
         read_answers(answered)
+
+
+def test_conversations_travel(tmp_path: Path) -> None:
+    said = (Message("system", "Be brief."), Message("user", "Is it?"))
+    asked = Request(prompt="", messages=said, is_chat=True)
+    write_prompts(tmp_path / "prompts.parquet", PROMPTS, [asked])
+    (found,) = read_prompts(tmp_path / "prompts.parquet").requests
+    assert found == asked and found.content_hash() == asked.content_hash()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,10 @@ from flexeval.request import Request
         ({"prompt": (1.5,)}, "neither a text nor token ids"),
         ({"is_chat": True, "echo": True}, "not around token ids or what is scored"),
         ({"is_chat": True, "prompt": (1, 2)}, "not around token ids or what is scored"),
+        ({"prompt": "", "messages": (("user", "Q"),)}, "need a chat template"),
+        ({"is_chat": True, "messages": (("user", "Q"),)}, "all that is said"),
+        ({"prompt": "", "is_chat": True, "messages": ("user",)}, "not pairs of a role and a text"),
+        ({"prompt": "", "is_chat": True, "messages": (("user", ["Q"]),)}, "only text can be asked"),
         ({"detokenize": False, "stop": ("a",)}, "no text to find stop sequences in"),
         ({"detokenize": False, "top_logprobs": 1}, "name top_logprobs by"),
     ],
@@ -45,6 +50,22 @@ def test_any_sequence_of_numbers_is_token_ids() -> None:
     requests = [Request(prompt=ids, stop=["a"]) for ids in ([1, 2], (1, 2), np.array([1, 2]))]
     assert len(set(requests)) == 1
     assert {request.content_hash() for request in requests} == {Request(prompt=(1, 2), stop=("a",)).content_hash()}
+
+
+CONVERSATIONS: list[Any] = [
+    [("user", "12")],
+    [("system", "12")],
+    [("user", "12"), ("assistant", "13")],
+    [("user", "1"), ("user", "2")],
+]
+
+
+def test_requests_without_a_younger_field_keep_the_hash_they_had() -> None:
+    """Written down when there was no `is_chat`: journals of that time are found."""
+    plain = Request(prompt="12")
+    assert plain.content_hash() == "53e8a79993df120db6c12e7c1a597ad30fecf3829e3eb158db6f4d3177a4f58b"
+    full = Request(prompt="The capital of France is", max_tokens=8, stop=("\n",), temperature=0.5, seed=3, keep_top=32)
+    assert full.content_hash() == "79577e64f7b1e5c3dd85d5214ad9dda68c7e4a49dd25b7a6a21dd4c88888c194"
 
 
 def test_every_field_is_part_of_the_hash() -> None:
@@ -64,7 +85,11 @@ def test_every_field_is_part_of_the_hash() -> None:
         "ignore_eos": True,
         "detokenize": False,
     }
-    assert set(changes) == {field.name for field in dataclasses.fields(Request)}
+    assert {*changes, "messages"} == {field.name for field in dataclasses.fields(Request)}
     changed = [dataclasses.replace(plain, **{name: value}) for name, value in changes.items()]
+    changed += [Request(prompt="", is_chat=True, messages=said) for said in CONVERSATIONS]
     others = [dataclasses.replace(plain, stop=stop) for stop in [("a", "b"), ("ab",), ("b", "a"), ("\ud800",)]]
-    assert len({request.content_hash() for request in [plain, *changed, *others]}) == 1 + len(changes) + 4
+    assert (
+        len({request.content_hash() for request in [plain, *changed, *others]})
+        == 1 + len(changes) + len(CONVERSATIONS) + 4
+    )

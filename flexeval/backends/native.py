@@ -37,6 +37,7 @@ from flexeval.policy.policy import Policy, check_sparse
 from flexeval.policy.search import check, search
 from flexeval.policy.work import Workload
 from flexeval.request import Completion, Request, TokenRequest
+from flexeval.tokenizer import has_chat_template
 
 OnLayer = Callable[[int, int], None]
 """Told (layers loaded, layers in all) while weights are loaded."""
@@ -139,6 +140,11 @@ class Engine:
     def dtype(self) -> str:
         """Type of the arithmetic."""
         return str(self._opened.anatomy.dtype).removeprefix("torch.")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model's tokenizer has one. Raises `FlexevalError` where there is no tokenizer."""
+        return has_chat_template(self.text.tokenizer)
 
     @property
     def trace(self) -> Trace:

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flexeval.distributions import read_off
 from flexeval.errors import RequestError
-from flexeval.request import Completion, FinishReason, Request, TokenRequest, TokenResult, TopLogprobs
-from flexeval.tokenizer import chat_ids, has_chat_template, open_tokenizer, vocabulary_of
+from flexeval.request import Completion, FinishReason, Message, Request, TokenRequest, TokenResult, TopLogprobs
+from flexeval.tokenizer import chat_ids, encode, has_chat_template, open_tokenizer, vocabulary_of
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MARGIN_TOKENS = 8
@@ -65,17 +65,17 @@ class TextHalf:
         """The prompt's tokens as the model shall see them.
 
         Raises:
-            RequestError: The prompt is empty, holds a token the model does not have, or leaves no room in the context.
+            RequestError: The prompt is empty, holds a token the model does not have, or leaves no room in the context,
+                or the model's chat template does not take what is said.
         """
         if request.is_chat and not has_chat_template(self.tokenizer):
             mend = "Ask without it, or choose a model that follows instructions"
             raise RequestError("the model's tokenizer has no chat template", where=where, mend=mend)
         if request.is_chat:
-            ids = chat_ids(self.tokenizer, str(request.prompt))
+            said = request.messages or [Message("user", str(request.prompt))]
+            ids = chat_ids(self.tokenizer, said, where=where)
         elif isinstance(request.prompt, str):
-            bos = self.tokenizer.bos_token
-            has_bos = bool(bos) and request.prompt.startswith(str(bos))
-            ids = tuple(self.tokenizer(request.prompt, add_special_tokens=not has_bos, verbose=False)["input_ids"])
+            ids = encode(self.tokenizer, request.prompt)
         else:
             ids = request.prompt
         if not ids:

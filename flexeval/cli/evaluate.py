@@ -27,10 +27,10 @@ from flexeval.cli.options import (
     SuiteName,
 )
 from flexeval.cli.plan import show_plan
-from flexeval.errors import ConfigError
+from flexeval.errors import ConfigError, ResultsError
 
 if TYPE_CHECKING:  # opening it would import torch
-    from flexeval.pipeline import RunOptions
+    from flexeval.pipeline import Done, RunOptions
 
 
 def run(
@@ -151,9 +151,18 @@ def report(
 def _evaluate(options: RunOptions) -> None:
     from flexeval.pipeline import run_suite
     from flexeval.progress import choose_progress
-    from flexeval.report.render.terminal import print_table
 
     console = Console()
-    done = run_suite(options, choose_progress(console))
+    show(run_suite(options, choose_progress(console)), console)
+
+
+def show(done: Done, console: Console) -> None:
+    """Print what a run found. Raises `ResultsError` for tasks that were not scored, when all is printed."""
+    from flexeval.report.render.terminal import print_table
+
     print_table(done.results, console)
     console.print(f"Report: {done.page}", soft_wrap=True, highlight=False)
+    if done.failed:
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in done.failed.items())
+        num_failed = f"{len(done.failed)} task{'s' if len(done.failed) > 1 else ''}"
+        raise ResultsError(f"{num_failed} could not be scored, the others are in the report. {reasons}")

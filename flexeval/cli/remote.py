@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flexeval.cli.evaluate import show
 from flexeval.cli.options import (
     ChatTemplate,
     CpuMemory,
@@ -103,10 +104,7 @@ def score(
     """Score answers where the prompts were prepared, and write the report."""
     from flexeval.progress import choose_progress
     from flexeval.remote import score
-    from flexeval.report.render.terminal import print_table
 
     console = Console()
     command = shlex.join(["flexeval", *sys.argv[1:]])
-    done = score(prompts, answers, out, command=command, progress=choose_progress(console))
-    print_table(done.results, console)
-    console.print(f"Report: {done.page}", soft_wrap=True, highlight=False)
+    show(score(prompts, answers, out, command=command, progress=choose_progress(console)), console)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from textwrap import shorten
+from typing import Any, NamedTuple
 
 from helm.common.request import GeneratedOutput, RequestResult, Token
 from helm.common.request import Request as HelmRequest
 
 from flexeval.errors import RequestError, ResultsError
-from flexeval.request import Completion, Request
+from flexeval.request import Completion, Message, Request
 
 UNSUPPORTED_FIELDS = (
     "embedding",
     "presence_penalty",
     "frequency_penalty",
-    "messages",
     "multimodal_prompt",
     "image_generation_parameters",
     "response_format",
 )
 """Fields of HELM's request that no engine here can honour: unset (zero, empty, None) or refused."""
+_SHOWN = 120
+"""Characters of a value in a message."""
 
 
 class Batch(NamedTuple):
@@ -43,21 +45,29 @@ def from_helm(request: HelmRequest, *, is_chat: bool = False) -> Request:
     """Translate what HELM asks for; what is answered, not scored, as a user's words if `is_chat`.
 
     Raises:
-        RequestError: HELM asks for something that the engine cannot do.
+        RequestError: HELM asks for something that the engine cannot do, or in a conversation where no chat template is
+            applied.
     """
+    where = f"a request to {request.model_deployment}"
     for name in UNSUPPORTED_FIELDS:
         if value := getattr(request, name):
-            raise RequestError(
-                f"HELM asks for {name}={value!r}, which the engine does not have",
-                where=f"a request to {request.model_deployment}",
-                mend="Leave this run entry out",
-            )
+            what = f"HELM asks for {name}={shorten(repr(value), _SHOWN)}, which the engine does not have"
+            raise RequestError(what, where=where, mend="Leave this run entry out")
+    if request.messages and not is_chat:
+        what = f"HELM asks in a conversation of {len(request.messages)} turns, and no chat template is applied"
+        mend = "Choose a model that has one, with --chat-template, or leave this run entry out"
+        raise RequestError(what, where=where, mend=mend)
+    if request.messages and (request.prompt or request.echo_prompt):
+        what = "HELM asks in a conversation, and for a prompt or an echo as well"
+        raise RequestError(what, where=where, mend="Leave this run entry out")
     return Request(
         prompt=request.prompt,
+        messages=tuple(_message(message, where) for message in request.messages or ()),
         max_tokens=request.max_tokens,
         stop=tuple(request.stop_sequences),
-        temperature=request.temperature,
-        top_p=request.top_p,
+        # A nucleus of nothing holds the most probable token, in HELM's client too.
+        temperature=request.temperature if request.top_p else 0.0,
+        top_p=request.top_p or 1.0,
         num_completions=request.num_completions,
         seed=_seed(request.random),
         echo=request.echo_prompt,
@@ -111,6 +121,15 @@ def _to_output(completion: Completion, added_prefix: str) -> GeneratedOutput:
         tokens=tokens,
         finish_reason={"reason": completion.finish_reason.value},
     )
+
+
+def _message(message: Mapping[str, Any], where: str) -> Message:
+    """A turn of a conversation. Raises `RequestError` for what is no text."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        what = f"HELM asks in messages that are not text alone: {shorten(repr(message), _SHOWN)}"
+        raise RequestError(what, where=where, mend="Leave this run entry out: only text can be asked")
+    return Message(role, content)
 
 
 def _seed(random: str | None) -> int:

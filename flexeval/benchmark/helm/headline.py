@@ -31,11 +31,25 @@ PREFERENCE = (
     "f1_score",
     "rouge_l",
     "bits_per_byte",
+    "toxic_frac",
+    "longest_common_prefix_length",
 )
 """Metrics tried in this order for a scenario that declares none, or one that HELM has not per question."""
 
 LOWER_IS_BETTER = frozenset(
-    {"bits_per_byte", "perplexity", "error_rate", "wer_score", "toxic_frac", "absolute_value_difference", "distance"}
+    {
+        "absolute_value_difference",
+        "bits_per_byte",
+        "distance",
+        "edit_similarity",
+        "error_rate",
+        "expected_max_toxicity",
+        "longest_common_prefix_length",
+        "max_toxicity_probability",
+        "perplexity",
+        "toxic_frac",
+        "wer_score",
+    }
 )
 """Metrics of HELM's schemas that a good model makes small."""
 
@@ -130,7 +144,7 @@ def instance_results(
                 setting=setting,
                 instance_id=f"{question[0]}-trial{question[1]}" if has_trials else question[0],
                 score=values[headline.metric],
-                prompt=state.request.prompt,
+                prompt=_asked_text(state),
                 output=_chosen(state, values) if "predicted_index" in values else _output(state, answer),
                 reference=" | ".join(_references(state)),
                 num_prompt_tokens=sum(part.answer.num_prompt_tokens for part in parts),
@@ -172,6 +186,12 @@ def _is_right(state: RequestState) -> bool:
     if not state.request.echo_prompt or state.request_mode == "calibration":
         return False
     return state.reference_index is None or state.instance.references[state.reference_index].is_correct
+
+
+def _asked_text(state: RequestState) -> str:
+    """Return the prompt as HELM wrote it, a conversation turn by turn."""
+    said = [f"{message['role']}: {message['content']}" for message in state.request.messages or ()]
+    return "\n".join(said) or state.request.prompt
 
 
 def _output(state: RequestState, answer: Completion) -> str:

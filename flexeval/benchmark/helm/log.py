@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import nltk  # type: ignore[import-untyped]
+
+
+class _Nowhere(io.TextIOBase):
+    """A stream that forgets what is written to it."""
+
+    def write(self, s: str, /) -> int:
+        return len(s)
 
 
 @contextmanager
@@ -20,7 +27,8 @@ def quiet_import() -> Iterator[None]:
     download = nltk.download
     nltk.download = lambda *_, **__: False
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        nowhere = _Nowhere()  # never closed: NLTK keeps what it finds as stdout when it is imported
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
             yield
     finally:
         nltk.download = download

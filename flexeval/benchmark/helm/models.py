@@ -140,7 +140,13 @@ def register(card: ModelCard, local: Path) -> SpecialTokens:
         max_request_length=room,
         max_sequence_length=room - 1,  # HELM's for a document to be scored: it writes the prefix token before it
         client_spec=ClientSpec(
-            CLIENT_CLASS, {"model": card.model, "setting": card.setting, "added_prefix": special.added_prefix}
+            CLIENT_CLASS,
+            {
+                "model": card.model,
+                "setting": card.setting,
+                "added_prefix": special.added_prefix,
+                "apply_chat_template": card.num_template_tokens > 0,
+            },
         ),
     )
     _record(local / MODEL_METADATA_FILE, "models", asdict_without_nones(metadata))

@@ -15,13 +15,10 @@ from typing import Any
 
 from helm.benchmark.adaptation.adapters.adapter_factory import AdapterFactory
 from helm.benchmark.adaptation.scenario_state import ScenarioState
-from helm.benchmark.annotation_executor import AnnotationExecutionSpec, AnnotationExecutor
 from helm.benchmark.data_preprocessor import DataPreprocessor
-from helm.benchmark.metrics.metric import PerInstanceStats, create_metric
-from helm.benchmark.metrics.metric_service import MetricService
-from helm.benchmark.metrics.statistic import Stat
+from helm.benchmark.metrics.metric import PerInstanceStats
 from helm.benchmark.run_spec import RunSpec
-from helm.benchmark.runner import downsample_eval_instances, remove_per_instance_stats_nans, remove_stats_nans
+from helm.benchmark.runner import downsample_eval_instances
 from helm.benchmark.scenarios.scenario import (
     EVAL_SPLITS,
     Scenario,
@@ -34,6 +31,7 @@ from helm.common.general import asdict_without_nones
 from helm.common.local_context import LocalContext
 
 from flexeval.benchmark.helm.convert import Batch, from_helm, to_helm
+from flexeval.benchmark.helm.metrics import Metrics
 from flexeval.files import write_text
 from flexeval.request import Completion, Request
 
@@ -72,12 +70,11 @@ class RunRoom:
         self._data_of = data_of
         self._runs = runs
         self._added_prefix = added_prefix
-        self._eval_cache = runs / "eval_cache"
-        self._eval_cache.mkdir(parents=True, exist_ok=True)
-        context = LocalContext(base_path=str(local))
-        self._tokenizer_service = TokenizerService(context)
-        self._metric_service = MetricService(context)
-        self._annotator = AnnotationExecutor(AnnotationExecutionSpec(local_path=str(local), parallelism=_PARALLELISM))
+        eval_cache = runs / "eval_cache"
+        eval_cache.mkdir(parents=True, exist_ok=True)
+        self._tokenizer_service = TokenizerService(LocalContext(base_path=str(local)))
+        self.metrics = Metrics(local, eval_cache, parallelism=_PARALLELISM)
+        """Compute what is said of the answers."""
 
     def adapt(self, spec: RunSpec) -> AdaptedRun:
         """Make the questions of a run and the requests that ask them. May download what the scenario needs.
@@ -110,20 +107,17 @@ class RunRoom:
             run: What `adapt` returned.
             answers: The answer to each of `run.requests`, in their order.
             batch: The batch they were answered in.
+
+        Raises:
+            ResultsError: One of HELM's annotators or metrics failed; nothing is written.
         """
         request_states = [
             replace(state, result=to_helm(state.request, answer, batch=batch, added_prefix=self._added_prefix))
             for state, answer in zip(run.state.request_states, answers, strict=True)
         ]
-        state = self._annotator.execute(ScenarioState(run.spec.adapter_spec, request_states, run.spec.annotators))
-        stats: list[Stat] = []
-        per_instance: list[PerInstanceStats] = []
-        for metric_spec in run.spec.metric_specs:
-            metric = create_metric(metric_spec)
-            result = metric.evaluate(state, self._metric_service, str(self._eval_cache), _PARALLELISM)
-            stats.extend(result.aggregated_stats)
-            per_instance.extend(result.per_instance_stats)
-        stats, per_instance = remove_stats_nans(stats), remove_per_instance_stats_nans(per_instance)
+        state, (stats, per_instance) = self.metrics.evaluate(
+            run.spec, ScenarioState(run.spec.adapter_spec, request_states, run.spec.annotators)
+        )
         directory = self._runs / run.spec.name
         _write(directory / "run_spec.json", asdict_without_nones(run.spec))
         _write(directory / "scenario.json", asdict_without_nones(run.scenario))

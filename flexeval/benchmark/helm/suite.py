@@ -18,18 +18,23 @@ from flexeval.benchmark.data import lay_out, packaged_source
 from flexeval.benchmark.helm.convert import Batch
 from flexeval.benchmark.helm.downloads import careful_downloads
 from flexeval.benchmark.helm.entries import build_run_specs, short_name, task_names
-from flexeval.benchmark.helm.headline import LOWER_IS_BETTER, choose_headline, instance_results, question_stats
+from flexeval.benchmark.helm.headline import (
+    LOWER_IS_BETTER,
+    Headline,
+    choose_headline,
+    instance_results,
+    question_stats,
+)
 from flexeval.benchmark.helm.log import helm_talks_to
-from flexeval.benchmark.helm.missing import MissingData, diagnose
+from flexeval.benchmark.helm.missing import MissingData, diagnose, missing_data_error
 from flexeval.benchmark.helm.models import ModelCard, register
-from flexeval.benchmark.helm.punkt import missing_for_metrics
 from flexeval.benchmark.helm.runs import AdaptedRun, RunRoom
 from flexeval.benchmark.helm.schema import write_schema
 from flexeval.benchmark.network import impatient_downloads
 from flexeval.benchmark.resources import import_tasks
 from flexeval.benchmark.suites import Suite
 from flexeval.cache import cache_root
-from flexeval.errors import ConfigError, DataError, RequestError
+from flexeval.errors import ConfigError, RequestError, ResultsError
 from flexeval.request import Completion, Request
 from flexeval.results import InstanceResult, TaskInfo
 
@@ -71,6 +76,8 @@ class HelmSuite:
     ):
         self.skipped: dict[str, str] = {}
         """Tasks that are not run because their data cannot be had, and why; known after `collect`."""
+        self.failed: dict[str, str] = {}
+        """Tasks that were answered but not scored, and why; known after `score`."""
         self._suite = suite
         self._card = card
         self._output = output.resolve()
@@ -102,9 +109,9 @@ class HelmSuite:
             specs = self._build_specs(missing)
             self._runs = self._adapt(self._room, specs, missing, on_task)
         if missing and not (self._skip_missing and self._runs):
-            raise _missing_data_error(missing, len(missing) + len(self._runs))
+            raise missing_data_error(missing, len(missing) + len(self._runs))
         self.skipped = {
-            task: "; ".join(f"no data at {path}: {reason}" for path, reason in found) for task, found in missing.items()
+            task: "; ".join(f"no {lack.place}: {lack.reason}" for lack in found) for task, found in missing.items()
         }
         return list(dict.fromkeys(request for run in self._runs.values() for request in run.requests))
 
@@ -121,38 +128,47 @@ class HelmSuite:
             on_task: Told the progress.
 
         Raises:
-            ResultsError: HELM has no metric that can stand for a run.
+            ResultsError: No run could be scored: what is wrong with the first. Where some could, `failed` has the rest.
         """
         assert self._room is not None, "score comes after collect"
         uses = Counter(request for run in self._runs.values() for request in run.requests)
         answers = dict(zip(uses, completions, strict=True))  # a Counter keeps the order of first use
         batch = Batch.of(completions)
+        # Questions that share a request share its time.
+        shares = {
+            request: replace(answer, elapsed_s=answer.elapsed_s / uses[request]) for request, answer in answers.items()
+        }
         scored = Scored(tasks=[], instances=[])
+        failures: list[ResultsError] = []
         for num_done, (task, run) in enumerate(self._runs.items()):
             on_task(num_done, len(self._runs))
-            with helm_talks_to(self._log):
-                stats = question_stats(self._room.score(run, [answers[request] for request in run.requests], batch))
-            headline = choose_headline(run, stats)
-            # Questions that share a request share its time.
-            shares = [
-                replace(answers[request], elapsed_s=answers[request].elapsed_s / uses[request])
-                for request in run.requests
-            ]
-            results = instance_results(run, shares, stats, headline, task=task, setting=self._card.setting)
+            try:
+                with helm_talks_to(self._log), impatient_downloads():
+                    stats = question_stats(self._room.score(run, [answers[request] for request in run.requests], batch))
+                headline = choose_headline(run, stats)
+                own = [shares[request] for request in run.requests]
+                results = instance_results(run, own, stats, headline, task=task, setting=self._card.setting)
+            except ResultsError as error:
+                self.failed[task] = str(error)
+                failures.append(error)
+                continue
             scored.instances.extend(results)
-            scored.tasks.append(
-                TaskInfo(
-                    name=task,
-                    metric=headline.metric,
-                    split=headline.split,
-                    group=run.spec.groups[0] if run.spec.groups else run.scenario.name,
-                    higher_is_better=headline.metric not in LOWER_IS_BETTER,
-                    source=self._source(run),
-                )
-            )
+            scored.tasks.append(self._info(task, run, headline))
         on_task(len(self._runs), len(self._runs))
+        if not scored.tasks:
+            raise failures[0]
         write_schema(self._output / "schema.yaml", self._suite, scored.tasks)
         return scored
+
+    def _info(self, task: str, run: AdaptedRun, headline: Headline) -> TaskInfo:
+        return TaskInfo(
+            name=task,
+            metric=headline.metric,
+            split=headline.split,
+            group=run.spec.groups[0] if run.spec.groups else run.scenario.name,
+            higher_is_better=headline.metric not in LOWER_IS_BETTER,
+            source=self._source(run),
+        )
 
     def _build_specs(self, missing: dict[str, list[MissingData]]) -> dict[str, RunSpec]:
         specs: list[RunSpec] = []
@@ -184,10 +200,10 @@ class HelmSuite:
         for num_done, (task, spec) in enumerate(specs.items()):
             on_task(num_done, len(specs))
             self._check_length(task, spec)
-            if found := missing_for_metrics(spec):
-                missing[task].append(found)
             try:
                 with helm_talks_to(self._log):
+                    if lacks := room.metrics.missing(spec):
+                        missing[task] += lacks
                     run = room.adapt(spec)
             except Exception as error:
                 found = diagnose(error)
@@ -229,16 +245,3 @@ class HelmSuite:
         if type(run.scenario).__module__.startswith("helm."):
             return packaged_source(run.scenario.name, self._data_of(run.scenario.name) / "scenarios")
         return run.scenario.description
-
-
-def _missing_data_error(missing: Mapping[str, Sequence[MissingData]], num_tasks: int) -> DataError:
-    tasks_of: dict[str, list[str]] = defaultdict(list)
-    for task, found in missing.items():
-        for path, _ in found:
-            tasks_of[path].append(task)
-    places = "; ".join(f"{path} for {', '.join(tasks)}" for path, tasks in tasks_of.items())
-    first = next(iter(missing.values()))[0]
-    return DataError(
-        f"{len(missing)} of {num_tasks} tasks have no data. Expected: {places}. First failure: {first.reason}",
-        mend="flexeval data check says how to get them; --skip-missing runs the other tasks",
-    )

@@ -134,7 +134,7 @@ class Anatomy:
         distinct = {
             place_of(tensor): self.vocabulary.num_bytes(name, tensor, codec) for name, tensor in tensors.items()
         }
-        return sum(of_place.values())
+        return sum(distinct.values())
 
     def layer_specs(self, layer: int) -> list[TensorSpec]:
         """The tensors of a layer's slab: its parameters and the buffers a checkpoint holds."""

@@ -1,0 +1,73 @@
+"""What became of each setting, made into one result. Knows results; not how anything was asked or answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flexeval.benchmark.helm import Scored
+from flexeval.errors import ResultsError
+from flexeval.models import ModelSource
+from flexeval.report.fidelity import measure
+from flexeval.report.merge import distribution_files
+from flexeval.results import RunResults, SettingResult
+
+CHAT_NOTE = "prompts in the model's chat template"
+"""What reports say of the model then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One setting's part of the results."""
+
+    scored: Scored
+    """What HELM made of the answers."""
+    cost: SettingResult
+    """What they have cost."""
+    skipped: dict[str, str]
+    """Tasks without data, and why."""
+    failed: dict[str, str]
+    """Tasks that were answered but not scored, and why."""
+
+
+def failed_tasks(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Tasks that were not scored under one of the settings, and why."""
+    return {task: reason for outcome in outcomes for task, reason in outcome.failed.items()}
+
+
+def collect(
+    suite: str,
+    source: ModelSource,
+    out: Path,
+    outcomes: Sequence[Outcome],
+    *,
+    is_chat: bool,
+    command: str,
+    machine: dict[str, str],
+    versions: dict[str, str],
+) -> RunResults:
+    """All settings' parts as one result; HELM asks every setting the same.
+
+    A task that was not scored under one of them is left out: settings are compared on the same questions.
+    """
+    first, failed = outcomes[0], failed_tasks(outcomes)
+    tasks = [task for task in first.scored.tasks if task.name not in failed]
+    if not tasks:
+        raise ResultsError(f"no task was scored under every setting. {next(iter(failed.values()))}")
+    results = RunResults(
+        name=out.resolve().name,
+        suite=suite,
+        model=source.ref,
+        model_note="; ".join(filter(None, (source.note, CHAT_NOTE if is_chat else ""))),
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        versions=versions,
+        tasks=tasks,
+        settings=[outcome.cost for outcome in outcomes],
+        instances=[one for outcome in outcomes for one in outcome.scored.instances if one.task not in failed],
+        skipped=first.skipped | failed,
+    )
+    return replace(results, fidelity=measure(results, distribution_files([results], [out])))
