@@ -111,6 +111,8 @@ def _cost(
         peak_bytes=total.peak_bytes,
         policy=total.policy,
         lanes=total.lanes,
+        predicted_s=total.predicted_s if len(sessions) == 1 and total.predicted_s else None,
+        planned_bytes=total.planned_bytes,
         num_resumed=num_resumed,
     )
 

@@ -92,6 +92,10 @@ class SettingResult:
     """The policy that ran, as JSON."""
     lanes: dict[str, dict[str, float]] = field(default_factory=dict)
     """Per lane: `num_bytes` moved and `busy_s` seconds it was busy."""
+    predicted_s: float | None = None
+    """Seconds that the cost model foretold before the first request; None where answers came in several sittings."""
+    planned_bytes: dict[str, int] = field(default_factory=dict)
+    """Largest use of each memory tier that the plan allowed for."""
     num_resumed: int = 0
     """Requests answered from the journal of an earlier run rather than by the engine."""
 

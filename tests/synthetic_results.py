@@ -121,4 +121,6 @@ def _setting(setting: str, instances: Sequence[InstanceResult]) -> SettingResult
             "load_weights": {"num_bytes": streamed, "busy_s": elapsed_s * 0.64},
             "store_hidden": {"num_bytes": streamed / 40, "busy_s": elapsed_s * 0.05},
         },
+        predicted_s=elapsed_s * 1.1,
+        planned_bytes={tier: 2 * num_bytes for tier, num_bytes in SETTINGS[setting][3].items()},
     )

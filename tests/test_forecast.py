@@ -56,6 +56,8 @@ def test_a_run_does_what_was_planned(
         assert (planned["setting"], planned["policy"]) == (done.setting, done.policy)
         assert planned["summary"]["num_computed_tokens"] == done.num_computed_prompt_tokens
         assert done.peak_bytes["cpu"] <= planned["peak_bytes"]["cpu"] <= planned["usable_bytes"]["cpu"]
+        assert done.predicted_s == pytest.approx(planned["elapsed_s"], rel=0.01), "the run foretells the same"
+        assert done.planned_bytes["cpu"] == pytest.approx(planned["peak_bytes"]["cpu"], abs=1)
         tasks = planned["tasks"].values()
         assert sum(task["elapsed_s"] for task in tasks) == pytest.approx(planned["elapsed_s"])
         assert sum(task["num_generated_tokens"] for task in tasks) >= done.num_generated_tokens

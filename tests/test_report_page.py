@@ -12,6 +12,7 @@ import pytest
 from synthetic_results import HOSTILE, TASKS, changed, synthetic
 from test_report_fidelity import run_with_rows
 
+from flexeval.config import format_size
 from flexeval.report import format as show
 from flexeval.report.answer import answer
 from flexeval.report.compare import compare
@@ -88,6 +89,9 @@ def test_the_page_shows_every_score_cost_and_caveat(four):
     for row in four.settings:
         for part in (row.result.setting, show.seconds(row.result.load_s), show.digits(row.tokens_per_s)):
             assert part in seen
+        assert row.result.predicted_s is not None
+        assert f"{show.seconds(row.result.predicted_s)}{show.change(0.1, in_points=True)}%" in seen
+        assert f"of {format_size(row.result.planned_bytes['cpu'])} planned" in seen
     for row in four.tasks:
         for cell in row.cells:
             assert show.score(cell.score.value, in_points=True) in seen
@@ -202,10 +206,12 @@ def test_a_single_setting_makes_a_whole_report():
 
 def test_bare_results_make_a_whole_report():
     results = synthetic(settings=["none", "w4"], num_questions=1)
-    bare = [replace(one, peak_bytes={}, policy={}, lanes={}, elapsed_s=0.0) for one in results.settings]
+    nothing = {"peak_bytes": {}, "planned_bytes": {}, "policy": {}, "lanes": {}, "elapsed_s": 0.0, "predicted_s": None}
+    bare = [replace(one, **nothing) for one in results.settings]
     comparison = compare(replace(results, settings=bare, machine={}, versions={}, skipped={}, notes=[]))
     assert chart.trade_off(comparison) is None
     seen = Reader(page(comparison)).text
+    assert "foretold" not in seen and "planned" not in seen
     assert "No policy was recorded" in seen and "of unknown speed" in seen and "nan" not in seen
     assert "nan" not in summary(comparison)
 

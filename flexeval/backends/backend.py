@@ -33,11 +33,14 @@ class Usage:
     """Per lane: `num_bytes` moved and `busy_s` seconds it was busy."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds by phase of the work."""
+    predicted_s: float = 0.0
+    """Seconds that the cost model foretold for what was answered; 0 where nothing was foretold."""
+    planned_bytes: dict[str, int] = field(default_factory=dict)
+    """Of each memory tier, the most that the plan allowed for."""
 
 
 def add_up(usages: Sequence[Usage]) -> Usage:
     """What several sessions have used: figures add up, peaks are the highest, the policy is the last one's."""
-    tiers = dict.fromkeys(tier for usage in usages for tier in usage.peak_bytes)
     lanes: dict[str, Counter[str]] = {}
     phases: Counter[str] = Counter()
     for usage in usages:
@@ -49,11 +52,19 @@ def add_up(usages: Sequence[Usage]) -> Usage:
         num_prompt_tokens=sum(usage.num_prompt_tokens for usage in usages),
         num_computed_prompt_tokens=sum(usage.num_computed_prompt_tokens for usage in usages),
         num_generated_tokens=sum(usage.num_generated_tokens for usage in usages),
-        peak_bytes={tier: max(usage.peak_bytes.get(tier, 0) for usage in usages) for tier in tiers},
+        peak_bytes=_highest([usage.peak_bytes for usage in usages]),
         policy=next((usage.policy for usage in reversed(usages) if usage.policy), {}),
         lanes={lane: dict(figures) for lane, figures in lanes.items()},
         phases=dict(phases),
+        predicted_s=sum(usage.predicted_s for usage in usages),
+        planned_bytes=_highest([usage.planned_bytes for usage in usages]),
     )
+
+
+def _highest(peaks: Sequence[dict[str, int]]) -> dict[str, int]:
+    """By tier."""
+    tiers = dict.fromkeys(tier for peak in peaks for tier in peak)
+    return {tier: max(peak.get(tier, 0) for peak in peaks) for tier in tiers}
 
 
 class Backend(Protocol):

@@ -5,6 +5,7 @@ Knows how a model is loaded and a policy chosen; the work itself is `engine/`'s.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -115,7 +116,8 @@ class Engine:
         self.text = opened.text
         self._executor: Executor | None = None
         self._hardware: Hardware | None = None
-        self._load_s = 0.0  # of the executor at hand
+        self._load_s = self._predicted_s = 0.0  # of the executor at hand
+        self._planned_bytes: dict[str, int] = {}
         self._past: list[Usage] = []  # of the executors before it
 
     def __enter__(self) -> Engine:
@@ -128,6 +130,7 @@ class Engine:
         """Give back memory, threads and files."""
         if self._executor is not None:
             self._past.append(self._usage_of(self._executor))
+            self._predicted_s, self._planned_bytes = 0.0, {}
             self._executor.close()
             self._executor = None
 
@@ -193,7 +196,9 @@ class Engine:
         if not requests:
             return []
         batch = Batch(self.text, requests)
-        executor = self._ready(measure_workload(batch.token_requests), lambda num_done, num_layers: None)
+        workload = measure_workload(batch.token_requests)
+        executor = self._ready(workload, lambda num_done, num_layers: None)
+        self._foretell(executor.policy, workload)
         executor.execute(batch.token_requests, on_results=lambda results: on_completions(batch.collect(results)))
         return batch.completions()
 
@@ -212,7 +217,16 @@ class Engine:
             policy=executor.policy.to_json(),
             lanes={name: {"num_bytes": lane.num_bytes, "busy_s": lane.busy_s} for name, lane in trace.lanes.items()},
             phases=dict(trace.phases),
+            predicted_s=self._predicted_s,
+            planned_bytes=self._planned_bytes,
         )
+
+    def _foretell(self, policy: Policy, workload: Workload) -> None:
+        """Note what the cost model says of a batch, to be held against what is measured."""
+        cost = CostModel(shape=self._shape, workload=workload, hardware=self._measure()).cost(policy)
+        self._predicted_s += cost.total_s
+        for tier, peak in cost.peak_bytes.items():
+            self._planned_bytes[str(tier)] = max(self._planned_bytes.get(str(tier), 0), math.ceil(peak))
 
     def _measure(self) -> Hardware:
         """The machine, measured once: before the engine itself fills the memory."""

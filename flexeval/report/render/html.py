@@ -58,6 +58,7 @@ def page(comparison: Comparison) -> str:
         overall_scale=_scale(row.difference.estimate for row in comparison.settings if row.difference),
         task_scales=_task_scales(comparison),
         tiers=list(dict.fromkeys(tier for row in comparison.settings for tier in row.result.peak_bytes)),
+        is_foretold=any(row.result.predicted_s for row in comparison.settings),
         lanes=_lanes(comparison),
         sources=[row.task for row in comparison.tasks if row.task.source],
         left_out=[row.task.name for row in comparison.tasks if row.task.name not in comparison.averaged],
