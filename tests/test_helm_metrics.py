@@ -21,8 +21,8 @@ from helm_support import FakeEngine, build_card, build_suite, tokenizer_dir
 from flexeval.benchmark.helm import HelmSuite
 from flexeval.benchmark.helm.entries import build_run_specs
 from flexeval.benchmark.helm.log import quiet_import
-from flexeval.benchmark.helm.missing import wants_punkt
 from flexeval.benchmark.helm.models import register
+from flexeval.benchmark.helm.punkt import wants_punkt
 from flexeval.benchmark.suites import Suite
 from flexeval.errors import DataError, ResultsError
 
