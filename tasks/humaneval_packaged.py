@@ -42,7 +42,7 @@ from helm.benchmark.scenarios.scenario import (
 from helm.benchmark.window_services.window_service_factory import WindowServiceFactory
 
 from flexeval.benchmark.data import HUMAN_EVAL, HUMANEVAL_FILE, read_rows
-from flexeval.errors import ConfigError, RequestError
+from flexeval.errors import ConfigError
 
 STOPS = ["\nclass", "\ndef", "\nif", "\nprint"]
 METRICS = {"solution": "bits_per_byte", "generation": "is_function"}
@@ -55,6 +55,8 @@ class HumanEvalPackagedScenario(Scenario):
     name = "humaneval_packaged"
     description = "HumanEval (Chen et al. 2021): prompts from human-eval 1.0.3 (MIT); what is written is not run"
     tags = ("code",)
+    prompts_are_whole = True
+    """One that does not fit with its solution is refused, not shortened."""
 
     def __init__(self, method: str, dataset: str):
         super().__init__()
@@ -134,13 +136,6 @@ class SolutionMetric(ReferenceMetric):
     ) -> list[Stat]:
         """Return it, with HELM's figures of every request."""
         (state,) = reference_request_states
-        if state.prompt_truncated:
-            function = state.instance.extra_data["entry_point"]
-            raise RequestError(
-                f"{function} with its solution is longer than the model's context",
-                where="humaneval_packaged",
-                mend="Choose a model with a longer context",
-            )
         prompt, solution = state.instance.input.text, state.instance.references[0].output.text
         window = WindowServiceFactory.get_window_service(adapter_spec.model_deployment, metric_service)
         num_tokens = window.get_num_tokens(prompt + solution) - window.get_num_tokens(prompt)

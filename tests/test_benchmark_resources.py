@@ -34,6 +34,7 @@ def test_own_tasks_are_imported_beside_the_projects(own_tasks: Path) -> None:
             "gsm8k_packaged",
             "hellaswag_packaged",
             "humaneval_packaged",
+            "lm_eval",
             "perplexity",
             "truthfulqa_packaged",
             "mine",
