@@ -1,5 +1,6 @@
 """Task files of lm-evaluation-harness: read without running anything; what is not done is refused by name."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,15 @@ def test_includes_stay_in_the_folder(folder: Path, tmp_path: Path) -> None:
             load(folder, "mine")
 
 
+def test_a_pipe_is_no_task_file(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.yaml")
+    assert list(find_tasks(folder)) == NAMES
+    (folder / "mine.yaml").write_text("include: pipe.yaml\ntask: mine\n")
+    find_tasks.cache_clear()
+    with pytest.raises(ConfigError, match="cannot read a task file: there is no such file"):
+        load(folder, "mine")
+
+
 def test_includes_end(folder: Path) -> None:
     (folder / "mine.yaml").write_text("include: mine.yaml\ntask: mine\n")
     with pytest.raises(ConfigError, match="without end"):
@@ -248,6 +258,7 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
         ({"doc_to_text": "{% include '/etc/passwd' %}"}, "TypeError|TemplateNotFound"),
         ({"doc_to_text": "{{'x' * 2000000}}"}, "more than 1048576 characters"),
         ({"doc_to_text": "{{range(10000000)}}"}, "OverflowError"),
+        ({"doc_to_text": "{{'\\ud800'}}"}, "half of a surrogate pair"),
         ({"doc_to_text": "letter"}, "several inputs"),
         ({"doc_to_text": "{{letter}}"}, "several inputs"),
         ({"doc_to_choice": "{{country}}"}, "list of texts"),

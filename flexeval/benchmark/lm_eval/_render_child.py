@@ -13,6 +13,8 @@ from jinja2.sandbox import SandboxedEnvironment
 _MAX_MEMORY = 3 << 30
 _MAX_CHARACTERS = 1 << 20
 """Of one text."""
+_MAX_ALL = 1 << 28
+"""Of all of them."""
 
 
 def _limit(max_seconds: int) -> None:
@@ -43,15 +45,16 @@ def main() -> None:
     _limit(work["max_seconds"])
     environment = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["regex_replace"] = _regex_replace
-    texts = []
+    texts, num_all = [], 0
     for source in work["templates"]:
         try:
             template = environment.from_string(source)
             column = []
             for row in work["rows"]:
                 text = template.render(**row)
-                if len(text) > _MAX_CHARACTERS:
-                    raise ValueError(f"more than {_MAX_CHARACTERS} characters")
+                num_all += len(text)
+                if len(text) > _MAX_CHARACTERS or num_all > _MAX_ALL:
+                    raise ValueError(f"more than {_MAX_CHARACTERS} characters, or {_MAX_ALL} in all")
                 column.append(text)
         except MemoryError:
             raise

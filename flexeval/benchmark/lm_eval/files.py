@@ -6,6 +6,7 @@ size, number and nesting are bounded.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -83,7 +84,7 @@ def find_tasks(path: Path) -> Mapping[str, Path]:
     Raises:
         ConfigError: There is none, two have one name, or a file cannot be read.
     """
-    files = sorted(path.rglob("*.y*ml")) if path.is_dir() else [path]
+    files = sorted(file for file in path.rglob("*.y*ml") if file.is_file()) if path.is_dir() else [path]
     if len(files) > _MAX_FILES:
         raise ConfigError(f"more than {_MAX_FILES} files", where=str(path), mend="Name a folder further down")
     found: dict[str, Path] = {}
@@ -136,6 +137,8 @@ def _merge(file: Path, folder: Path, above: list[Path]) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
+        if not file.is_file():
+            raise FileNotFoundError(errno.ENOENT, "there is no such file")
         with file.open("rb") as stream:
             data = stream.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:

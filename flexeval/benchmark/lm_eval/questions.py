@@ -1,7 +1,6 @@
 """Questions as lm-evaluation-harness 0.4.13 writes them: description, examples, question. Knows texts alone.
 
-Follows `ConfigurableTask.fewshot_context`, `build_qa_turn` and `process_results` of its `api/task.py`, and the samplers
-of its `api/samplers.py`, whose random numbers run on from question to question.
+Follows `ConfigurableTask.fewshot_context`, `build_qa_turn` and `process_results` of its `api/task.py`.
 """
 
 from __future__ import annotations
@@ -9,16 +8,16 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 from flexeval.benchmark.lm_eval.render import render
 from flexeval.benchmark.lm_eval.rows import Rows
+from flexeval.benchmark.lm_eval.sampler import Sampler
 from flexeval.benchmark.lm_eval.task import Form, Spec, Task
-from flexeval.errors import ConfigError, DataError
+from flexeval.errors import DataError
 
-SEED = 1234
-"""lm-evaluation-harness's own, of examples."""
+_MAX_CHARACTERS = 1 << 30
+"""Of all contexts."""
 _Rows = Sequence[Mapping[str, Any]]
 
 
@@ -52,12 +51,17 @@ def build_questions(task: Task, rows: Rows, *, limit: int | None = None) -> list
     written = _Written(task, task.form, asked, columns)
     blocks = _example_blocks(task, rows, asked, columns)
     is_multiple = isinstance(written.targets[0], list)
-    questions = []
+    questions, num_characters = [], 0
     for index in range(len(asked)):
         where = f"row {index} of {task.where}"
         text, prefix = written.texts[index], written.prefixes[index]
         delimiter = task.form.target_delimiter if prefix and _needs_delimiter(text, prefix) else ""
         context = "".join((written.descriptions[index], *blocks[index], text, delimiter, prefix))
+        num_characters += len(context)
+        if num_characters > _MAX_CHARACTERS:
+            raise DataError("the prompts are gigabytes", where=where, mend="Set a limit, or ask for fewer examples")
+        if _is_broken("".join((context, *written.choices[index]))):
+            raise DataError("half of a surrogate pair, which is no text", where=where, mend="Correct the row")
         choices, target = written.choices[index], written.targets[index]
         if is_multiple != isinstance(target, list):
             raise DataError("some targets are lists and others are not", where=where, mend="Write lists everywhere")
@@ -115,7 +119,7 @@ def _example_blocks(task: Task, rows: Rows, asked: _Rows, columns: Sequence[str]
         return [[] for _ in asked]
     pool = rows.examples()
     is_own_split = task.examples.split == task.splits["test"]
-    sampler = _Sampler(task, pool)
+    sampler = Sampler(task, pool)
     drawn = [sampler.draw(row if is_own_split else None) for row in asked]
     used = sorted({index for indices in drawn for index in indices})
     form = task.examples.form
@@ -147,43 +151,9 @@ def _example(form: Form, text: str, choices: tuple[str, ...], target: Any, prefi
     return text + between + prefix + space + answer + form.fewshot_delimiter
 
 
-class _Sampler:
-    """Draws examples for one question after the other; gives their places in the pool."""
-
-    def __init__(self, task: Task, pool: _Rows):
-        self._task, self._pool = task, pool
-        self._random = Random(SEED)
-        self._plain: list[dict[str, Any]] | None = None
-
-    def draw(self, asked: Mapping[str, Any] | None) -> list[int]:
-        """The examples of a question; `asked` is its row where it may be among the examples."""
-        num = self._task.num_fewshot
-        num_drawn = num if asked is None else num + 1
-        if self._task.examples.sampler == "first_n":
-            return self._enough(self._others(range(len(self._pool)), asked) if asked else range(len(self._pool)))[:num]
-        if num_drawn > len(self._pool):
-            raise self._too_few()
-        found = self._random.sample(range(len(self._pool)), num_drawn)
-        if asked is None:
-            return found
-        found = self._others(found, asked)[:num]
-        if len(found) < num:  # the pool holds the question several times
-            found = self._random.sample(self._enough(self._others(range(len(self._pool)), asked)), num)
-        return found
-
-    def _others(self, indices: Sequence[int], asked: Mapping[str, Any]) -> list[int]:
-        if self._plain is None:
-            self._plain = [dict(row) for row in self._pool]
-        return [index for index in indices if self._plain[index] != asked]
-
-    def _enough(self, indices: Sequence[int]) -> list[int]:
-        if len(indices) < self._task.num_fewshot:
-            raise self._too_few()
-        return list(indices)
-
-    def _too_few(self) -> ConfigError:
-        what = f"num_fewshot={self._task.num_fewshot}, but there are {len(self._pool)} rows to draw examples from"
-        return ConfigError(what, where=self._task.where, mend="Ask for fewer, beside the question itself")
+def _is_broken(text: str) -> bool:
+    """Whether it holds what UTF-8 cannot write."""
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _needs_delimiter(before: str, after: str) -> bool:
