@@ -94,6 +94,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"num_fewshot": True}, "num_fewshot: True is not int"),
     ({"num_fewshot": -1}, "negative"),
     ({"doc_to_text": 3}, "several inputs"),
+    ({"doc_to_text": None}, "doc_to_text is missing"),
     ({"doc_to_target": None}, "doc_to_target is missing"),
     ({"doc_to_choice": None}, "needs doc_to_choice"),
     ({"test_split": None, "include": None, "dataset_path": "json"}, "neither test_split nor validation_split"),
@@ -141,7 +142,7 @@ def test_filters_are_checked(tmp_path: Path, filters: list[Any], message: str) -
 def test_python_is_not_run(tmp_path: Path) -> None:
     folder = write_tasks(tmp_path / "tasks")
     (folder / "utils.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')\n")
-    for line in ("process_docs: !function utils.clean", "metadata: {x: 1}\ndoc_to_text: !function utils.clean"):
+    for line in ("process_docs: !function utils.clean", "metric_list: [{metric: !function utils.clean}]"):
         (folder / "mine.yaml").write_text(f"include: capitals.yaml\ntask: mine\n{line}\n")
         find_tasks.cache_clear()
         with pytest.raises(ConfigError, match=r"!function utils\.clean is Python"):

@@ -48,15 +48,17 @@ class _Keys:
         value = self._left.pop(key, None)
         if value is None:
             return default
-        if isinstance(value, Function):
-            mend = "Code from task files is not run: write a template, or leave the task out"
-            raise self.refuse(f"{key}: !function {value.name} is Python", mend)
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise self.refuse(f"{key}: {_short(value)} is not {' or '.join(one.__name__ for one in kinds)}")
-        if _holds_function(value):
-            raise self.refuse(f"{key} holds a !function, which is Python", "Code from task files is not run")
         return value
+
+    def _refuse_function(self, key: str, value: Any) -> None:
+        if isinstance(value, Function):
+            mend = "Code from task files is not run: write a template, or leave the task out"
+            raise self.refuse(f"{key}: !function {value.name} is Python", mend)
+        for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            self._refuse_function(key, one)
 
     def below(self, key: str) -> _Keys:
         """The mapping under a key."""
@@ -65,12 +67,13 @@ class _Keys:
     def end(self) -> None:
         """Refuse what nobody took."""
         for key in self._left:
-            self.take(key, object)  # a function is refused as such
             raise self.refuse(f"the key {key!r} is not supported")
 
     def task(self, root: Path, name: str, num_fewshot: int | None) -> Task:
         for key in ("task", *_IGNORED):
             self._left.pop(key, None)
+        for key, value in self._left.items():
+            self._refuse_function(key, value)
         output_type = self.take("output_type", str, "generate_until")
         if output_type not in ("multiple_choice", "generate_until"):
             raise self.refuse(f"output_type: {output_type} is not supported, only multiple_choice and generate_until")
@@ -124,6 +127,8 @@ class _Keys:
             target_delimiter=self.take("target_delimiter", str, base.target_delimiter if base else " "),
             fewshot_delimiter=self.take("fewshot_delimiter", str, base.fewshot_delimiter if base else "\n\n"),
         )
+        if form.text is None:
+            raise self.refuse("doc_to_text is missing")
         if not isinstance(form.text, str):
             raise self.refuse("doc_to_text is not a text: several inputs for one question are not supported")
         if form.target is None:
@@ -227,13 +232,6 @@ class _Keys:
         keys.end()
         made.check(self._where)
         return made
-
-
-def _holds_function(value: Any) -> bool:
-    if isinstance(value, Function):
-        return True
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(_holds_function(one) for one in inner)
 
 
 def _short(value: Any) -> str:
