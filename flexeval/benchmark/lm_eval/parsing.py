@@ -189,6 +189,8 @@ class _Keys:
                 raise self.refuse(f"aggregation: {aggregation} is not supported, only mean")
             if not keys.take("higher_is_better", bool, True) or keys.take("hf_evaluate", bool, False):
                 raise self.refuse(f"{name} with higher_is_better: false or hf_evaluate: true is not supported")
+            if known is _MULTIPLE_CHOICE_METRICS:
+                keys.take("weight_by_size", bool)  # of the group's average
             if name == "exact_match":
                 match = MatchOptions(
                     regexes_to_ignore=tuple(keys.take("regexes_to_ignore", list, [])),
