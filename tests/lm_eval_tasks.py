@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,28 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 
+TASKS["coded"] = {  # Python beside the file, which is run where the user lets it
+    "include": "_base.yaml",
+    "task": "coded",
+    "output_type": "multiple_choice",
+    "training_split": "train",
+    "process_docs": "!function utils.process_docs",
+    "doc_to_text": "!function utils.text",
+    "doc_to_choice": "!function utils.choices",
+    "doc_to_target": "letter",
+    "num_fewshot": 1,
+}
+UTILS = """
+def process_docs(dataset):
+    return dataset.map(lambda row: {"query": f"Q: {row['question']}"})
+
+def text(row):
+    return row["query"] + "\\nA:"
+
+def choices(row):
+    return [choice.upper() for choice in row["choices"]]
+"""
+
 
 def write_tasks(folder: Path, changes: dict[str, Any] | None = None) -> Path:
     """Write the tasks and their data; `changes` are made to the task `capitals`, None taking a key away."""
@@ -109,7 +132,8 @@ def write_tasks(folder: Path, changes: dict[str, Any] | None = None) -> Path:
     for name, keys in TASKS.items():
         shown = {**keys, **(changes or {})} if name == "capitals" else keys
         text = yaml.safe_dump({key: value for key, value in shown.items() if value is not None}, sort_keys=False)
-        (folder / f"{name}.yaml").write_text(text)
+        (folder / f"{name}.yaml").write_text(re.sub(r"'(!function [\w.]+)'", r"\1", text))
+    (folder / "utils.py").write_text(UTILS)
     rows = [_row(index) for index in range(len(CITIES))]
     for split, chosen in (("train", rows), ("test", [*rows[3:], *rows[:2]])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))

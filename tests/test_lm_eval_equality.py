@@ -24,6 +24,7 @@ METRICS = {
     "firsts": ["acc", "acc_norm"],
     "written": ["exact_match,letters", "exact_match,whole"],
     "several": ["exact_match"],
+    "coded": ["acc", "acc_norm"],
 }
 
 
@@ -65,7 +66,9 @@ def ours(folder: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     options = RunOptions(
         suite=f"lm-eval:{folder}", model=str(model), out=out, dtype="float32", device="cpu", keep_top=0
     )
-    pipeline.run_suite(options, LineProgress(lambda line: None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEXEVAL_ALLOW_TASK_CODE", "1")
+        pipeline.run_suite(options, LineProgress(lambda line: None))
     return out
 
 

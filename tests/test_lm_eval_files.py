@@ -72,7 +72,7 @@ def test_a_task_that_fixes_zero_examples_keeps_them(tmp_path: Path) -> None:
         ("{folder},num_fewshot=-1", "'num_fewshot=-1' cannot be read"),
         ("{folder},limit=0", "'limit=0' cannot be read"),
         ("{folder},limit=0.5", "'limit=0.5' cannot be read"),
-        ("{folder},task=rivers", "no task 'rivers'.*capitals, firsts"),
+        ("{folder},task=rivers", "no task 'rivers'.*capitals, coded, firsts"),
         ("{folder}/nowhere", "no folder or file"),
         ("", "no folder or file"),
     ],
@@ -148,6 +148,30 @@ def test_python_is_not_run(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"!function utils\.clean is Python"):
             read_task(folder, "mine")
     assert not (tmp_path / "harm").exists()
+
+
+def test_python_is_run_where_the_user_lets_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="or set FLEXEVAL_ALLOW_TASK_CODE=1 if you trust"):
+        read_task(folder, "coded")
+    monkeypatch.setenv("FLEXEVAL_ALLOW_TASK_CODE", "1")
+    task = read_task(folder, "coded", num_fewshot=0)
+    first = build_questions(task, Rows(task))[0]
+    assert first.context == "Q: What is the capital of Kenya?\nA:" and all(text.isupper() for text in first.choices)
+    for line, message in (
+        ("process_results: !function utils.text", "process_results: !function utils.text is Python, which is not run"),
+        ("doc_to_text: !function utils.nothing", "no function utils.nothing"),
+        ("doc_to_text: !function other.text", "there is no .*other.py"),
+        ("doc_to_text: !function broken.text", "cannot import .*broken.py: NameError"),
+    ):
+        (folder / "broken.py").write_text("nonsense\n")
+        (folder / "mine.yaml").write_text(f"include: coded.yaml\ntask: mine\n{line}\n")
+        find_tasks.cache_clear()
+        with pytest.raises(ConfigError, match=message):
+            read_task(folder, "mine")
+    (folder / "broken.py").write_text("def text(row):\n    return row['nothing']\n")
+    task = read_task(folder, "mine")
+    with pytest.raises(ConfigError, match=r"broken\.text fails: KeyError: 'nothing'"):
+        build_questions(task, Rows(task))
 
 
 @pytest.mark.parametrize(

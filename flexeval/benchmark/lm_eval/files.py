@@ -26,10 +26,12 @@ _MAX_INCLUDES = 20
 
 
 class Function(NamedTuple):
-    """What a `!function` tag names: Python beside the file, which is not run."""
+    """What a `!function` tag names: Python beside the file, which is not run here."""
 
     name: str
     """`utils.process_docs`."""
+    folder: Path
+    """Where the file lies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +145,12 @@ def _read(file: Path) -> dict[str, Any]:
             data = stream.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise ConfigError(f"larger than {_MAX_BYTES} bytes", where=str(file), mend="Is it a task file?")
-        keys = yaml.load(data, Loader=_Loader)
+        loader = _Loader(data)
+        loader.folder = file.parent
+        try:
+            keys = loader.get_single_data()
+        finally:
+            loader.dispose()
         _bound(keys, file)
     except OSError as error:
         raise ConfigError(f"cannot read a task file: {error.strerror}", where=str(file), mend="Correct it") from error
@@ -172,9 +179,11 @@ def _bound(value: Any, file: Path) -> None:
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML's plain values, and the names of functions."""
 
+    folder: Path
+
 
 def _function(loader: Any, node: Any) -> Function:
-    return Function(str(loader.construct_scalar(node)))
+    return Function(str(loader.construct_scalar(node)), loader.folder)
 
 
 _Loader.add_constructor("!function", _function)

@@ -5,14 +5,13 @@ Every key is either done as lm-evaluation-harness 0.4.13 does it, or known to ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexeval.benchmark.lm_eval.files import Function, find_tasks, load
+from flexeval.benchmark.lm_eval.files import find_tasks, load
+from flexeval.benchmark.lm_eval.keys import Keys, short
 from flexeval.benchmark.lm_eval.scoring import Filter, MatchOptions, Pipeline
 from flexeval.benchmark.lm_eval.task import Examples, Form, Task
-from flexeval.errors import ConfigError
 
 _IGNORED = ("task_alias", "tag", "metadata", "should_decontaminate", "doc_to_decontamination_query", "group_alias")
 """Change neither prompts nor metrics."""
@@ -30,50 +29,16 @@ def read_task(root: Path, name: str, *, num_fewshot: int | None = None) -> Task:
     Raises:
         ConfigError: A key is unknown, or asks for something that is not done here.
     """
-    return _Keys(load(root, name), f"task {name} of {root}").task(root, name, num_fewshot)
+    return _TaskKeys(load(root, name), f"task {name} of {root}").task(root, name, num_fewshot)
 
 
-class _Keys:
-    """A mapping from which keys are taken one by one; what is left over is refused."""
-
-    def __init__(self, keys: Mapping[str, Any], where: str):
-        self._left = dict(keys)
-        self._where = where
-
-    def refuse(self, what: str, mend: str = "Leave the task out, or correct its file") -> ConfigError:
-        return ConfigError(what, where=self._where, mend=mend)
-
-    def take(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value of a key, of the right type; None stands for its absence."""
-        value = self._left.pop(key, None)
-        if value is None:
-            return default
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self.refuse(f"{key}: {_short(value)} is not {' or '.join(one.__name__ for one in kinds)}")
-        return value
-
-    def _refuse_function(self, key: str, value: Any) -> None:
-        if isinstance(value, Function):
-            mend = "Code from task files is not run: write a template, or leave the task out"
-            raise self.refuse(f"{key}: !function {value.name} is Python", mend)
-        for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            self._refuse_function(key, one)
-
-    def below(self, key: str) -> _Keys:
-        """The mapping under a key."""
-        return _Keys(self.take(key, dict, {}), f"{key} of {self._where}")
-
-    def end(self) -> None:
-        """Refuse what nobody took."""
-        for key in self._left:
-            raise self.refuse(f"the key {key!r} is not supported")
+class _TaskKeys(Keys):
+    """Those of a task."""
 
     def task(self, root: Path, name: str, num_fewshot: int | None) -> Task:
         for key in ("task", *_IGNORED):
-            self._left.pop(key, None)
-        for key, value in self._left.items():
-            self._refuse_function(key, value)
+            self.left.pop(key, None)
+        self.refuse_functions()
         output_type = self.take("output_type", str, "generate_until")
         if output_type not in ("multiple_choice", "generate_until"):
             raise self.refuse(f"output_type: {output_type} is not supported, only multiple_choice and generate_until")
@@ -85,6 +50,7 @@ class _Keys:
         kwargs.take("trust_remote_code", bool)  # never passed on
         data_files = kwargs.take("data_files", (str, list, dict))
         kwargs.end()
+        process = self.function("process_docs")
         form = self._form(None)
         splits = {kind: self.take(f"{kind}_split", str) for kind in ("training", "validation", "test")}
         if not (splits["test"] or splits["validation"]):
@@ -96,7 +62,7 @@ class _Keys:
         metrics, match = self._metrics(_MULTIPLE_CHOICE_METRICS if is_choice else _GENERATION_METRICS)
         task = Task(
             name=name,
-            where=self._where,
+            where=self.where,
             folder=root if root.is_dir() else root.parent,
             base=find_tasks(root)[name].parent,
             dataset_path=self.take("dataset_path", str, ""),
@@ -106,7 +72,8 @@ class _Keys:
             output_type=output_type,
             description=self.take("description", str, ""),
             form=form,
-            examples=self._examples(form),
+            examples=self._examples(form, process),
+            process=process,
             num_fewshot=self._num_fewshot(num_fewshot),
             metrics=metrics,
             match=match,
@@ -120,32 +87,36 @@ class _Keys:
     def _form(self, base: Form | None) -> Form:
         """`doc_to_text` and so on; of examples, over those of questions."""
         form = Form(
-            text=self.take("doc_to_text", (str, int), base.text if base else None),
-            target=self.take("doc_to_target", (str, int, list), base.target if base else None),
-            choice=self.take("doc_to_choice", (str, list, dict), base.choice if base else None),
+            text=self.spec("doc_to_text", (str, int), base.text if base else None),
+            target=self.spec("doc_to_target", (str, int, list), base.target if base else None),
+            choice=self.spec("doc_to_choice", (str, list, dict), base.choice if base else None),
             gen_prefix=self.take("gen_prefix", str, base.gen_prefix if base else None),
             target_delimiter=self.take("target_delimiter", str, base.target_delimiter if base else " "),
             fewshot_delimiter=self.take("fewshot_delimiter", str, base.fewshot_delimiter if base else "\n\n"),
         )
         if form.text is None:
             raise self.refuse("doc_to_text is missing")
-        if not isinstance(form.text, str):
+        if not isinstance(form.text, str) and not callable(form.text):
             raise self.refuse("doc_to_text is not a text: several inputs for one question are not supported")
         if form.target is None:
             raise self.refuse("doc_to_target is missing")
         return form
 
-    def _examples(self, form: Form) -> Examples:
+    def _examples(self, form: Form, process: Any) -> Examples:
         split = self.take("fewshot_split", str)
         below = self.below("fewshot_config")
         sampler = below.take("sampler", str, "default")
         if sampler not in _SAMPLERS:
             raise self.refuse(f"sampler: {sampler} is not supported, only {' and '.join(_SAMPLERS)}")
-        samples = below.take("samples", list)
-        if samples is not None and not all(isinstance(sample, dict) for sample in samples):
+        samples = below.spec("samples", list, None)
+        if isinstance(samples, list) and not all(isinstance(sample, dict) for sample in samples):
             raise self.refuse("samples is not a list of mappings")
         examples = Examples(
-            split=below.take("split", str, split), samples=samples, sampler=sampler, form=below._form(form)
+            split=below.take("split", str, split),
+            samples=samples,
+            process=below.function("process_docs", process),
+            sampler=sampler,
+            form=below._form(form),
         )
         below.end()
         return examples
@@ -165,7 +136,7 @@ class _Keys:
         until = below.take("until", (str, list), [form.fewshot_delimiter])
         until = [until] if isinstance(until, str) else until
         if not all(isinstance(stop, str) for stop in until):
-            raise self.refuse(f"until: {_short(until)} is not a list of texts")
+            raise self.refuse(f"until: {short(until)} is not a list of texts")
         do_sample, temperature = below.take("do_sample", bool), below.take("temperature", (int, float))
         if (do_sample and temperature != 0) or (do_sample is None and (temperature or 0) > 0):
             raise self.refuse("sampled answers are not supported, only greedy ones (do_sample: false)")
@@ -180,8 +151,8 @@ class _Keys:
         names, match = [], MatchOptions()
         for item in self.take("metric_list", list, default):
             if not isinstance(item, dict):
-                raise self.refuse(f"metric_list holds {_short(item)}")
-            keys = _Keys(item, f"metric_list of {self._where}")
+                raise self.refuse(f"metric_list holds {short(item)}")
+            keys = Keys(item, f"metric_list of {self.where}")
             name = keys.take("metric", str, "")
             if name not in known:
                 raise self.refuse(f"the metric {name!r} is not supported here, only {', '.join(known)}")
@@ -198,7 +169,7 @@ class _Keys:
                     ignore_punctuation=keys.take("ignore_punctuation", bool, False),
                     ignore_numbers=keys.take("ignore_numbers", bool, False),
                 )
-                match.check(self._where)
+                match.check(self.where)
             keys.end()
             names.append(name)
         if not names:
@@ -208,7 +179,7 @@ class _Keys:
     def _pipelines(self) -> tuple[Pipeline, ...]:
         found: list[Pipeline] = []
         for item in self.take("filter_list", list, [{"name": "none", "filter": [{"function": "take_first"}]}]):
-            keys = _Keys(item if isinstance(item, dict) else {"item": item}, f"filter_list of {self._where}")
+            keys = Keys(item if isinstance(item, dict) else {"item": item}, f"filter_list of {self.where}")
             name, steps = keys.take("name", str, ""), keys.take("filter", list, [])
             keys.end()
             if not name or not name.isprintable() or any(one.name == name for one in found):
@@ -219,7 +190,7 @@ class _Keys:
         return tuple(found)
 
     def _filter(self, step: Any) -> Filter:
-        keys = _Keys(step if isinstance(step, dict) else {"item": step}, f"filter_list of {self._where}")
+        keys = Keys(step if isinstance(step, dict) else {"item": step}, f"filter_list of {self.where}")
         function = keys.take("function", str, "")
         if function not in _FILTERS:
             raise self.refuse(f"the filter {function!r} is not supported here, only {', '.join(_FILTERS)}, take_first")
@@ -232,10 +203,5 @@ class _Keys:
                 fallback=keys.take("fallback", str, "[invalid]"),
             )
         keys.end()
-        made.check(self._where)
+        made.check(self.where)
         return made
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -102,6 +102,8 @@ class _Written:
             spec = specs[key]
             if key in rendered:
                 return list(rendered[key])
+            if callable(spec):
+                return [spec(dict(row)) for row in rows]
             if isinstance(spec, str) and spec:
                 return [_column(row, spec, task) for row in rows]
             return [spec] * len(rows)

@@ -7,7 +7,7 @@ the hub; code that comes with a dataset is not run.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,10 @@ class Rows:
 
     def questions(self) -> tuple[Sequence[dict[str, Any]], Sequence[str]]:
         """The rows that are asked about, and the names of their columns."""
-        split = self._split(self.question_split)
+        split = self._split(self.question_split, self._task.process)
+        if not hasattr(split, "features"):
+            what = f"process_docs returns {type(split).__name__}"
+            raise ConfigError(what, where=self._task.where, mend="Return a Dataset")
         return split, list(split.features)
 
     @property
@@ -57,19 +60,20 @@ class Rows:
     def examples(self) -> Sequence[dict[str, Any]]:
         """The rows that examples are drawn from: `fewshot_split`, the file's own, or the first split there is."""
         examples, splits = self._task.examples, self._task.splits
+        found: Sequence[dict[str, Any]]
         if examples.split is not None:
-            drawn: Sequence[dict[str, Any]] = self._split(examples.split)
-            return drawn
-        if examples.samples is not None:
-            return examples.samples
-        first: Sequence[dict[str, Any]] = self._split(splits["training"] or splits["validation"] or self.question_split)
-        return first
+            found = self._split(examples.split, examples.process)
+        elif examples.samples is not None:
+            found = examples.samples() if callable(examples.samples) else examples.samples
+        else:
+            found = self._split(splits["training"] or splits["validation"] or self.question_split, self._task.process)
+        return found
 
-    def _split(self, name: str) -> Any:
+    def _split(self, name: str, process: Callable[[Any], Any] | None) -> Any:
         if name not in self._splits:
             known = ", ".join(self._splits)
             raise ConfigError(f"the dataset has no split {name!r}", where=self._task.where, mend=f"It has: {known}")
-        return self._splits[name]
+        return process(self._splits[name]) if process else self._splits[name]
 
 
 def _form(task: Task) -> str:

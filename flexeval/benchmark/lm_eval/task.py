@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flexeval.benchmark.lm_eval.scoring import MatchOptions, Pipeline
 
-Spec = str | int | list[Any] | dict[str, Any] | None
-"""A column's name, a Jinja template, or a constant."""
+Spec = str | int | list[Any] | dict[str, Any] | Callable[[dict[str, Any]], Any] | None
+"""A column's name, a Jinja template, a constant, or a function of a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,10 @@ class Examples:
 
     split: str | None
     """The split they are drawn from."""
-    samples: list[dict[str, Any]] | None
-    """Those that the file itself holds."""
+    samples: list[dict[str, Any]] | Callable[[], list[dict[str, Any]]] | None
+    """Those that the file itself holds, or a function that returns them."""
+    process: Callable[[Any], Any] | None
+    """A function of the split they are drawn from."""
     sampler: str
     """`default` draws them anew for each question, `first_n` takes the first."""
     form: Form
@@ -63,6 +65,8 @@ class Task:
     """Its configuration."""
     data_files: Any
     """File names, by split or not, or None."""
+    process: Callable[[Any], Any] | None
+    """A function of each split."""
     splits: Mapping[str, str | None]
     """Names of the splits `training`, `validation` and `test`."""
     output_type: str
