@@ -146,7 +146,7 @@ def continuation_logprob(state: RequestState, window: WindowService) -> float:
 
     Both are encoded together; the choice's tokens are those that the context has not, its trailing spaces left out.
     """
-    context = state.instance.input.text.rstrip()
+    context = state.request.prompt[: state.instance.extra_data["num_context"][state.reference_index]].rstrip()
     num_tokens = window.get_num_tokens(state.request.prompt) - window.get_num_tokens(context)
     tokens = state.result.completions[0].tokens
     assert 0 < num_tokens < len(tokens), (num_tokens, len(tokens))
@@ -190,5 +190,5 @@ def _instance(question: Question, identity: str) -> Instance:
         references=references,
         split=TEST_SPLIT,
         id=identity,
-        extra_data={"choices": list(question.choices)},
+        extra_data={"choices": list(question.choices), "num_context": list(question.num_context)},
     )

@@ -103,6 +103,17 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 
+TASKS["inputs"] = {  # each choice is a context of its own, as in Winogrande
+    "include": "_base.yaml",
+    "task": "inputs",
+    "output_type": "multiple_choice",
+    "training_split": "train",
+    "description": "Which is true?\n",
+    "doc_to_text": "{{letter}}",
+    "doc_to_choice": "{{[choices[0] + ' is the capital', choices[1] + ' is it', choices[2] + ' is that']}}",
+    "doc_to_target": "of {{country}}.",
+    "num_fewshot": 2,
+}
 TASKS["coded"] = {  # Python beside the file, which is run where the user lets it
     "include": "_base.yaml",
     "task": "coded",

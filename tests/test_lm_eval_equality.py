@@ -24,6 +24,7 @@ METRICS = {
     "firsts": ["acc", "acc_norm"],
     "written": ["exact_match,letters", "exact_match,whole"],
     "several": ["exact_match"],
+    "inputs": ["acc", "acc_norm"],
     "coded": ["acc", "acc_norm"],
 }
 

@@ -26,11 +26,13 @@ class Question:
     """One row, ready to be asked."""
 
     context: str
-    """All that stands before the answer."""
+    """All that stands before the answer; where the choices are contexts themselves, what they share."""
     choices: tuple[str, ...]
     """The choices, without the delimiter before them; none where an answer is generated."""
     continuations: tuple[str, ...]
-    """The same with it: what is scored behind the context."""
+    """What follows the context for each of them."""
+    num_context: tuple[int, ...]
+    """How many characters of both together are context, not scored."""
     gold: tuple[int, ...]
     """Which choices are right: any of them will do; none where the row does not say."""
     targets: tuple[str, ...]
@@ -50,23 +52,28 @@ def build_questions(task: Task, rows: Rows, *, limit: int | None = None) -> list
         raise DataError("the split has no rows", where=task.where, mend="Name another one")
     written = _Written(task, task.form, asked, columns)
     blocks = _example_blocks(task, rows, asked, columns)
-    is_multiple = isinstance(written.targets[0], list)
+    is_multiple, has_inputs = isinstance(written.targets[0], list), isinstance(written.texts[0], int)
+    is_choice = task.output_type == "multiple_choice"
     questions, num_characters = [], 0
     for index in range(len(asked)):
         where = f"row {index} of {task.where}"
-        text, prefix = written.texts[index], written.prefixes[index]
-        delimiter = task.form.target_delimiter if prefix and _needs_delimiter(text, prefix) else ""
-        context = "".join((written.descriptions[index], *blocks[index], text, delimiter, prefix))
-        num_characters += len(context)
-        if num_characters > _MAX_CHARACTERS:
-            raise DataError("the prompts are gigabytes", where=where, mend="Set a limit, or ask for fewer examples")
-        if _is_broken("".join((context, *written.choices[index]))):
-            raise DataError("half of a surrogate pair, which is no text", where=where, mend="Correct the row")
+        text, prefix, delimiter = written.texts[index], written.prefixes[index], task.form.target_delimiter
         choices, target = written.choices[index], written.targets[index]
-        if is_multiple != isinstance(target, list):
-            raise DataError("some targets are lists and others are not", where=where, mend="Write lists everywhere")
-        is_choice = task.output_type == "multiple_choice"
-        if is_choice and not context:
+        if is_multiple != isinstance(target, list) or has_inputs != isinstance(text, int):
+            raise DataError(
+                "a row is of another kind than the first: lists, or numbers", where=where, mend="Correct it"
+            )
+        context = written.descriptions[index] + "".join(blocks[index])
+        if isinstance(text, int):  # each choice is an input of its own, behind which the target is scored
+            if not is_choice or not isinstance(target, str):
+                raise DataError(f"doc_to_text gives the number {text}", where=where, mend="Leave the task out")
+            before, after, gold = [choice + prefix for choice in choices], [delimiter + target] * len(choices), text
+        else:
+            context += text + (delimiter if prefix and _needs_delimiter(text, prefix) else "") + prefix
+            before, after, gold = [""] * len(choices), [delimiter + choice for choice in choices], target
+        num_characters += len(context)
+        _check_text(context, choices, num_characters, where)
+        if is_choice and not all(context + one for one in before):
             raise DataError(
                 "there is nothing before the choices", where=where, mend="A context is needed to score them"
             )
@@ -74,8 +81,9 @@ def build_questions(task: Task, rows: Rows, *, limit: int | None = None) -> list
             Question(
                 context=context,
                 choices=choices if is_choice else (),
-                continuations=tuple(task.form.target_delimiter + choice for choice in choices) if is_choice else (),
-                gold=_gold(target, choices, where) if is_choice else (),
+                continuations=tuple(map(str.__add__, before, after)) if is_choice else (),
+                num_context=tuple(len(context) + len(one) for one in before) if is_choice else (),
+                gold=_gold(gold, choices, where) if is_choice else (),
                 targets=() if is_choice else _accepted(target, choices, where),
             )
         )
@@ -135,8 +143,12 @@ def _example_blocks(task: Task, rows: Rows, asked: _Rows, columns: Sequence[str]
     return [[blocks[index] for index in indices] for indices in drawn]
 
 
-def _example(form: Form, text: str, choices: tuple[str, ...], target: Any, prefix: str, task: Task) -> str:
+def _example(form: Form, text: str | int, choices: tuple[str, ...], target: Any, prefix: str, task: Task) -> str:
     """An example with its answer: the two turns of `build_qa_turn` as text."""
+    if isinstance(text, int):
+        if not 0 <= text < len(choices):
+            raise DataError(f"an example is choice {text} of {len(choices)}", where=task.where, mend="Correct it")
+        text, choices = choices[text], ()
     is_index = bool(choices) and isinstance(target, int)
     if is_index and not -len(choices) <= target < len(choices):
         raise DataError(
@@ -153,9 +165,12 @@ def _example(form: Form, text: str, choices: tuple[str, ...], target: Any, prefi
     return text + between + prefix + space + answer + form.fewshot_delimiter
 
 
-def _is_broken(text: str) -> bool:
-    """Whether it holds what UTF-8 cannot write."""
-    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
+def _check_text(context: str, choices: tuple[str, ...], num_characters: int, where: str) -> None:
+    """Raise `DataError` for what UTF-8 cannot write, and for gigabytes."""
+    if num_characters > _MAX_CHARACTERS:
+        raise DataError("the prompts are gigabytes", where=where, mend="Set a limit, or ask for fewer examples")
+    if any("\ud800" <= char <= "\udfff" for text in (context, *choices) if not text.isascii() for char in text):
+        raise DataError("half of a surrogate pair, which is no text", where=where, mend="Correct the row")
 
 
 def _needs_delimiter(before: str, after: str) -> bool:
@@ -174,10 +189,12 @@ def _string(value: Any, key: str, task: Task) -> str:
     return value or ""
 
 
-def _text(value: Any, may_be_index: bool, task: Task) -> str:
-    if not isinstance(value, str) or (may_be_index and value.isdigit()):
-        what = f"doc_to_text gives {str(value)[:40]!r}: several inputs for one question are not supported"
-        raise DataError(what, where=task.where, mend="Leave the task out")
+def _text(value: Any, may_be_index: bool, task: Task) -> str | int:
+    """The question; or the index of the right choice, where each choice is a question."""
+    if may_be_index and isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if not isinstance(value, str | int):
+        raise DataError(f"doc_to_text gives {str(value)[:40]!r}", where=task.where, mend="Correct it or the row")
     return value
 
 
