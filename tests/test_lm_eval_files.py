@@ -16,7 +16,7 @@ from flexeval.benchmark.lm_eval.render import render
 from flexeval.benchmark.lm_eval.rows import Rows
 from flexeval.benchmark.lm_eval.scoring import Filter, MatchOptions, best_choices
 from flexeval.benchmark.suites import load_suite
-from flexeval.errors import ConfigError, DataError, FlexevalError, RequestError
+from flexeval.errors import ConfigError, DataError, RequestError
 
 NAMES = sorted(name for name in TASKS if name != "_base")
 
@@ -305,9 +305,15 @@ def test_rows_that_make_no_question_are_refused(
     tmp_path: Path, rows: Rows, change: dict[str, Any], message: str
 ) -> None:
     task = read_task(changed(tmp_path, **change), "capitals")
-    with pytest.raises(FlexevalError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         build_questions(task, rows)
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_makes_no_question_is_no_missing_data(tmp_path: Path) -> None:
+    folder = changed(tmp_path, doc_to_choice="letter")
+    with pytest.raises(ConfigError, match="doc_to_choice does not give a list"):
+        run_suite(load_suite(f"lm-eval:{folder},task=capitals"), tmp_path / "out", build_card())
 
 
 def test_a_template_has_so_much_time_and_memory() -> None:
@@ -325,7 +331,7 @@ def test_templates_are_filled_in() -> None:
         ["é\n"],
         ["aya"],
     ]
-    with pytest.raises(DataError, match="not plain data"):
+    with pytest.raises(ConfigError, match="not plain data"):
         render(["{{a}}"], [{"a": {1, 2}}], where="here")
 
 

@@ -14,7 +14,7 @@ from flexeval.benchmark.lm_eval.render import render
 from flexeval.benchmark.lm_eval.rows import Rows
 from flexeval.benchmark.lm_eval.sampler import Sampler
 from flexeval.benchmark.lm_eval.task import Form, Spec, Task
-from flexeval.errors import DataError
+from flexeval.errors import ConfigError
 
 _MAX_CHARACTERS = 1 << 30
 """Of all contexts."""
@@ -43,13 +43,12 @@ def build_questions(task: Task, rows: Rows, *, limit: int | None = None) -> list
     """Return the questions of a task in the order of its rows, the first `limit` of them.
 
     Raises:
-        ConfigError: A template fails, or asks for more examples than there are.
-        DataError: A row does not make a question.
+        ConfigError: A template fails, a row does not make a question, or there are fewer examples than asked for.
     """
     found, columns = rows.questions()
     asked = [dict(found[index]) for index in range(min(len(found), limit or len(found)))]
     if not asked:
-        raise DataError("the split has no rows", where=task.where, mend="Name another one")
+        raise ConfigError("the split has no rows", where=task.where, mend="Name another one")
     written = _Written(task, task.form, asked, columns)
     blocks = _example_blocks(task, rows, asked, columns)
     is_multiple, has_inputs = isinstance(written.targets[0], list), isinstance(written.texts[0], int)
@@ -60,13 +59,13 @@ def build_questions(task: Task, rows: Rows, *, limit: int | None = None) -> list
         text, prefix, delimiter = written.texts[index], written.prefixes[index], task.form.target_delimiter
         choices, target = written.choices[index], written.targets[index]
         if is_multiple != isinstance(target, list) or has_inputs != isinstance(text, int):
-            raise DataError(
+            raise ConfigError(
                 "a row is of another kind than the first: lists, or numbers", where=where, mend="Correct it"
             )
         context = written.descriptions[index] + "".join(blocks[index])
         if isinstance(text, int):  # each choice is an input of its own, behind which the target is scored
             if not is_choice or not isinstance(target, str):
-                raise DataError(f"doc_to_text gives the number {text}", where=where, mend="Leave the task out")
+                raise ConfigError(f"doc_to_text gives the number {text}", where=where, mend="Leave the task out")
             before, after, gold = [choice + prefix for choice in choices], [delimiter + target] * len(choices), text
         else:
             context += text + (delimiter if prefix and _needs_delimiter(text, prefix) else "") + prefix
@@ -74,7 +73,7 @@ def build_questions(task: Task, rows: Rows, *, limit: int | None = None) -> list
         num_characters += len(context)
         _check_text(context, choices, num_characters, where)
         if is_choice and not all(context + one for one in before):
-            raise DataError(
+            raise ConfigError(
                 "there is nothing before the choices", where=where, mend="A context is needed to score them"
             )
         questions.append(
@@ -147,16 +146,18 @@ def _example(form: Form, text: str | int, choices: tuple[str, ...], target: Any,
     """An example with its answer: the two turns of `build_qa_turn` as text."""
     if isinstance(text, int):
         if not 0 <= text < len(choices):
-            raise DataError(f"an example is choice {text} of {len(choices)}", where=task.where, mend="Correct it")
+            raise ConfigError(f"an example is choice {text} of {len(choices)}", where=task.where, mend="Correct it")
         text, choices = choices[text], ()
     is_index = bool(choices) and isinstance(target, int)
     if is_index and not -len(choices) <= target < len(choices):
-        raise DataError(
+        raise ConfigError(
             f"an example's answer is choice {target} of {len(choices)}", where=task.where, mend="Correct it"
         )
     answer = choices[target] if is_index else target[0] if isinstance(target, list) and target else target
     if not isinstance(answer, str):
-        raise DataError(f"an example's answer {answer!r} is not a text", where=task.where, mend="Correct doc_to_target")
+        raise ConfigError(
+            f"an example's answer {answer!r} is not a text", where=task.where, mend="Correct doc_to_target"
+        )
     if not answer:
         between = form.target_delimiter if prefix and _needs_delimiter(text, prefix) else ""
         return text + between + prefix
@@ -166,11 +167,11 @@ def _example(form: Form, text: str | int, choices: tuple[str, ...], target: Any,
 
 
 def _check_text(context: str, choices: tuple[str, ...], num_characters: int, where: str) -> None:
-    """Raise `DataError` for what UTF-8 cannot write, and for gigabytes."""
+    """Raise `ConfigError` for what UTF-8 cannot write, and for gigabytes."""
     if num_characters > _MAX_CHARACTERS:
-        raise DataError("the prompts are gigabytes", where=where, mend="Set a limit, or ask for fewer examples")
+        raise ConfigError("the prompts are gigabytes", where=where, mend="Set a limit, or ask for fewer examples")
     if any("\ud800" <= char <= "\udfff" for text in (context, *choices) if not text.isascii() for char in text):
-        raise DataError("half of a surrogate pair, which is no text", where=where, mend="Correct the row")
+        raise ConfigError("half of a surrogate pair, which is no text", where=where, mend="Correct the row")
 
 
 def _needs_delimiter(before: str, after: str) -> bool:
@@ -179,13 +180,13 @@ def _needs_delimiter(before: str, after: str) -> bool:
 
 def _column(row: Mapping[str, Any], name: str, task: Task) -> Any:
     if name not in row:
-        raise DataError(f"a row has no column {name!r}", where=task.where, mend="Correct the row")
+        raise ConfigError(f"a row has no column {name!r}", where=task.where, mend="Correct the row")
     return row[name]
 
 
 def _string(value: Any, key: str, task: Task) -> str:
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{key} is {value!r}, not a text", where=task.where, mend="Correct the row")
+        raise ConfigError(f"{key} is {value!r}, not a text", where=task.where, mend="Correct the row")
     return value or ""
 
 
@@ -194,7 +195,7 @@ def _text(value: Any, may_be_index: bool, task: Task) -> str | int:
     if may_be_index and isinstance(value, str) and value.isdecimal():
         return int(value)
     if not isinstance(value, str | int):
-        raise DataError(f"doc_to_text gives {str(value)[:40]!r}", where=task.where, mend="Correct it or the row")
+        raise ConfigError(f"doc_to_text gives {str(value)[:40]!r}", where=task.where, mend="Correct it or the row")
     return value
 
 
@@ -219,7 +220,7 @@ def _choices(value: Any, is_rendered: bool, task: Task) -> tuple[str, ...]:
             value = None
     value = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) and one for one in value):
-        raise DataError("doc_to_choice does not give a list of texts", where=task.where, mend="Correct it or the row")
+        raise ConfigError("doc_to_choice does not give a list of texts", where=task.where, mend="Correct it or the row")
     return tuple(value)
 
 
@@ -229,7 +230,7 @@ def _gold(target: Any, choices: tuple[str, ...], where: str) -> tuple[int, ...]:
         return (choices.index(target),) if target in choices else ()
     indices = target if isinstance(target, list) else [target]
     if not all(isinstance(index, int) for index in indices):
-        raise DataError(f"the target {target!r} is no choice", where=where, mend="Give its index or its text")
+        raise ConfigError(f"the target {target!r} is no choice", where=where, mend="Give its index or its text")
     return tuple(sorted({int(index) for index in indices if 0 <= index < len(choices)}))
 
 
@@ -237,10 +238,10 @@ def _accepted(target: Any, choices: tuple[str, ...], where: str) -> tuple[str, .
     """The texts that a generated answer is compared with."""
     if choices:
         if not isinstance(target, int) or not -len(choices) <= target < len(choices):
-            raise DataError(f"the target {target!r} is the index of no choice", where=where, mend="Correct the row")
+            raise ConfigError(f"the target {target!r} is the index of no choice", where=where, mend="Correct the row")
         return (choices[target],)
     if isinstance(target, list):
         if not target or not all(isinstance(one, str) for one in target):
-            raise DataError(f"the target {target!r} is no list of texts", where=where, mend="Correct the row")
+            raise ConfigError(f"the target {target!r} is no list of texts", where=where, mend="Correct the row")
         return tuple(target)
     return (str(target),)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexeval.errors import ConfigError, DataError
+from flexeval.errors import ConfigError
 
 _CHILD = Path(__file__).parent / "_render_child.py"
 MAX_SECONDS = 60
@@ -25,15 +25,15 @@ def render(
     """Return, for each template, its text for each row.
 
     Raises:
-        ConfigError: A template is wrong, wants a column that is not there, or takes too much time or memory.
-        DataError: A row holds what is neither text nor number.
+        ConfigError: A template is wrong, wants a column that is not there, or takes too much time or memory; or a row
+            holds what is neither text nor number.
     """
     if not templates or not rows:
         return [[] for _ in templates]
     try:
         work = json.dumps({"templates": list(templates), "rows": list(rows), "max_seconds": max_seconds})
     except (TypeError, ValueError) as error:
-        raise DataError(
+        raise ConfigError(
             f"a row is not plain data: {error}", where=where, mend="Use a dataset of texts and numbers"
         ) from error
     mend = "Correct the template"
