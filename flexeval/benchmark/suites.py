@@ -7,6 +7,7 @@ A suite file is a HELM run-entries file (HOCON, `entries: [{description, priorit
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,13 @@ from pyhocon.exceptions import ConfigException  # type: ignore[import-untyped]
 from pyparsing import ParseBaseException
 
 from flexeval.benchmark.data import PACKAGED
+from flexeval.benchmark.lm_eval.files import PREFIX, read_reference
 from flexeval.benchmark.resources import resource_folders
 from flexeval.errors import ConfigError
 from flexeval.files import is_plain_name
 
 _SUFFIX = ".conf"
+_NOT_A_NAME = re.compile(r"[^\w.-]+")
 _ENTRY_KEYS = {"description", "priority", "groups"}
 
 
@@ -50,11 +53,13 @@ class Suite:
 
 
 def load_suite(name_or_path: str) -> Suite:
-    """Read a suite by name (a file in a `run_specs` folder) or by the path of its `.conf` file.
+    """Read a suite by name (a file in a `run_specs` folder), by the path of its `.conf` file, or as `lm-eval:PATH`.
 
     Raises:
         ConfigError: There is no such suite, or its file is not a suite file.
     """
+    if name_or_path.startswith(PREFIX):
+        return _lm_eval_suite(name_or_path)
     path = _find(name_or_path)
     try:
         tree = ConfigFactory.parse_string(path.read_text(encoding="utf-8"))
@@ -66,6 +71,19 @@ def load_suite(name_or_path: str) -> Suite:
 def suite_names() -> list[str]:
     """Return the names of the suites that exist."""
     return sorted({path.stem for folder in resource_folders("run_specs") for path in folder.glob(f"*{_SUFFIX}")})
+
+
+def _lm_eval_suite(text: str) -> Suite:
+    """One run entry for each of lm-evaluation-harness's tasks that `text` names."""
+    reference = read_reference(text)
+    options = "".join(f",{key}={value}" for key, value in reference.options.items())
+    stem = _NOT_A_NAME.sub("-", reference.path.stem).strip("-.") or "tasks"
+    return Suite(
+        name=f"lm-eval-{stem}",
+        path=reference.path,
+        entries=tuple(f"lm_eval:model=text,path={reference.path},task={task}{options}" for task in reference.tasks),
+        description=f"Tasks of lm-evaluation-harness in {reference.path}",
+    )
 
 
 def _find(name_or_path: str) -> Path:

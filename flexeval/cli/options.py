@@ -29,7 +29,9 @@ KeepTop = Annotated[
 SuiteName = Annotated[
     str,
     typer.Option(
-        "--suite", metavar="NAME|FILE.conf", help="What to ask: demo, helm-lite, or a file of HELM run entries."
+        "--suite",
+        metavar="NAME|FILE.conf|lm-eval:PATH",
+        help="What to ask: demo, helm-lite, a file of HELM run entries, or tasks of lm-evaluation-harness.",
     ),
 ]
 Model = Annotated[

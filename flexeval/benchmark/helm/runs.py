@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helm.benchmark.adaptation.adapters.adapter_factory import AdapterFactory
+from helm.benchmark.adaptation.request_state import RequestState
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.data_preprocessor import DataPreprocessor
 from helm.benchmark.metrics.metric import PerInstanceStats
@@ -32,6 +33,7 @@ from helm.common.local_context import LocalContext
 
 from flexeval.benchmark.helm.convert import Batch, from_helm, to_helm
 from flexeval.benchmark.helm.metrics import Metrics
+from flexeval.errors import RequestError
 from flexeval.files import write_text
 from flexeval.request import Completion, Request
 
@@ -93,6 +95,8 @@ class RunRoom:
         instances = DataPreprocessor(spec.data_augmenter_spec).preprocess(instances, _PARALLELISM)
         adapter = AdapterFactory.get_adapter(adapter_spec, self._tokenizer_service)
         request_states = adapter.adapt(instances, _PARALLELISM)
+        if getattr(scenario, "prompts_are_whole", False):
+            _refuse_shortened(request_states, spec.name)
         return AdaptedRun(
             spec=spec,
             scenario=scenario,
@@ -125,6 +129,17 @@ class RunRoom:
         _write(directory / "stats.json", [asdict_without_nones(stat) for stat in stats])
         _write(directory / "per_instance_stats.json", [asdict_without_nones(stat) for stat in per_instance])
         return per_instance
+
+
+def _refuse_shortened(request_states: Sequence[RequestState], where: str) -> None:
+    """Raise `RequestError` where HELM has cut a prompt of a scenario that wants them whole."""
+    num_cut = sum(state.prompt_truncated for state in request_states)
+    if num_cut:
+        raise RequestError(
+            f"{num_cut} of {len(request_states)} prompts are longer than the model's context",
+            where=where,
+            mend="Choose a model with a longer context, or ask with fewer examples",
+        )
 
 
 def _write(path: Path, value: Any) -> None:
