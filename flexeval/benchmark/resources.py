@@ -53,6 +53,11 @@ def _import_task(path: Path) -> ModuleType:
                 f"two task files are called {path.name}", where=f"{known.__file__}, {path}", mend="Rename one of them"
             )
         return known
+    return import_file(path, name)
+
+
+def import_file(path: Path, name: str) -> ModuleType:
+    """Import a Python file as the module `name`. Raises `ConfigError` for whatever it fails with."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, f"{path} is not a Python file"
     module = importlib.util.module_from_spec(spec)
@@ -61,7 +66,7 @@ def _import_task(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ConfigError(
-            f"cannot import a task file: {type(error).__name__}: {error}", where=str(path), mend="Correct the file"
-        ) from error
+        what = f"cannot import a task's file: {type(error).__name__}: {error}"
+        mend = "Correct the file, or install what it imports"
+        raise ConfigError(what, where=str(path), mend=mend) from error
     return module

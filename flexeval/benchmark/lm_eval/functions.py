@@ -6,7 +6,6 @@ Consent comes from the environment alone: a suite or a file of prompts may be a 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from flexeval.benchmark.lm_eval.files import Function
+from flexeval.benchmark.resources import import_file
 from flexeval.errors import ConfigError
 
 CONSENT = "FLEXEVAL_ALLOW_TASK_CODE"
@@ -57,14 +57,4 @@ def _module(function: Function, stem: str, where: str) -> ModuleType:
     if not stem or not path.is_file():
         mend = f"Put {stem or 'a module'} beside the task's file"
         raise ConfigError(f"there is no {path} with {function.name}", where=where, mend=mend)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, f"{path} is not a Python file"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        what = f"cannot import {path}: {type(error).__name__}: {error}"
-        raise ConfigError(what, where=where, mend="Correct it, or install what it imports") from error
-    return module
+    return import_file(path, name)
