@@ -20,7 +20,7 @@ def describe_machine() -> dict[str, str]:
     import torch
 
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": format_size(psutil.virtual_memory().total),
         "system": platform.platform(terse=True),
@@ -42,7 +42,8 @@ def describe_versions() -> dict[str, str]:
     return versions
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the processor calls itself."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -302,6 +302,7 @@ def test_options_stay_what_they_are() -> None:
             "--skip-missing",
             "--suite",
         ],
+        "profile": ["--device", "--disk", "--dtype", "--repeat"],
         "compare": ["--max-eval-instances", "--model", "--out", "--settings", "--suite", "directories"],
         "data": [],
         "prepare": ["--chat-template", "--max-eval-instances", "--model", "--out", "--skip-missing", "--suite", "-o"],

@@ -136,13 +136,22 @@ def check_dtype(name: str) -> None:
         raise ConfigError(f"unknown dtype {name!r}", mend=f"Types are: auto, {', '.join(_DTYPES)}")
 
 
-def _pick_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+def dtypes_of(name: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """The types of arithmetic that `name` may stand for on a device; the last one where a model asks for none of them.
+
+    Raises `ConfigError` for a name of no type.
+    """
+    check_dtype(name)
     if name in _DTYPES:
-        return _DTYPES[name]
+        return (_DTYPES[name],)
     if device.type == "cuda":
-        stored = getattr(config.get_text_config(), "dtype", None)
-        return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
-    return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+        return torch.float16, torch.bfloat16
+    return (torch.bfloat16 if _multiplies_bfloat16() else torch.float32,)
+
+
+def _pick_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    stored, possible = getattr(config.get_text_config(), "dtype", None), dtypes_of(name, device)
+    return stored if stored in possible else possible[-1]
 
 
 def _multiplies_bfloat16() -> bool:

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import flexeval
-from flexeval.cli import bench, data, evaluate, new_task, plan, prepare, remote
+from flexeval.cli import bench, data, evaluate, new_task, plan, prepare, profile, remote
 from flexeval.errors import ConfigError, DiskError, FlexevalError
 
 _INTERRUPTED = 130
@@ -36,6 +36,7 @@ for command in (
     evaluate.compare,
     evaluate.report,
     plan.plan,
+    profile.profile,
     remote.prepare,
     remote.execute,
     remote.score,

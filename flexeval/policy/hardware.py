@@ -22,6 +22,7 @@ import torch
 from flexeval.config import Limits
 from flexeval.directio import CHUNK_BYTES, QUEUE_DEPTH, DirectIO
 from flexeval.errors import ConfigError
+from flexeval.policy import profile
 from flexeval.policy.memory import free_host_bytes
 from flexeval.policy.policy import Tier
 from flexeval.shelf import prepared_shelf
@@ -80,14 +81,15 @@ class Hardware:
 def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -> Hardware:
     """Measure this machine within `limits`, but for attention on the CPU beside a GPU. Raises `ConfigError`.
 
-    Rates are measured once a process, so that settings are planned for the same machine.
+    Rates are those of the machine's profile, where there is one; else they are measured, once a process, so that all
+    settings are planned for one machine.
 
     Args:
         device: What multiplies.
         limits: What the user gives.
         dtype: The number format of the layers.
     """
-    rates = _measure(device, dtype, limits.disk_dir)
+    rates = _rates(device, dtype, limits.disk_dir)
     gpu_bytes = _free_gpu_bytes() if device == "cuda" else 0
     return Hardware(
         device=device,
@@ -100,8 +102,19 @@ def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -
 
 
 @cache
-def _measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path | None) -> dict[str, float]:
-    """The rates of `Hardware`."""
+def _rates(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path | None) -> dict[str, float]:
+    known = profile.load(machine_of(device, dtype, disk_dir))
+    return measure(device, dtype, disk_dir) if known is None else known.rates
+
+
+def machine_of(device: str, dtype: torch.dtype, disk_dir: Path | None) -> dict[str, str]:
+    """What a profile of this machine is of."""
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return profile.identity(device, str(dtype).removeprefix("torch."), disk_dir, gpu)
+
+
+def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path | None) -> dict[str, float]:
+    """The rates of `Hardware` by their names there, in about a second. Raises `ConfigError`."""
     to_gpu, from_gpu = _link_rates() if device == "cuda" else (0.0, 0.0)
     disk_read, disk_write = _disk_rates(disk_dir) if disk_dir else (0.0, 0.0)
     return {
