@@ -236,11 +236,17 @@ def test_marks_stand_where_the_figures_say(four):
 
 
 def test_labels_do_not_cover_each_other():
-    merged = merge([synthetic(name="first-run"), synthetic(name="second-run")])
-    boxes = [mark.box for mark in chart.trade_off(compare(merged)).marks]
-    assert len(boxes) == 8
-    hits = [(one, two) for one in boxes for two in boxes if one is not two and chart._overlap(one, two)]
+    """Nor marks, however near these are: labels that stand apart have a line to theirs."""
+    once = [synthetic(name=name) for name in ("first-run", "second-run", "third-run")]
+    marks = chart.trade_off(compare(merge(once))).marks
+    boxes = [mark.box for mark in marks]
+    assert len(boxes) == 12
+    dots = [chart.Box(mark.x - 7, mark.y - 7, mark.x + 7, mark.y + 7) for mark in marks]
+    hits = [(one, two) for one in boxes for two in (*boxes, *dots) if one is not two and chart._overlap(one, two)]
     assert not hits
+    apart = [mark for mark in marks if mark.leader]
+    assert 0 < len(apart) < len(marks)
+    assert page(compare(merge(once))).count('class="leader"') == len(apart)
 
 
 def test_axes_have_round_ticks_that_hold_the_values():

@@ -17,10 +17,12 @@ from flexeval.report.tables import Comparison
 from flexeval.report.verdict import scale
 
 WIDTH, HEIGHT = 520, 340
-LEFT, TOP, RIGHT, BOTTOM = 52, 12, WIDTH - 14, HEIGHT - 46
+LEFT, TOP, RIGHT, BOTTOM = 64, 12, WIDTH - 14, HEIGHT - 46
 _LABEL_GAP = 11
 _CHARACTER_WIDTH = 8.2
 _LINE_HEIGHT = 15
+_FARTHEST = 8
+"""Lines that a label may stand above or below its mark."""
 _LONGEST_LABEL = 24
 
 
@@ -58,6 +60,14 @@ class Mark:
     """The edge of the box that the label starts from, in SVG's words: `start` or `end`."""
     title: str
     """The mark in words."""
+
+    @property
+    def leader(self) -> tuple[float, float] | None:
+        """Where a line from the mark to its label ends; None where the label stands beside the mark."""
+        middle = (self.box.top + self.box.bottom) / 2
+        if abs(middle - self.y) < 1.5 * _LINE_HEIGHT:
+            return None
+        return (self.box.left - 2 if self.anchor == "start" else self.box.right + 2), middle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,22 +161,26 @@ def _cut(name: str) -> str:
 
 
 def _label_boxes(places: Sequence[tuple[float, float]], names: Sequence[str]) -> list[Box]:
-    """A place beside each mark, the first of six that hits no other mark or label and stays on the canvas."""
+    """A place for each mark's label, the nearest that hits no other mark or label and stays on the canvas."""
     taken = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in places]
     boxes = []
     for (x, y), name in zip(places, names, strict=True):
         width = len(name) * _CHARACTER_WIDTH
         candidates = [
             Box(left, middle - _LINE_HEIGHT / 2, left + width, middle + _LINE_HEIGHT / 2)
-            for rise in (0, -1, 1, -2, 2)
+            for rise in sorted(range(-_FARTHEST, _FARTHEST + 1), key=abs)
             for middle in [y + rise * _LINE_HEIGHT]
             for left in (x + _LABEL_GAP, x - _LABEL_GAP - width)
         ]
-        on_canvas = [box for box in candidates if box.left >= LEFT and box.right <= WIDTH] or candidates
-        box = next((box for box in on_canvas if not any(_overlap(box, other) for other in taken)), on_canvas[0])
+        on_canvas = [box for box in candidates if _is_on_canvas(box)] or candidates
+        box = min(on_canvas, key=lambda box: sum(_overlap(box, other) for other in taken))
         taken.append(box)
         boxes.append(box)
     return boxes
+
+
+def _is_on_canvas(box: Box) -> bool:
+    return box.left >= LEFT and box.right <= WIDTH and box.top >= TOP - _LINE_HEIGHT / 2 and box.bottom <= BOTTOM
 
 
 def _overlap(one: Box, other: Box) -> bool:
