@@ -13,12 +13,13 @@ from flexeval.errors import ConfigError
 
 
 @contextmanager
-def output_directory(out: Path, *, kept: str) -> Iterator[None]:
+def output_directory(out: Path, *, kept: str, note: str | None = None) -> Iterator[None]:
     """Make the directory and hold it during the block.
 
     Args:
         out: The directory; its parents are made as well.
         kept: Pattern of the files worth keeping. If the block fails without any, what was made is taken away again.
+        note: A file that is worth nothing without those.
 
     Raises:
         ConfigError: It cannot be written to, or another run holds it.
@@ -37,7 +38,11 @@ def output_directory(out: Path, *, kept: str) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if missing and not any(out.glob(kept)):
+            if any(out.glob(kept)):
+                raise
+            if note is not None:
+                (out / note).unlink(missing_ok=True)
+            if missing:
                 shutil.rmtree(out, ignore_errors=True)
                 for parent in missing[1:]:
                     with suppress(OSError):  # not empty: somebody else's

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flexeval import typed
 from flexeval.answering import Answers, answer_all
 from flexeval.backends.native import Engine
 from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
@@ -18,7 +19,8 @@ from flexeval.benchmark.suites import Suite, load_suite
 from flexeval.config import Setting
 from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
-from flexeval.errors import ConfigError
+from flexeval.errors import ConfigError, ResultsError
+from flexeval.files import read_json, write_json
 from flexeval.models import DEFAULT_MODEL, ModelSource, resolve
 from flexeval.outcomes import Outcome, collect, failed_tasks
 from flexeval.output import output_directory
@@ -32,6 +34,8 @@ from flexeval.tokenizer import has_chat_template, num_chat_tokens, open_tokenize
 
 _JOURNALS = "journal"
 """Folder of the journals in an output directory."""
+_ASKED = "run.json"
+"""What a run was asked for, in its output directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +101,8 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
         raise ConfigError(f"setting {repeated[0]!r} is named twice", where="--setting", mend="Name each once")
     Engine.check_options(**engine_options(options))
     out = options.out or Path("reports") / suite.name
-    with output_directory(out, kept=f"{_JOURNALS}/*"):
+    with output_directory(out, kept=f"{_JOURNALS}/*", note=_ASKED):
+        _remember(options, out)
         with progress.activity(f"preparing {options.model}"):
             source = resolve(options.model)
         outcomes = [_run_setting(options, suite, source, setting, out, progress) for setting in settings]
@@ -114,6 +119,26 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
         results.save(out)
         with progress.activity("writing the report"):
             return Done(results, write_report(results, out), failed_tasks(outcomes))
+
+
+def _remember(options: RunOptions, out: Path) -> None:
+    asked = asdict(replace(options, out=None, fresh=False))
+    write_json(out / _ASKED, {"folder": str(Path.cwd()), "options": asked})
+
+
+def recall(out: Path) -> tuple[RunOptions, Path]:
+    """What the run in a directory was asked for, and the folder that it was called in. Raises `ResultsError`."""
+    path = out / _ASKED
+    try:
+        asked = read_json(path)
+        if not isinstance(asked, dict) or not isinstance(asked.get("options"), dict):
+            raise ValueError("it holds no options")
+        told = {name: value for name, value in asked["options"].items() if name != "out"}
+        return typed.read(RunOptions, told, out=out.absolute()), Path(str(asked.get("folder")))
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        mend = "Name a directory that `flexeval run` wrote, or call `flexeval run` again"
+        raise ResultsError(f"cannot tell what was asked here: {what}", where=str(path), mend=mend) from error
 
 
 def _run_setting(

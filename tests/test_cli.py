@@ -302,6 +302,7 @@ def test_options_stay_what_they_are() -> None:
             "--skip-missing",
             "--suite",
         ],
+        "resume": ["directory"],
         "profile": ["--device", "--disk", "--dtype", "--repeat"],
         "compare": ["--max-eval-instances", "--model", "--out", "--settings", "--suite", "directories"],
         "data": [],

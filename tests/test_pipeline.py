@@ -25,7 +25,7 @@ from flexeval.distributions import contexts_after
 from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError, ResultsError
 from flexeval.output import output_directory
 from flexeval.parquet import load
-from flexeval.pipeline import RunOptions, run_suite
+from flexeval.pipeline import RunOptions, recall, run_suite
 from flexeval.progress import Update
 from flexeval.results import RunResults
 
@@ -166,7 +166,9 @@ def test_a_run_that_is_stopped_goes_on(options: RunOptions, monkeypatch: pytest.
         patch.setattr(Engine, "generate", stop_soon)
         with pytest.raises(KeyboardInterrupt):
             run(stopped)
-    results = run(stopped)
+    recalled, folder = recall(stopped.out)
+    assert (recalled, folder) == (dataclasses.replace(stopped, out=stopped.out.absolute()), Path.cwd())
+    results = run(recalled)
     assert scores(results) == expected
     (setting,) = results.settings
     assert 0 < setting.num_resumed < setting.num_requests
@@ -174,6 +176,16 @@ def test_a_run_that_is_stopped_goes_on(options: RunOptions, monkeypatch: pytest.
     usages = [entry["usage"] for line in journal.read_text().splitlines() if "usage" in (entry := json.loads(line))]
     assert len(usages) == 2, "of the run that was stopped, too"
     assert sum(usage["num_generated_tokens"] for usage in usages) == setting.num_generated_tokens
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "[]", '{"options": 3}', '{"options": {"suite": 1}}', '{"options": {"suite": "demo", "evil": 1}}']
+)
+def test_what_was_asked_cannot_always_be_told(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ResultsError, match=r"cannot tell what was asked here.*run\.json.*call `flexeval run` again"):
+        recall(tmp_path)
 
 
 def test_a_setting_added_later_reuses_the_first(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ app = typer.Typer(
 
 for command in (
     evaluate.run,
+    evaluate.resume,
     evaluate.compare,
     evaluate.report,
     plan.plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -78,6 +79,22 @@ def run(
         show_plan(options)
     else:
         _evaluate(options)
+
+
+def resume(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `flexeval run` began.")],
+) -> None:
+    """Go on with a run where it stopped, with the options it was begun with."""
+    from flexeval.pipeline import recall
+
+    options, folder = recall(directory)
+    try:
+        os.chdir(folder)  # paths among its options are relative to there
+    except OSError as error:
+        mend = "Call flexeval run again with paths as they are now"
+        what = f"the folder that it was begun in cannot be entered: {error.strerror}"
+        raise ConfigError(what, where=str(folder), mend=mend) from error
+    _evaluate(options)
 
 
 def compare(
