@@ -13,7 +13,7 @@ from flexeval.errors import ConfigError, FlexevalError
 def check(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="What `flexeval run` wrote; further ones repeat it, for their speed."),
+        typer.Argument(metavar="DIR", help="What `flexeval run` wrote; further ones repeat it, for their speed."),
     ],
     baseline: Annotated[Path, typer.Option(metavar="FILE.json", help="The run to hold it against.")],
     update: Annotated[bool, typer.Option("--update", help="Write the baseline instead.")] = False,
@@ -62,11 +62,10 @@ def check(
                 raise ConfigError("nothing is checked with --update", where=option, mend="Leave one of the two out")
         kept = read_run(directories, bench)
         kept.save(baseline)
-        tasks, settings = (
-            f"{len(one)} {name}s"[: None if len(one) > 1 else -1]
-            for one, name in ((kept.tasks, "task"), (kept.settings, "setting"))
-        )
-        typer.echo(f"Baseline: {baseline} ({kept.num_questions:,} questions, {tasks}, {settings})")
+        counts = {"question": kept.num_questions, "task": len(kept.tasks), "setting": len(kept.settings)}
+        words = [f"{num:,} {name}{'s' * (num != 1)}" for name, num in counts.items()]
+        speeds = f"{len(kept.speeds)} ratios of speed" if kept.speeds else "no speed, which takes three repeats"
+        typer.echo(f"Baseline: {baseline} ({', '.join(words)}; {speeds})")
         return
     options = CheckOptions(
         settings=tuple(setting or ()),

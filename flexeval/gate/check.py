@@ -12,7 +12,7 @@ from flexeval.gate.baseline import Baseline, keep
 from flexeval.gate.findings import Outcome
 from flexeval.gate.matching import check_match, is_same_machine, settings_to_check
 from flexeval.gate.quality import judge_quality
-from flexeval.gate.throughput import judge_throughput, speeds_of_bench, speeds_of_runs
+from flexeval.gate.throughput import LEAST_REPEATS, judge_throughput, speeds_of_bench, speeds_of_runs
 from flexeval.results import RunResults
 
 
@@ -39,6 +39,8 @@ class CheckOptions:
 def read_run(directories: Sequence[Path], bench: Path | None) -> Baseline:
     """A run as far as it is checked: answers of the first directory, speeds of all of them and of a benchmark.
 
+    Speeds that were measured less than three times are left out: nobody knows how far chance moved them.
+
     Raises:
         ResultsError: One of them cannot be read, or has no question that was asked under all settings.
     """
@@ -48,7 +50,7 @@ def read_run(directories: Sequence[Path], bench: Path | None) -> Baseline:
     speeds = speeds_of_runs(runs)
     if bench is not None:
         speeds += speeds_of_bench(read_figures(bench))
-    return keep(runs[0], speeds)
+    return keep(runs[0], [speed for speed in speeds if len(speed.ratios) >= LEAST_REPEATS])
 
 
 def check(baseline: Baseline, run: Baseline, options: CheckOptions) -> Outcome:

@@ -55,7 +55,8 @@ def _whole(suite: Xml.Element) -> str:
     suites = Xml.Element("testsuites")
     suites.append(suite)
     Xml.indent(suites)
-    return Xml.tostring(suites, encoding="unicode", xml_declaration=True).replace("encoding='us-ascii'", "") + "\n"
+    text: bytes = Xml.tostring(suites, encoding="utf-8", xml_declaration=True)
+    return text.decode() + "\n"
 
 
 def _legal(text: str) -> str:

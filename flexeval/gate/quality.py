@@ -137,18 +137,18 @@ def _finding(one: _Comparison, p_value: float, alpha: float, *, decides: bool, i
         if loss > 0
     )
     num_gained = sum(loss < 0 for loss in flat)
-    drop = paired_difference(losses, one.weights, in_unit=in_points)
-    least = math.nan
+    beyond = f"a drop of more than {_amount(one.margin, in_points)}"
     if not any(flat):
         status, why = Status.PASS, f"all {show.count(len(flat))} scores are the same"
     elif p_value < SIGNIFICANT:
-        status = Status.REGRESSION
-        why = f"a drop of more than {_amount(one.margin, in_points)} is shown ({show.p_value(p_value)})"
-    elif drop.high <= one.margin:
-        status, why = Status.PASS, f"a drop of more than {_amount(one.margin, in_points)} is ruled out"
+        status, why = Status.REGRESSION, f"{beyond} is shown ({show.p_value(p_value)})"
+    elif paired_difference(losses, one.weights, in_unit=in_points).high <= one.margin:
+        status, why = Status.PASS, f"{beyond} is ruled out"
     else:
-        least = detectable_drop(losses, one.weights, margin=one.margin, alpha=alpha, in_unit=in_points)
-        status, why = Status.OPEN, f"no drop is shown; {_power_words(least, len(flat), in_points)}"
+        status, why = Status.OPEN, f"{beyond} is not shown"
+    least = detectable_drop(losses, one.weights, margin=one.margin, alpha=alpha, in_unit=in_points)
+    if status is Status.OPEN or (status is Status.PASS and decides):
+        why += f"; {_power_words(least, len(flat), in_points)}"
     before, now = (_mean([getattr(task, name) for task in one.tasks], one.weights) for name in ("before", "now"))
     change = "" if not any(flat) else f", {len(lost)} worse and {num_gained} better of {show.count(len(flat))}"
     return Finding(
@@ -168,12 +168,15 @@ def _mean(scores: Sequence[np.ndarray], weights: Sequence[float]) -> float:
 
 
 def _amount(value: float, in_points: bool) -> str:
-    return f"{value * 100:.3g} points" if in_points else f"{value:.3g}"
+    if not in_points:
+        return f"{value:.3g}"
+    amount = f"{value * 100:.3g}"
+    return f"{amount} point{'s' * (amount != '1')}"
 
 
 def _power_words(least: float, num: int, in_points: bool) -> str:
     if math.isinf(least):
         return f"{show.count(num)} questions are too few to show any"
     if math.isnan(least):
-        return "which would be is not known"
-    return f"one of {_amount(least, in_points)} would be, four times out of five"
+        return "which drop would be shown is not known"
+    return f"a drop of {_amount(least, in_points)} would be shown, four times out of five"

@@ -24,7 +24,7 @@ from flexeval.report.statistics import SIGNIFICANT, holm
 from flexeval.results import RunResults, SettingResult
 
 BOUND = "bound"
-_LEAST_REPEATS = 3
+LEAST_REPEATS = 3
 """Fewer say nothing about their spread that could be relied on."""
 _ENGINE = "flexeval"
 
@@ -95,7 +95,7 @@ def judge_throughput(
         if not new:
             status, why = Status.OPEN, "not measured this time"
         elif math.isnan(p_value):
-            status, why = Status.OPEN, not_comparable or f"it takes {_LEAST_REPEATS} repeats to judge it"
+            status, why = Status.OPEN, not_comparable or f"it takes {LEAST_REPEATS} repeats to judge it"
         else:
             status, why = _verdict(old, new, tolerance, next(judged))
         findings.append(
@@ -113,17 +113,12 @@ def judge_throughput(
 
 
 def slower_p(before: Sequence[float], now: Sequence[float], tolerance: float) -> float:
-    """One-sided p value of "the ratio fell by `tolerance` of it at most"; NaN where there are too few repeats.
-
-    A baseline of a single measurement is taken as it is.
-    """
-    if len(now) < _LEAST_REPEATS:
+    """One-sided p value of "the ratio fell by `tolerance` of it at most"; NaN where there are too few repeats."""
+    if min(len(before), len(now)) < LEAST_REPEATS:
         return math.nan
     ours, theirs = np.log(now), np.log(before) + math.log1p(-tolerance)
     if np.ptp(ours) == 0 and np.ptp(theirs) == 0:
         return 0.0 if ours[0] < theirs[0] else 1.0
-    if theirs.size == 1:
-        return float(stats.ttest_1samp(ours, theirs[0], alternative="less").pvalue)
     return float(stats.ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)
 
 
