@@ -63,9 +63,11 @@ def check(
         kept = read_run(directories, bench)
         kept.save(baseline)
         counts = {"question": kept.num_questions, "task": len(kept.tasks), "setting": len(kept.settings)}
+        if kept.speeds:
+            counts["speed"] = len(kept.speeds)
         words = [f"{num:,} {name}{'s' * (num != 1)}" for name, num in counts.items()]
-        speeds = f"{len(kept.speeds)} ratios of speed" if kept.speeds else "no speed, which takes three repeats"
-        typer.echo(f"Baseline: {baseline} ({', '.join(words)}; {speeds})")
+        speeds = "" if kept.speeds else "; no speed, which takes three repeats"
+        typer.echo(f"Baseline: {baseline} ({', '.join(words)}{speeds})")
         return
     options = CheckOptions(
         settings=tuple(setting or ()),

@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1
 _LARGEST_BYTES = 64 * 2**20
 _DIGITS = 6
 """Of a score: beyond them lies rounding."""
+_LARGEST_SCORE = 1e100
 _MACHINE = ("processor", "cores", "gpu")
 
 
@@ -168,7 +169,9 @@ def _checked(baseline: Baseline) -> Baseline:
         if not kept.questions:
             raise ValueError(f"task {typed.show(kept.task.name)} has no question")
         for name, question in kept.questions.items():
-            if len(question.scores) != len(baseline.settings) or not all(map(math.isfinite, question.scores)):
+            if len(question.scores) != len(baseline.settings) or not all(
+                abs(score) < _LARGEST_SCORE for score in question.scores
+            ):
                 raise ValueError(
                     f"question {typed.show(name)} of {typed.show(kept.task.name)} has not one score a setting"
                 )

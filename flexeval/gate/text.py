@@ -15,8 +15,11 @@ _LISTED = 200
 
 def lines(outcome: Outcome) -> list[str]:
     """A line a finding, then the notes and the answer."""
-    found = [f"{_LABELS[one.status]:<5}{_sentence(one)}" for one in outcome.findings]
-    return [show.visible(line) for line in (*found, *(f"note {note}" for note in outcome.notes), headline(outcome))]
+    return [
+        *(f"{_LABELS[one.status]:<5}{_on_one_line(_sentence(one))}" for one in outcome.findings),
+        *(f"note {_on_one_line(note)}" for note in outcome.notes),
+        _on_one_line(headline(outcome)),
+    ]
 
 
 def headline(outcome: Outcome) -> str:
@@ -61,6 +64,10 @@ def details(finding: Finding) -> str:
 def _sentence(one: Finding) -> str:
     worse = f". Worse: {_names(one, _NAMED)}" if one.status is Status.REGRESSION and one.lost else ""
     return f"{one.setting}, {one.subject}: {one.now}; {one.why}{worse}"
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(show.visible(text).split())
 
 
 def _names(finding: Finding, most: int) -> str:
