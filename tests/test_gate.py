@@ -162,10 +162,13 @@ def speed(*ratios: float, against: str = "none") -> Speed:
 
 def test_speeds_of_runs_are_ratios_within_each() -> None:
     slow = replace(RUN, settings=[replace(one, elapsed_s=one.elapsed_s * 7) for one in RUN.settings])
-    (one,) = speeds_of_runs([RUN, slow])
+    speeds = {(one.setting, one.against): one.ratios for one in speeds_of_runs([RUN, slow])}
     seconds = {setting.setting: setting.elapsed_s for setting in RUN.settings}
-    assert (one.setting, one.against) == ("w4", "none")
-    assert one.ratios == pytest.approx([seconds["none"] / seconds["w4"]] * 2)
+    assert speeds == {
+        ("w4", "none"): pytest.approx([seconds["none"] / seconds["w4"]] * 2),
+        ("none", "prediction"): pytest.approx([1.1, 1.1 / 7]),
+        ("w4", "prediction"): pytest.approx([1.1, 1.1 / 7]),
+    }
     resumed = replace(RUN, settings=[replace(one, num_resumed=1) for one in RUN.settings])
     assert speeds_of_runs([resumed]) == []
 
@@ -327,7 +330,7 @@ def test_the_command_writes_a_baseline_and_holds_a_run_against_it(
     baseline, xml, summary = (tmp_path / name for name in ("baselines/b.json", "check.xml", "check.md"))
     runs = [tmp_path / "run"] * 3
     assert call(monkeypatch, *runs, "--baseline", baseline, "--update") == 0
-    assert "360 questions, 6 tasks, 2 settings, 1 speed" in capsys.readouterr().out
+    assert "360 questions, 6 tasks, 2 settings, 3 speeds" in capsys.readouterr().out
     assert len(Baseline.load(baseline).speeds[0].ratios) == 3
     written = ("--junit", xml, "--markdown", summary)
     assert call(monkeypatch, *runs, "--baseline", baseline, *written) == 0

@@ -53,7 +53,7 @@ class Speed:
     setting: str
     """Name of the setting."""
     against: str
-    """Another setting, a peer, or `bound`: the least time that the machine's measured rates allow."""
+    """Another setting, a peer, `prediction`, or `bound`, as `throughput.py` has them."""
     work: str
     """What was asked of both, in words."""
     ratios: list[float]

@@ -1,10 +1,11 @@
 """Whether answering got slower, as a ratio to something measured in the same job: never a number of seconds.
 
 Seconds are the machine's as much as the engine's: a neighbour that is busy, another processor. What is held against a
-baseline is how many times as fast a setting was as another one of the same run, as a peer of the same benchmark, or as
-the machine's own bound allows. Ratios are compared on a logarithmic scale, with their spread over repeats: a fall
-fails where a one-sided test of Welch (1947, "The generalization of Student's problem when several different population
-variances are involved", Biometrika 34) shows it to be beyond the tolerance, corrected for all ratios by Holm's method.
+baseline is how many times as fast a setting was as another one of the same run, as the cost model foretold on the
+machine, as a peer of the same benchmark, or as the machine's bound allows. Ratios are compared on a logarithmic scale,
+with their spread over repeats: a fall fails where a one-sided test of Welch (1947, "The generalization of Student's
+problem when several different population variances are involved", Biometrika 34) shows it to be beyond the tolerance,
+corrected for all ratios by Holm's method.
 """
 
 from __future__ import annotations
@@ -24,28 +25,33 @@ from flexeval.report.statistics import SIGNIFICANT, holm
 from flexeval.results import RunResults, SettingResult
 
 BOUND = "bound"
+"""The least time that the machine's measured rates allow."""
+PREDICTION = "prediction"
+"""The time that the cost model foretold on this machine."""
 LEAST_REPEATS = 3
 """Fewer say nothing about their spread that could be relied on."""
 _ENGINE = "flexeval"
 
 
 def speeds_of_runs(runs: Sequence[RunResults]) -> list[Speed]:
-    """Questions a second of each setting over those of `none` (or else the first), one ratio a run.
+    """Questions a second of each setting over those of `none` (or else the first) and over those foretold, by run.
 
     Settings of which answers came from an earlier run were not measured in one job; they give no ratio.
     """
     found: dict[tuple[str, str, str], list[float]] = {}
     for run in runs:
-        names = [setting.setting for setting in run.settings]
-        if not names:
-            continue
-        against = run.settings[baseline_index(names)]
+        rates = {one.setting: _rate(one) for one in run.settings if _rate(one)}
+        names = [one.setting for one in run.settings]
+        against = names[baseline_index(names)] if names else ""
         for setting in run.settings:
-            rates = _rate(setting), _rate(against)
-            if setting is not against and all(rates):
-                key = (setting.setting, against.setting, f"suite {run.suite}")
-                found.setdefault(key, []).append(rates[0] / rates[1])
-    return [Speed(setting=key[0], against=key[1], work=key[2], ratios=ratios) for key, ratios in found.items()]
+            if setting.setting not in rates:
+                continue
+            key = (setting.setting, f"suite {run.suite}")
+            if setting.predicted_s:
+                found.setdefault((*key, PREDICTION), []).append(setting.predicted_s / setting.elapsed_s)
+            if against in rates and setting.setting != against:
+                found.setdefault((*key, against), []).append(rates[setting.setting] / rates[against])
+    return [Speed(setting=key[0], against=key[2], work=key[1], ratios=ratios) for key, ratios in found.items()]
 
 
 def speeds_of_bench(bench: BenchResults) -> list[Speed]:
@@ -136,12 +142,13 @@ def _middle(speed: Speed) -> float:
 
 
 def _shown(speed: Speed) -> str:
-    if speed.against == BOUND:
+    if speed.against in (BOUND, PREDICTION):
         return f"{_middle(speed):.0%}"
     return show.ratio(_middle(speed))
 
 
 def _rate(setting: SettingResult) -> float:
+    """Requests a second; 0 where none was answered now."""
     return setting.num_requests / setting.elapsed_s if setting.elapsed_s > 0 and not setting.num_resumed else 0.0
 
 
