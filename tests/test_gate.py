@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +15,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import typer
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from json_mutations import mutations
@@ -21,7 +25,7 @@ from synthetic_results import HOSTILE, TASKS, changed, synthetic
 
 from flexeval.bench.figures import BenchResults, BoundFigures, PhaseFigures, SystemFigures, TokenFigures
 from flexeval.bench.reading import read_figures
-from flexeval.cli import main
+from flexeval.cli import app, main
 from flexeval.errors import FlexevalError, ResultsError
 from flexeval.gate.baseline import Baseline, Speed, keep
 from flexeval.gate.check import CheckOptions, check, read_run
@@ -388,3 +392,25 @@ def test_a_run_is_read_with_its_repeats_and_benchmark(tmp_path: Path) -> None:
     kept = read_run([tmp_path / "run"], tmp_path / "bench.json")
     assert {one.against for one in kept.speeds} == {"none", "bound", "transformers"}
     assert {one.work for one in kept.speeds} == {"10 requests"}  # a single run says nothing of its spread
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_projects_own_baseline_is_of_the_questions_that_its_gate_asks() -> None:
+    kept = Baseline.load(ROOT / "reports/baselines/smollm2.json")
+    asked = re.findall(r"description: \"(\w+):", (ROOT / ".ci/gate.conf").read_text())
+    assert (kept.suite, kept.model, kept.settings, len(kept.tasks)) == ("gate", "smollm2", ["none", "w4"], len(asked))
+    recipe = (ROOT / "Makefile").read_text()
+    assert "--suite .ci/gate.conf" in recipe and "--baseline reports/baselines/smollm2.json" in recipe
+    assert "make gate || status=1" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_workflow_to_copy_uses_options_that_there_are() -> None:
+    job = yaml.safe_load((ROOT / "docs/examples/flexeval-check.yml").read_text())["jobs"]["quality"]
+    commands = [shlex.split(step["run"])[1:] for step in job["steps"] if ".venv/bin/flexeval" in step.get("run", "")]
+    assert [name for name, *_ in commands] == ["run", "check"]
+    known = typer.main.get_group(app).commands
+    for name, *arguments in commands:
+        options = {option for parameter in known[name].params for option in parameter.opts}
+        assert {one for one in arguments if one.startswith("--")} <= options

@@ -22,7 +22,10 @@ def check(
         typer.Option(metavar="NAME", help="Check this one. Repeatable.", show_default="all of the baseline's"),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(metavar="POINTS", min=0, max=100, help="Drop of quality that is accepted, of 100.")
+        float,
+        typer.Option(
+            metavar="POINTS", min=0, max=100, help="Drop that is accepted, of 100; on another scale, percent."
+        ),
     ] = 1.0,
     speed_tolerance: Annotated[
         float, typer.Option(metavar="PERCENT", min=0, max=99, help="Fall of a ratio of speed that is accepted.")

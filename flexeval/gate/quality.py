@@ -146,8 +146,9 @@ def _finding(one: _Comparison, p_value: float, alpha: float, *, decides: bool, i
         status, why = Status.PASS, f"{beyond} is ruled out"
     else:
         status, why = Status.OPEN, f"{beyond} is not shown"
-    least = detectable_drop(losses, one.weights, margin=one.margin, alpha=alpha, in_unit=in_points)
+    least = math.nan
     if status is Status.OPEN or (status is Status.PASS and decides):
+        least = detectable_drop(losses, one.weights, margin=one.margin, alpha=alpha, in_unit=in_points)
         why += f"; {_power_words(least, len(flat), in_points)}"
     before, now = (_mean([getattr(task, name) for task in one.tasks], one.weights) for name in ("before", "now"))
     change = "" if not any(flat) else f", {len(lost)} worse and {num_gained} better of {show.count(len(flat))}"
