@@ -386,6 +386,26 @@ def test_an_odd_baseline_is_refused_or_compared(data: st.DataObject, tmp_path: P
         assert str(error).isprintable() and len(str(error)) < 3000
 
 
+@settings(
+    max_examples=int(os.environ.get("HOSTILE_EXAMPLES", "60")), suppress_health_check=list(HealthCheck), deadline=None
+)
+@given(data=st.data())
+def test_an_odd_run_or_benchmark_is_refused_or_compared(data: st.DataObject, tmp_path: Path) -> None:
+    small = synthetic(**CHOSEN, tasks=TASKS[:2], num_questions=2)
+    small.save(tmp_path)
+    BENCH.save(tmp_path / "bench.json")
+    path = data.draw(st.sampled_from([tmp_path / "results.json", tmp_path / "bench.json"]))
+    path.write_text(json.dumps(data.draw(mutations(json.loads(path.read_text())))))
+    try:
+        run = read_run([tmp_path, tmp_path, tmp_path], tmp_path / "bench.json")
+        outcome = check(run, keep(small, run.speeds), CheckOptions(shared_only=True, any_model=True))
+        assert lines(outcome) and markdown(outcome) and ElementTree.fromstring(junit(outcome)) is not None
+        run.save(tmp_path / "b.json")
+        assert Baseline.load(tmp_path / "b.json").settings == run.settings
+    except FlexevalError as error:
+        assert str(error).isprintable() and len(str(error)) < 3000
+
+
 def test_a_run_is_read_with_its_repeats_and_benchmark(tmp_path: Path) -> None:
     RUN.save(tmp_path / "run")
     BENCH.save(tmp_path / "bench.json")

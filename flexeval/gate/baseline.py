@@ -135,7 +135,7 @@ def keep(results: RunResults, speeds: Sequence[Speed] = ()) -> Baseline:
     for question in sorted(pair(results).questions, key=lambda one: (len(one.instance_id), one.instance_id)):
         scores = [rounded(answer.score) for answer in question.answers]
         kept[question.task][question.instance_id] = KeptQuestion(asked=_asked(question), scores=scores)
-    return Baseline(
+    baseline = Baseline(
         suite=results.suite,
         model=results.model,
         model_note=results.model_note,
@@ -146,6 +146,10 @@ def keep(results: RunResults, speeds: Sequence[Speed] = ()) -> Baseline:
         tasks=[KeptTask(task=task, questions=kept[task.name]) for task in results.tasks if kept[task.name]],
         speeds=[replace(speed, ratios=[rounded(ratio, 4) for ratio in speed.ratios]) for speed in speeds],
     )
+    try:
+        return _checked(baseline)
+    except ValueError as error:
+        raise ResultsError(f"no run to check: {error}", where=results.name, mend="Run the suite again") from error
 
 
 def rounded(value: float, digits: int = _DIGITS) -> float:
