@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check gate clean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,11 @@ check: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Arithmetic in float32, a tolerance of points: other processors round otherwise, which flips an answer now and then.
+gate: $(STAMP)  ## Hold the demo model's answers against those of reports/baselines
+	$(BIN)/flexeval run --suite .ci/gate.conf --setting none --setting w4 --dtype float32 --keep-top 0 --fresh --out reports/gate
+	$(BIN)/flexeval check reports/gate --baseline reports/baselines/smollm2.json --tolerance 5
 
 clean:  ## Remove the environment and caches of this checkout
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

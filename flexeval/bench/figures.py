@@ -9,6 +9,10 @@ from typing import Any
 from flexeval.files import write_json
 
 SCHEMA_VERSION = 1
+DERIVED = ("requests_per_s", "prefill_tokens_per_s", "decode_s_per_sweep", "generated_tokens_per_s")
+"""What is written of a system beside its fields."""
+DERIVED_OF_PHASES = ("bound", "reached")
+"""The same of a phase."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,10 +199,9 @@ class SystemFigures:
     def to_json(self) -> dict[str, Any]:
         """All figures, the derived ones too."""
         data = asdict(self)
-        for name in ("requests_per_s", "prefill_tokens_per_s", "decode_s_per_sweep", "generated_tokens_per_s"):
-            data[name] = getattr(self, name)
+        data |= {name: getattr(self, name) for name in DERIVED}
         for name, phase in self.phases.items():
-            data["phases"][name] |= {"bound": phase.bound, "reached": phase.reached}
+            data["phases"][name] |= {derived: getattr(phase, derived) for derived in DERIVED_OF_PHASES}
         return data
 
 

@@ -1,6 +1,7 @@
 """The command line: a module for each group of commands. Knows options and exit codes; not how anything is done.
 
-Exit codes: 0 success; 2 something the user can mend, said in one line; 1 our own bug, with its traceback.
+Exit codes: 0 success; 2 something the user can mend, said in one line; 1 our own bug, with its traceback, or a run
+that `check` found to be worse.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import flexeval
-from flexeval.cli import bench, data, evaluate, new_task, plan, prepare, profile, remote
+from flexeval.cli import bench, check, data, evaluate, new_task, plan, prepare, profile, remote
 from flexeval.errors import ConfigError, DiskError, FlexevalError
 
 _INTERRUPTED = 130
@@ -36,6 +37,7 @@ for command in (
     evaluate.resume,
     evaluate.compare,
     evaluate.report,
+    check.check,
     plan.plan,
     profile.profile,
     remote.prepare,

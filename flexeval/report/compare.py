@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from flexeval.report.averaging import averaged_tasks, task_weights
 from flexeval.report.merge import baseline_index
 from flexeval.report.pairing import Question, pair
 from flexeval.report.statistics import holm, mean, paired_difference, sign_flip_p, weighted_sum
@@ -32,7 +33,7 @@ def compare(results: RunResults) -> Comparison:
     tasks = _correct(
         [_task_row(task, by_task[task.name], baseline, fidelity) for task in results.tasks if task.name in by_task]
     )
-    averaged = _averaged(tasks)
+    averaged = averaged_tasks(tasks)
     settings = [
         replace(
             _setting_row(results, index, baseline, averaged, by_task),
@@ -129,18 +130,6 @@ def _correct(tasks: Sequence[TaskRow]) -> list[TaskRow]:
     ]
 
 
-def _averaged(tasks: Sequence[TaskRow]) -> list[TaskRow]:
-    """Tasks on a common scale: those in points, or else all of them if they share one metric."""
-    in_points = [row for row in tasks if row.in_points]
-    one_metric = len({(row.task.metric, row.task.higher_is_better) for row in tasks}) == 1
-    return in_points or (list(tasks) if one_metric else [])
-
-
-def _weights(averaged: Sequence[TaskRow]) -> list[float]:
-    sizes = Counter(row.task.group for row in averaged)
-    return [1 / (len(sizes) * sizes[row.task.group]) for row in averaged]
-
-
 def _setting_row(
     results: RunResults,
     index: int,
@@ -150,7 +139,7 @@ def _setting_row(
 ) -> SettingRow:
     result = results.settings[index]
     answers = [instance for instance in results.instances if instance.setting == result.setting]
-    weights = _weights(averaged)
+    weights = task_weights(averaged)
     return SettingRow(
         result=result,
         quality=weighted_sum([row.cells[index].score for row in averaged], weights) if averaged else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -90,34 +90,44 @@ def paired_difference(strata: Sequence[Sequence[float]], weights: Sequence[float
         weights: Positive weight of each stratum's mean.
         in_unit: Whether scores lie in [0, 1]: differences of -1, 0 and 1 are then those of right-or-wrong scores.
     """
-    arrays = [np.asarray(differences, dtype=float) for differences in strata]
-    assert len(arrays) == len(weights) and all(array.size for array in arrays), weights
-    whole = [in_unit and bool(np.isin(array, (-1, 0, 1)).all()) for array in arrays]
-    num_whole = sum(whole)
-    moments = [
-        _adjusted_moments(array, 1 / num_whole) if is_whole else _sample_moments(array)
-        for array, is_whole in zip(arrays, whole, strict=True)
-    ]
-    value = sum(weight * float(array.mean()) for array, weight in zip(arrays, weights, strict=True))
-    num = sum(array.size for array in arrays)
-    center = sum(weight * part.center for part, weight in zip(moments, weights, strict=True))
-    terms = [weight**2 * part.variance for part, weight in zip(moments, weights, strict=True)]
-    variance = sum(terms)
-    if math.isnan(variance):
-        return Estimate(value=value, low=math.nan, high=math.nan, num=num)
-    doubt = sum(term**2 / part.freedom for term, part in zip(terms, moments, strict=True))
-    half = _student_quantile(variance**2 / doubt if doubt else math.inf) * math.sqrt(variance)
+    pooled = _pooled(strata, weights, in_unit=in_unit)
+    num = sum(len(stratum) for stratum in strata)
+    if math.isnan(pooled.variance):
+        return Estimate(value=pooled.value, low=math.nan, high=math.nan, num=num)
+    half = _student_quantile(pooled.freedom) * math.sqrt(pooled.variance)
     most = sum(weights) if in_unit else math.inf
     return Estimate(
-        value=value,
-        low=min(value, max(-most, center - half)),
-        high=max(value, min(most, center + half)),
+        value=pooled.value,
+        low=min(pooled.value, max(-most, pooled.center - half)),
+        high=max(pooled.value, min(most, pooled.center + half)),
         num=num,
     )
 
 
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """Two-sided p value of "the sign of every difference is a coin toss".
+def beyond_margin_p(
+    strata: Sequence[Sequence[float]], weights: Sequence[float], *, margin: float, in_unit: bool
+) -> float:
+    """One-sided p value of "the weighted sum of mean differences is at most `margin`", which is at least 0.
+
+    The larger of two p values, so that it is small only where the sum is both not chance and beyond the margin
+    (an intersection-union test: Berger 1982, "Multiparameter hypothesis testing and acceptance sampling",
+    Technometrics 24). The one is of `sign_flip_p`, exact for a sum of 0; the other inverts the lower bound of
+    `paired_difference`, where differences without any spread count as known.
+    """
+    pooled = _pooled(strata, weights, in_unit=in_unit, without_spread=0.0)
+    if pooled.value <= margin:  # half of either distribution lies above
+        return 1.0
+    chance = sign_flip_p(
+        [weight * change / len(stratum) for stratum, weight in zip(strata, weights, strict=True) for change in stratum],
+        alternative="greater",
+    )
+    if not pooled.variance:
+        return chance
+    return max(chance, float(stats.t.sf((pooled.center - margin) / math.sqrt(pooled.variance), pooled.freedom)))
+
+
+def sign_flip_p(differences: Sequence[float], alternative: Literal["two-sided", "greater"] = "two-sided") -> float:
+    """P value of "the sign of every difference is a coin toss"; `greater`: against a sum above 0 alone.
 
     The randomization test for paired data (Fisher 1935, "The Design of Experiments", section 21). Where all changes are
     of one size it is McNemar's exact test (McNemar 1947, Psychometrika 12), a binomial. Otherwise all sign patterns are
@@ -128,12 +138,13 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     if not changes.size:
         return 1.0
     if np.allclose(np.abs(changes), abs(changes[0]), rtol=1e-9, atol=0):
-        return float(stats.binomtest(int((changes > 0).sum()), changes.size).pvalue)
+        return float(stats.binomtest(int((changes > 0).sum()), changes.size, alternative=alternative).pvalue)
     test = stats.permutation_test(
         (changes,),
         np.mean,
         permutation_type="samples",
         vectorized=True,
+        alternative=alternative,
         n_resamples=_NUM_RESAMPLES,
         batch=max(1, _BATCH_NUMBERS // changes.size),
         rng=np.random.default_rng(_SEED),
@@ -206,6 +217,37 @@ class _Moments(NamedTuple):
     freedom: float
 
 
+class _Pooled(NamedTuple):
+    value: float
+    center: float
+    variance: float
+    """Of the sum; NaN where a stratum gives none."""
+    freedom: float
+
+
+def _pooled(
+    strata: Sequence[Sequence[float]], weights: Sequence[float], *, in_unit: bool, without_spread: float = math.nan
+) -> _Pooled:
+    """As `paired_difference` says; `without_spread` is the variance where data give none."""
+    arrays = [np.asarray(differences, dtype=float) for differences in strata]
+    assert len(arrays) == len(weights) and all(array.size for array in arrays), weights
+    whole = [in_unit and bool(np.isin(array, (-1, 0, 1)).all()) for array in arrays]
+    num_whole = sum(whole)
+    moments = [
+        _adjusted_moments(array, 1 / num_whole) if is_whole else _sample_moments(array, without_spread)
+        for array, is_whole in zip(arrays, whole, strict=True)
+    ]
+    terms = [weight**2 * part.variance for part, weight in zip(moments, weights, strict=True)]
+    doubt = sum(term**2 / part.freedom for term, part in zip(terms, moments, strict=True) if term > 0)
+    variance = sum(terms)
+    return _Pooled(
+        value=sum(weight * float(array.mean()) for array, weight in zip(arrays, weights, strict=True)),
+        center=sum(weight * part.center for part, weight in zip(moments, weights, strict=True)),
+        variance=variance,
+        freedom=variance**2 / doubt if doubt else math.inf,
+    )
+
+
 def _adjusted_moments(differences: np.ndarray, num_added: float) -> _Moments:
     """Bonett and Price's, with `num_added` gained and as many lost questions added."""
     total = differences.size + 2 * num_added
@@ -215,9 +257,9 @@ def _adjusted_moments(differences: np.ndarray, num_added: float) -> _Moments:
     return _Moments(center, (gained + lost - center**2) / total, math.inf)
 
 
-def _sample_moments(values: np.ndarray) -> _Moments:
+def _sample_moments(values: np.ndarray, without_spread: float = math.nan) -> _Moments:
     has_spread = np.ptp(values) > 0
-    variance = float(values.var(ddof=1)) / values.size if has_spread else math.nan
+    variance = float(values.var(ddof=1)) / values.size if has_spread else without_spread
     return _Moments(float(values.mean()), variance, values.size - 1.0)
 
 
