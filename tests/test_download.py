@@ -173,7 +173,8 @@ def test_what_is_there_stays(server: str, tmp_path: Path) -> None:
 def test_one_that_is_interrupted_is_not_there_and_the_next_cleans_up(
     signal_: signal.Signals, server: str, tmp_path: Path
 ) -> None:
-    program = "import sys; from pathlib import Path; from flexeval.benchmark.supply.download import download; "
+    program = "import signal, sys; from pathlib import Path; from flexeval.benchmark.supply.download import download; "
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # which a shell's background jobs ignore
     program += "download(sys.argv[1], Path(sys.argv[2]))"
     child = subprocess.Popen(
         [sys.executable, "-c", program, f"{server}/endless", str(tmp_path / "there")], stderr=subprocess.DEVNULL
