@@ -226,7 +226,8 @@ class Engine:
         cost = CostModel(shape=self._shape, workload=workload, hardware=self._measure()).cost(policy)
         self._predicted_s += cost.total_s
         for tier, peak in cost.peak_bytes.items():
-            self._planned_bytes[str(tier)] = max(self._planned_bytes.get(str(tier), 0), math.ceil(peak))
+            if peak:
+                self._planned_bytes[str(tier)] = max(self._planned_bytes.get(str(tier), 0), math.ceil(peak))
 
     def _measure(self) -> Hardware:
         """The machine, measured once: before the engine itself fills the memory."""
