@@ -234,8 +234,9 @@ class Engine:
         if self._hardware is None:
             opened, is_gpu = self._opened, self._opened.device.type == "cuda"
             self._hardware = detect("cuda" if is_gpu else "cpu", self._limits, opened.anatomy.dtype)
-            is_free = self._fixed_policy is None and opened.sparsity is None
-            if is_gpu and (is_free or (self._fixed_policy is not None and self._fixed_policy.host_attention)):
+            fixed = self._fixed_policy
+            may_attend_on_host = opened.sparsity is None if fixed is None else fixed.host_attention > 0
+            if is_gpu and may_attend_on_host:
                 form = make_format(opened.anatomy.kv_shape(0), opened.anatomy.dtype, opened.kv_coding)
                 rate = host_attention_rate(form, self._shape.num_query_heads, is_link_busy=True)
                 self._hardware = replace(self._hardware, host_attention_bytes_per_s=rate)

@@ -20,24 +20,22 @@ def forecast_run(options: RunOptions, progress: Progress) -> Sequence[Forecast]:
     """What `flexeval run` with these options would take, a forecast a setting. Raises `FlexevalError` as it would."""
     suite, source = load_suite(options.suite), resolve(options.model)
     Engine.check_options(**engine_options(options))
-    forecasts = []
-    for name in options.settings:
-        with (
-            TemporaryDirectory(prefix="flexeval-plan-") as folder,
-            Engine.load(source, setting=Setting.parse(name), **engine_options(options)) as engine,
-        ):
-            helm, requests = ask(
-                suite,
-                source,
-                name,
-                output=Path(folder),
-                context_length=engine.context_length,
-                max_eval_instances=options.max_eval_instances,
-                skip_missing=options.skip_missing,
-                is_chat=is_asked_in_chat(suite, source, options.chat_template),
-                progress=progress,
-            )
-            with progress.activity(f"{name}: looking for the best policy"):
-                fixed = read_policy(options.policy)
-                forecasts.append(forecast(engine, name, requests, helm.requests_of_tasks, fixed))
+    fixed, forecasts = read_policy(options.policy), list[Forecast]()
+    with TemporaryDirectory(prefix="flexeval-plan-") as folder:
+        for name in options.settings:
+            with Engine.load(source, setting=Setting.parse(name), **engine_options(options)) as engine:
+                if not forecasts:  # every setting is asked the same
+                    helm, requests = ask(
+                        suite,
+                        source,
+                        name,
+                        output=Path(folder),
+                        context_length=engine.context_length,
+                        max_eval_instances=options.max_eval_instances,
+                        skip_missing=options.skip_missing,
+                        is_chat=is_asked_in_chat(suite, source, options.chat_template),
+                        progress=progress,
+                    )
+                with progress.activity(f"{name}: looking for the best policy"):
+                    forecasts.append(forecast(engine, name, requests, helm.requests_of_tasks, fixed))
     return forecasts

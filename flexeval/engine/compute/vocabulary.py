@@ -81,11 +81,9 @@ class Vocabulary:
 
     def as_coded(self, tensors: Mapping[str, Tensor], codec: Codec) -> dict[str, Tensor]:
         """The weights of both as they come back from a codec; tied ones stay one tensor. Raises `ModelError`."""
-        places = {name: tensors[name].data_ptr() for name in self._modules}
-        weights = {place: tensors[name] for name, place in places.items()}
-        cpu = torch.device("cpu")
-        found = {place: CodedVocabulary(weight, codec, cpu).rows(slice(None)) for place, weight in weights.items()}
-        return {name: found[place] for name, place in places.items()}
+        coded = self._code(tensors, codec, torch.device("cpu"))
+        found = {matrix: matrix.rows(slice(None)) for matrix in set(coded.values())}
+        return {name: found[matrix] for name, matrix in coded.items()}
 
     def bind(self, tensors: Mapping[str, Tensor], codec: Codec, device: torch.device) -> frozenset[str]:
         """Have both compute with codes of their weights, which are among `tensors`; the names of these.
@@ -94,12 +92,9 @@ class Vocabulary:
             ModelError: A weight cannot be coded.
             UnsupportedModelError: The model looks tokens up, or scores them, in a way of its own.
         """
-        coded: dict[int, CodedVocabulary] = {}
-        for name, module in self._modules.items():
-            weight_VD = tensors[name]
-            if weight_VD.data_ptr() not in coded:
-                coded[weight_VD.data_ptr()] = CodedVocabulary(weight_VD, codec, device)
-            matrix = coded[weight_VD.data_ptr()]
+        coded = self._code(tensors, codec, device)
+        for name, matrix in coded.items():
+            module = self._modules[name]
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None  # for gradients only, and the rows that it is given are not the vocabulary's
                 self._coded = matrix
@@ -109,7 +104,16 @@ class Vocabulary:
                     what = f"a head of the kind {type(module).__name__} cannot be coded"
                     raise UnsupportedModelError(what, mend="Use the setting without -embed")
                 module.coded = matrix
-        return frozenset(self._modules)
+        return frozenset(coded)
+
+    def _code(self, tensors: Mapping[str, Tensor], codec: Codec, device: torch.device) -> dict[str, CodedVocabulary]:
+        """Both weights by their names; tied ones are one."""
+        coded: dict[int, CodedVocabulary] = {}
+        for name in self._modules:
+            place = tensors[name].data_ptr()
+            if place not in coded:
+                coded[place] = CodedVocabulary(tensors[name], codec, device)
+        return {name: coded[tensors[name].data_ptr()] for name in self._modules}
 
     @contextmanager
     def looking_up(self, ids_1T: Tensor) -> Iterator[Tensor]:
