@@ -14,6 +14,12 @@ T4 = Hardware(
     disk_write_bytes_per_s=1e9,
     flops_per_s=21.24e12,
     memory_bytes_per_s=300e9,
+    single_product_bytes_per_s=300e9,
+    few_product_bytes_per_s=300e9,
+    attention_flops_per_s=21.24e12,
+    elementwise_per_s=50e9,
+    softmax_per_s=50e9,
+    ranking_per_s=5e9,
     launch_s=5e-6,
     host_attention_bytes_per_s=0,
 )
@@ -32,6 +38,12 @@ LAPTOP = Hardware(
     disk_write_bytes_per_s=0,
     flops_per_s=0.1e12,
     memory_bytes_per_s=30e9,
+    single_product_bytes_per_s=20e9,
+    few_product_bytes_per_s=10e9,
+    attention_flops_per_s=0.05e12,
+    elementwise_per_s=2e9,
+    softmax_per_s=1e9,
+    ranking_per_s=0.5e9,
     launch_s=3e-6,
     host_attention_bytes_per_s=0,
 )
@@ -57,6 +69,7 @@ def opt(num_layers: int, hidden_size: int, num_heads: int, *, weight_bits: float
         hidden_bytes_per_token=2 * hidden_size,
         vocab_size=50272,
         dtype_bytes=2,
+        results_per_token=8 * hidden_size,  # two norms, two residuals, the activation
         few_tokens=0,
         decode_copies=1,
     )
@@ -81,6 +94,8 @@ def generating(num_sequences: int, num_prompt: int = 512, num_generated: int = 3
         mean_context_tokens=num_prompt,
         num_generated_tokens=num_sequences * num_generated,
         max_generated_tokens=num_generated,
+        num_prompt_pairs=num_sequences * num_prompt**2,
+        num_logits_rows=num_sequences,
         max_logits_rows=8,
     )
 
@@ -98,6 +113,8 @@ def scoring(num_sequences: int, num_prompt: int = 512) -> Workload:
         mean_context_tokens=num_prompt,
         num_generated_tokens=0,
         max_generated_tokens=0,
+        num_prompt_pairs=num_sequences * num_prompt**2,
+        num_logits_rows=num_sequences,
         max_logits_rows=num_prompt,
     )
 
@@ -113,6 +130,8 @@ MIXED = Workload(
     mean_context_tokens=600.0,
     num_generated_tokens=20_000,
     max_generated_tokens=400,
+    num_prompt_pairs=60_000 * 600,
+    num_logits_rows=1_000,
     max_logits_rows=300,
 )
 """Few-shot multiple choice and short generations behind shared headers, of uneven length."""

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_30B, OPT_125M, T4, generating, opt, scoring
 
-from flexeval.policy.cost import OPERATIONS_PER_HOST_ROW, OPERATIONS_PER_LOAD, PACKED_RATE, CostModel, Lane
+from flexeval.policy.cost import (
+    OPERATIONS_PER_HOST_ROW,
+    OPERATIONS_PER_LOAD,
+    OPERATIONS_PER_STEP,
+    PACKED_RATE,
+    CostModel,
+    Lane,
+)
 from flexeval.policy.hardware import Hardware
 from flexeval.policy.policy import Policy, Split, Tier
 from flexeval.policy.sweeps import plan_sweeps
@@ -238,3 +245,39 @@ def test_a_shared_prefix_is_read_once_a_call():
     least = 64 * (own + 16) + 4 * header
     assert least <= read <= least + header, "it is stored once as well, which counts with the sequences"
     assert plan_sweeps(policy, generating(64, own))["decode"].num_kv_read == 64 * (own + 16)
+
+
+def test_products_take_what_was_measured_with_one_token_and_with_few():
+    """Between them lies a line; further tokens are multiplied at the peak rate."""
+    model = CostModel(shape=OPT_125M, workload=scoring(1), hardware=LAPTOP)
+    one, few, some, many = (model._product_seconds(tokens, 1e6, num_bytes=2e6) for tokens in (1, 16, 8.5, 1016))
+    assert (one, few) == pytest.approx((2e6 / 20e9, 2e6 / 10e9))
+    assert some == pytest.approx((one + few) / 2)
+    assert many - few == pytest.approx(2 * 1e6 * 1000 / 0.1e12)
+
+
+def test_a_layer_on_a_cpu_takes_its_operations_its_attention_and_python():
+    """A rate that doubles saves half of the seconds that its formula gives."""
+    work, shape = scoring(4, 100), replace(OPT_125M, num_layers=1)
+    cost = {"elementwise_per_s": 400 * (8 + 3 + 2) * 768 / 2e9, "attention_flops_per_s": 4 * 768 * 4 * 100**2 / 0.05e12}
+    before = cost_of(Policy(), shape, work, LAPTOP).total_s
+    for rate, seconds in cost.items():
+        faster = replace(LAPTOP, **{rate: 2 * getattr(LAPTOP, rate)})
+        assert before - cost_of(Policy(), shape, work, faster).total_s == pytest.approx(seconds / 2)
+    slow = cost_of(Policy(), shape, work, replace(LAPTOP, launch_s=2 * LAPTOP.launch_s)).total_s
+    assert slow - before == pytest.approx(OPERATIONS_PER_STEP * LAPTOP.launch_s)
+
+
+def test_logits_cost_their_head_and_what_is_read_off_them():
+    few, many = scoring(4), replace(scoring(4), num_logits_rows=2_004)
+    logits = 2_000 * OPT_125M.vocab_size
+
+    def seconds(**wanted: bool) -> float:
+        costs = [cost_of(Policy(), OPT_125M, replace(work, **wanted), LAPTOP).total_s for work in (few, many)]
+        return (costs[1] - costs[0]) / logits
+
+    head_s = 2 * OPT_125M.hidden_size / LAPTOP.flops_per_s
+    assert seconds() == pytest.approx(head_s + 1 / LAPTOP.softmax_per_s, rel=0.02)  # the first rows are few
+    assert seconds(has_top=True) - seconds() == pytest.approx(1 / LAPTOP.ranking_per_s)
+    kept_s = 2 / LAPTOP.ranking_per_s + 3 / LAPTOP.elementwise_per_s
+    assert seconds(is_kept=True) - seconds() == pytest.approx(kept_s)

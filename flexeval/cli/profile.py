@@ -66,6 +66,12 @@ _WORDS = {
     "disk_read_bytes_per_s": ("reads from disk", 1e-9, "GB/s"),
     "disk_write_bytes_per_s": ("writes to disk", 1e-9, "GB/s"),
     "flops_per_s": ("matrix products", 1e-12, "TFLOP/s"),
+    "single_product_bytes_per_s": ("matrices times one token", 1e-9, "GB/s"),
+    "few_product_bytes_per_s": ("matrices times few tokens", 1e-9, "GB/s"),
+    "attention_flops_per_s": ("attention in prompts", 1e-12, "TFLOP/s"),
+    "elementwise_per_s": ("simple operations", 1e-9, "billion numbers/s"),
+    "softmax_per_s": ("log-softmax", 1e-9, "billion logits/s"),
+    "ranking_per_s": ("the most probable tokens", 1e-9, "billion logits/s"),
     "memory_bytes_per_s": ("memory, read and written", 1e-9, "GB/s"),
     "launch_s": ("a small operation", 1e6, "us"),
 }

@@ -12,6 +12,7 @@ from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding, make_format
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import decode_copies
+from flexeval.engine.compute.elementwise import results_per_token
 from flexeval.engine.compute.experts import experts_per_token
 from flexeval.engine.compute.vocabulary import PART_VALUES
 from flexeval.engine.memory.slab import SlabLayout
@@ -72,6 +73,7 @@ def model_shape(
         hidden_bytes_per_token=text.hidden_size * anatomy.dtype.itemsize,
         vocab_size=text.vocab_size,
         dtype_bytes=anatomy.dtype.itemsize,
+        results_per_token=results_per_token(anatomy),
         few_tokens=codec.few_tokens(device) if codec is not None and takes_coded else 0,
         decode_copies=0 if sparsity else decode_copies(device, heads_per_kv=num_query_heads // num_kv_heads),
         num_experts=max(1, largest.num_experts),
@@ -102,6 +104,7 @@ def measure_workload(requests: Sequence[TokenRequest]) -> Workload:
     )
     leaf = {stream: node for node, entry in enumerate(tree.nodes) for stream in entry.prompts}
     generating = [(i, stream) for i, stream in enumerate(streams) if stream.is_generating]
+    num_scored = sum(n for n, scored in zip(usage.num_tokens, is_scored, strict=True) if scored)
     return Workload(
         num_sequences=len(streams),
         num_scoring_sequences=len(streams) - len(generating),
@@ -113,7 +116,13 @@ def measure_workload(requests: Sequence[TokenRequest]) -> Workload:
         max_prompt_tokens=max(usage.num_tokens),
         max_own_tokens=max((usage.num_own[leaf[i]] + stream.max_tokens for i, stream in generating), default=0),
         mean_context_tokens=tree.num_asked_tokens / len(streams),
+        num_prompt_pairs=sum(
+            n * (node.first_position + n) for n, node in zip(usage.num_tokens, tree.nodes, strict=True)
+        ),
         num_generated_tokens=sum(stream.max_tokens for _, stream in generating),
         max_generated_tokens=max(stream.max_tokens for stream in streams),
-        max_logits_rows=len(streams) + sum(n for n, scored in zip(usage.num_tokens, is_scored, strict=True) if scored),
+        num_logits_rows=sum(stream.max_tokens > 0 for stream in streams) + num_scored,
+        max_logits_rows=len(streams) + num_scored,
+        has_top=any(request.num_top_logprobs for request in requests),
+        is_kept=any(request.keep_top for request in requests),
     )

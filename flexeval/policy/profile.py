@@ -23,8 +23,10 @@ from flexeval.cache import cache_root
 from flexeval.environment import processor
 from flexeval.files import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 """Of the file; measured again where it is another."""
+FEW_TOKENS = 16
+"""Tokens of the product that is measured as one of few."""
 BUSY_SPREAD = 0.25
 """A rate that varies by more of itself was measured beside other work."""
 

@@ -104,7 +104,7 @@ def _row_sizes(model: CostModel) -> list[int]:
     t_half 16/17. The smaller ones are for tight memory.
     """
     shape, hardware = model.shape, model.hardware
-    call_s = shape.layer_compute_bytes / hardware.memory_bytes_per_s + KERNELS_PER_CALL * hardware.launch_s
+    call_s = shape.layer_compute_bytes / hardware.few_product_bytes_per_s + KERNELS_PER_CALL * hardware.launch_s
     half = call_s * hardware.flops_per_s / (2 * shape.layer_params)
     low, high = ROW_TOKENS
     large = min(high, max(low, 2 ** ceil(log2(8 * half))))
@@ -150,5 +150,10 @@ def _with_w4(model: CostModel) -> CostModel:
 
 def _with_half_lengths(model: CostModel) -> CostModel:
     work = model.workload
-    lengths = {"max_prompt_tokens": work.max_prompt_tokens // 2, "max_own_tokens": work.max_own_tokens // 2}
-    return replace(model, workload=replace(work, num_shared_tokens=work.num_shared_tokens // 2, **lengths))
+    shorter = replace(
+        work,
+        num_shared_tokens=work.num_shared_tokens // 2,
+        max_prompt_tokens=work.max_prompt_tokens // 2,
+        max_own_tokens=work.max_own_tokens // 2,
+    )
+    return replace(model, workload=shorter)

@@ -41,6 +41,8 @@ class ModelShape:
     """Rows of the head."""
     dtype_bytes: int
     """Bytes of one number in the layer's arithmetic."""
+    results_per_token: float
+    """Numbers that a layer's operations make of one token, products and attention apart."""
     few_tokens: int
     """Up to so many tokens of a layer call a packed slab is multiplied as it rests; 0 where it is always unpacked."""
     decode_copies: int
@@ -89,12 +91,20 @@ class Workload:
     """Most tokens a generating sequence adds to the KV cache: its prompt after the shared prefix, and `max_tokens`."""
     mean_context_tokens: float
     """Mean prompt length of a sequence, its shared prefix included: what its last prompt token attends to."""
+    num_prompt_pairs: float
+    """Of a prompt token and a token in its context or its own stretch, which is computed as a square, over all."""
     num_generated_tokens: int
     """Tokens to generate at most: the sum of `max_tokens` over generating sequences."""
     max_generated_tokens: int
     """The largest `max_tokens`."""
+    num_logits_rows: int
+    """Positions of all prompts whose logits are wanted."""
     max_logits_rows: int
     """Most positions of one row of tokens whose logits are wanted."""
+    has_top: bool = False
+    """Whether the most probable tokens are wanted there."""
+    is_kept: bool = False
+    """Whether the distributions are kept."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.num_scoring_sequences <= self.num_sequences, self

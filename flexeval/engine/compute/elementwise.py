@@ -1,0 +1,66 @@
+"""How many numbers a layer makes of a token beside its products: counted by calling it without memory.
+
+Knows operations; neither what they are for nor how long they take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.port import AttentionOptions
+
+NUM_TOKENS = 64
+"""Of the call: enough for what does not grow with them to be little."""
+
+
+def results_per_token(anatomy: Anatomy, layer: int = 0) -> float:
+    """Numbers that a layer's operations write for each token; products, attention and experts do not count."""
+    ids_1T = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta")
+    embedded = anatomy.embed(ids_1T, torch.arange(NUM_TOKENS, device="meta")[None])
+    hidden_1TD, call = embedded.hidden_1TD, embedded.calls[layer]
+    with torch.inference_mode(), _Count() as count:
+        if anatomy.experts[layer] is None:
+            anatomy.run_layer(layer, hidden_1TD, call, _attend)
+        else:  # what comes behind attention depends on what a router chooses
+            anatomy.run_to_attention(layer, hidden_1TD, call)
+    num_results: int = count.num_results
+    return num_results / NUM_TOKENS
+
+
+def _attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
+    return v_TKW.new_empty(q_TNH.shape[0], q_TNH.shape[1], v_TKW.shape[-1])
+
+
+class _Count(TorchDispatchMode):
+    """Adds up what operations write, as long as it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_results: int = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        aliases = [result.alias_info for result in operation._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if isinstance(out, Tensor) and not is_view and operation not in _NOT_COUNTED:
+            self.num_results += out.numel()
+        return out
+
+
+_aten = torch.ops.aten
+_NOT_COUNTED = {
+    _aten.linear.default,
+    _aten.mm.default,
+    _aten.bmm.default,
+    _aten.addmm.default,
+    _aten.matmul.default,
+    _aten.new_empty.default,
+}
+"""Products, whose results are little beside their arithmetic, and what makes room only."""

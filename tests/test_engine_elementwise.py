@@ -1,0 +1,39 @@
+"""What a layer's operations make of a token is counted right, and the machine's rate is of things counted alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_config
+
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.elementwise import _Count, results_per_token
+from flexeval.policy import hardware
+
+
+def test_a_layer_is_counted_as_by_hand() -> None:
+    width, heads, kv_heads, inner = 64, 64, 32, 128
+    norms = 2 * (3 * width + 3)  # squares, their mean, epsilon, root; scaled, weighted
+    rotary = 4.5 * (heads + kv_heads)  # times cosines, half negated, put together, times sines, added
+    assert results_per_token(Anatomy(tiny_config("llama"), torch.float32)) == norms + rotary + 2 * inner + 2 * width
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_counted(family: str) -> None:
+    assert 8 * 64 < results_per_token(Anatomy(tiny_config(family), torch.float32)) < 64 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_timed_makes_as_many_as_it_says(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+
+    def count(run: Callable[[], object], device: str, *, budget_s: float) -> float:
+        with _Count() as found:
+            run()
+        counted.append(found.num_results)
+        return 1.0
+
+    monkeypatch.setattr(hardware, "_best_seconds", count)
+    assert hardware._elementwise_rate("cpu", dtype) == pytest.approx(counted[0], rel=0.01)
