@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,6 +37,7 @@ def forecast_run(options: RunOptions, progress: Progress) -> Sequence[Forecast]:
                         is_chat=is_asked_in_chat(suite, source, options.chat_template),
                         progress=progress,
                     )
+                    requests = [replace(request, keep_top=options.keep_top) for request in requests]
                 with progress.activity(f"{name}: looking for the best policy"):
                     forecasts.append(forecast(engine, name, requests, helm.requests_of_tasks, fixed))
     return forecasts
