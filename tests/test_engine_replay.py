@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dispatch_tapes import DispatchTapes
+from pairwise import every_pair
 from test_engine_int4 import CodecWithoutUnpacking
 from test_engine_placement import coming_and_going
 from tiny_models import FAMILIES, assert_equal_results, dequantized, tiny_case, tiny_config, tiny_model
@@ -112,18 +114,18 @@ STEADY_POLICIES = {
 }
 
 
-@pytest.mark.parametrize(("codec", "coding"), [(None, None), (CodecWithoutUnpacking(16), KVCoding(4, 64))])
-@pytest.mark.parametrize("policy", STEADY_POLICIES)
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "gemma3_text"])
+@every_pair(
+    "family,policy,coding",
+    product(["llama", "opt", "gemma2", "gemma3_text"], STEADY_POLICIES, [None, KVCoding(4, 64)]),
+)
 def test_rows_that_come_again_are_replayed_with_their_attention(
     family: str,
     policy: str,
-    codec: Codec | None,
     coding: KVCoding | None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sequences under headers come and go, a few stay long."""
+    """Sequences under headers come and go, a few stay long; with coded keys and values come coded weights."""
     requests = [
         TokenRequest(prompt_ids=(*range(9, 15), 20 + index, *range(50, 50 + index)), max_tokens=30)
         for index in range(6)
@@ -142,7 +144,7 @@ def test_rows_that_come_again_are_replayed_with_their_attention(
 
     monkeypatch.setattr(KVCache, "load", counting_load)
     monkeypatch.setattr(Replay, "begin", counting_begin)
-    coded = {"codec": codec, "kv_coding": coding}
+    coded = {"codec": coding and CodecWithoutUnpacking(16), "kv_coding": coding}
     measured = run(family, STEADY_POLICIES[policy], requests, DispatchTapes(), tmp_path, monkeypatch, **coded)
     on_disk = [1, 3] if policy == "half on disk" else []
     windowed = [0, 2] if family in ("gemma2", "gemma3_text") else []
