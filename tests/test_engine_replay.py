@@ -13,7 +13,7 @@ import torch
 from dispatch_tapes import DispatchTapes
 from pairwise import every_pair
 from test_engine_int4 import CodecWithoutUnpacking
-from test_engine_placement import coming_and_going
+from test_engine_placement import answers_to_coming_and_going, coming_and_going
 from tiny_models import FAMILIES, assert_equal_results, dequantized, tiny_case, tiny_config, tiny_model
 from torch import Tensor
 
@@ -101,7 +101,7 @@ def test_sequences_that_come_and_go_are_replayed_on_rows_of_few_sizes(
 ) -> None:
     requests, tapes = coming_and_going(num_steps=12), DispatchTapes()
     measured = run("llama", POLICIES["one group"], requests, tapes, tmp_path, monkeypatch)
-    assert_equal_results(measured, [answer(tiny_model("llama"), request) for request in requests])
+    assert_equal_results(measured, answers_to_coming_and_going())
     num_layers, num_sizes = 4, sum(size <= 16 for size in SIZES)
     num_steady = tapes.num_tapes - 2 * num_layers * num_sizes
     assert num_steady <= MAX_STEADY * num_sizes and 4 * tapes.num_tapes < tapes.num_replays
