@@ -31,7 +31,7 @@ from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.packed import PackedCheckpoint
 from flexeval.engine.preparing import write_model
 from flexeval.errors import CapacityError, ConfigError, FlexevalError, ModelError
-from flexeval.models import resolve
+from flexeval.models import _demo_tokenizer, resolve
 from flexeval.preparation import Prepared, PrepareOptions, prepare
 from flexeval.prepared import Manifest, read_manifest
 from flexeval.progress import LineProgress
@@ -68,6 +68,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pyt
 def make(model: Path | str, out: Path | None, setting: str = SETTING, dtype: str = "float32") -> Prepared:
     options = PrepareOptions(model=str(model), setting=setting, out=out, device="cpu", dtype=dtype)
     return prepare(options, LineProgress(lambda text: None))
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> Path:
+    """Where the demo tokenizer is, made once per machine."""
+    return _demo_tokenizer().parent
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +175,13 @@ def test_transformers_reads_a_prepared_model_too(model: Path, tmp_path: Path) ->
     assert one == other
 
 
-def test_a_dummy_is_prepared_without_a_tokenizer(tmp_path: Path) -> None:
+def test_a_dummy_is_prepared_without_a_tokenizer(tokenizers: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama", vocab_size=49152).to_dict()))
     ref = f"dummy:{tmp_path / 'config.json'}"
     made = make(ref, tmp_path / "prepared")
     assert sorted(made.manifest.files)[0] == "config.json" and len(made.manifest.files) == 4 + 2
     source = resolve(str(made.directory))
+    (cache / "tokenizers").symlink_to(tokenizers)  # for texts of answers
     assert (source.name, source.is_dummy, source.note) == (resolve(ref).name, True, resolve(ref).note)
     asked = [Request(prompt=(5, 6, 7), max_tokens=3)]
     with (
@@ -303,6 +310,7 @@ prepare(PrepareOptions(model=sys.argv[1], setting="w4-g32", out=__import__("path
 """
 
 
+@pytest.mark.usefixtures("prepared_once")  # what is known of the family: the child packs nothing to find out
 def test_a_killed_preparation_leaves_nothing_that_looks_whole(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "prepared"
     done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(out)], capture_output=True, text=True)
