@@ -20,6 +20,7 @@ import datasets
 import helm.common.general
 import helm_classic_data
 import helm_lite_data
+import lm_eval_tasks
 import nltk
 import pytest
 import requests
@@ -494,3 +495,20 @@ def test_the_table_names_what_to_do(empty_machine: Path) -> None:
     assert "for      mmlu: abstract_algebra, college_chemistry, computer_security and 2 more\n" in shown.stdout
     assert f"path     {empty_machine}/cache/helm/scenarios/mmlu/data\n" in shown.stdout
     assert "0 of 25 are there" in shown.stdout and "flexeval data fetch --suite helm-lite" in shown.stdout
+
+
+def test_files_of_tasks_of_ones_own(empty_machine: Path) -> None:
+    """Named as all others are; they travel with their task's folder, not in an archive."""
+    folder = lm_eval_tasks.write_tasks(empty_machine / "tasks")
+    entry = f"lm_eval:model=text,path={folder},task=capitals"
+    found = take(entry, data=empty_machine / "data")
+    assert found.is_complete and [need.path for need in found.needs] == [folder / "train.jsonl", folder / "test.jsonl"]
+    suite, out = f"lm-eval:{folder},task=capitals", empty_machine / "out.tar.gz"
+    refused = CliRunner().invoke(app, ["data", "export", "--suite", suite, "-o", str(out)])
+    assert isinstance(refused.exception, DataError) and not out.exists(), "there is nothing else to pack"
+    (folder / "test.jsonl").unlink()
+    missing = take(entry, data=empty_machine / "data")
+    assert not missing.open_ends
+    (need,) = missing.missing
+    assert need.path == folder / "test.jsonl" and need.source == "nobody's download: place it there"
+    assert "there is no data file 'test.jsonl' in the task's folder" in need.reason

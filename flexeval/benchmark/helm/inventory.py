@@ -27,13 +27,13 @@ from flexeval.benchmark.helm.patience import OutOfTimeError, within
 from flexeval.benchmark.helm.perturbations import perturbations_below, perturbations_with_files
 from flexeval.benchmark.helm.punkt import PUNKT_SOURCE, fetch_punkt, wants_punkt
 from flexeval.benchmark.helm.stage import Stage
-from flexeval.benchmark.helm.watching import watching
+from flexeval.benchmark.helm.watching import OWN_FILE, watching
 from flexeval.benchmark.network import no_downloads
 from flexeval.benchmark.resources import import_tasks
 from flexeval.benchmark.suites import Suite
 from flexeval.benchmark.supply.need import NOT_FETCHED, Fetch, Inventory, Need
 from flexeval.benchmark.supply.places import punkt_folder, punkt_place
-from flexeval.errors import ConfigError, FlexevalError
+from flexeval.errors import ConfigError, DataError, FlexevalError
 
 ANY_MODEL = "openai/gpt2"
 """Known to HELM: data does not depend on who is asked."""
@@ -143,7 +143,8 @@ class _Reading:
         elif self._lacks():
             self._open_ends[self._task] = "may ask for more once it has these"
         elif found is not None:
-            self._note(Path(found.path), "the scenario's own download", reason=found.reason)
+            source = OWN_FILE if isinstance(error, DataError) else "the scenario's own download"
+            self._note(Path(found.path), source, reason=found.reason)
         else:
             lines = str(error).splitlines() or [""]
             self._open_ends[self._task] = f"cannot read its questions: {type(error).__name__}: {lines[0]}"
@@ -160,7 +161,7 @@ class _Reading:
         if isinstance(error, NotADirectoryError):
             return self._stage.is_made_up(path) and self._stage.stand_in(path, is_folder=True)
         if not self._stage.is_made_up(path):
-            self._note(self._stage.real(path), "nobody's download: place it there")
+            self._note(self._stage.real(path), OWN_FILE)
         return not path.exists() and self._stage.stand_in(path)
 
     def _note(
