@@ -303,6 +303,7 @@ def test_options_stay_what_they_are() -> None:
             "--suite",
         ],
         "resume": ["directory"],
+        "status": ["--watch", "directory"],
         "profile": ["--device", "--disk", "--dtype", "--repeat"],
         "check": [
             "--any-machine",
@@ -454,6 +455,8 @@ def test_a_run_and_its_report(
         path.name for path in out.iterdir()
     }
     (out / "index.html").unlink()
+    assert call(monkeypatch, "status", out, "--watch") == 0
+    assert "Done: process" in capsys.readouterr().out
     assert call(monkeypatch, "report", out) == 0
     assert (out / "index.html").is_file()
     assert call(monkeypatch, "compare", out, out, "--out", tmp_path / "both") == 0

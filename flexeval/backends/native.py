@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flexeval.backends.backend import OnCompletions, Usage, add_up
 from flexeval.backends.batch import Batch
+from flexeval.backends.gauging import phase_plans, read_gauge
 from flexeval.backends.loading import (
     OpenModel,
     cap_gpu_memory,
@@ -30,12 +31,14 @@ from flexeval.engine.memory.host_rate import host_attention_rate
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.engine.trace import Trace
 from flexeval.errors import CapacityError
+from flexeval.meter import Gauge, PhasePlan
 from flexeval.models import ModelSource
 from flexeval.planning.summary import PlanSummary, summarize
 from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, check_sparse
 from flexeval.policy.search import check, search
+from flexeval.policy.sweeps import plan_sweeps
 from flexeval.policy.work import Workload
 from flexeval.request import Completion, Request, TokenRequest
 from flexeval.tokenizer import has_chat_template
@@ -118,6 +121,8 @@ class Engine:
         self._hardware: Hardware | None = None
         self._load_s = self._predicted_s = 0.0  # of the executor at hand
         self._planned_bytes: dict[str, int] = {}
+        self._plan: dict[str, PhasePlan] = {}  # of the batch at hand
+        self._first_sweep = 0  # likewise
         self._past: list[Usage] = []  # of the executors before it
 
     def __enter__(self) -> Engine:
@@ -199,8 +204,16 @@ class Engine:
         workload = measure_workload(batch.token_requests)
         executor = self._ready(workload, lambda num_done, num_layers: None)
         self._foretell(executor.policy, workload)
+        self._first_sweep = executor.trace.num_sweeps
         executor.execute(batch.token_requests, on_results=lambda results: on_completions(batch.collect(results)))
         return batch.completions()
+
+    def gauge(self) -> Gauge:
+        """Where the batch at hand stands; may be asked by another thread while `generate` works on it."""
+        executor, num_layers = self._executor, self._opened.anatomy.num_layers
+        if executor is None:
+            return Gauge()
+        return read_gauge(executor, self._first_sweep, num_layers, self._plan, self._planned_bytes)
 
     def usage(self) -> Usage:
         """What was used so far, by every placement of the weights."""
@@ -225,6 +238,7 @@ class Engine:
         """Note what the cost model says of a batch, to be held against what is measured."""
         cost = CostModel(shape=self._shape, workload=workload, hardware=self._measure()).cost(policy)
         self._predicted_s += cost.total_s
+        self._plan = phase_plans(cost, plan_sweeps(policy, workload))
         for tier, peak in cost.peak_bytes.items():
             if peak:
                 self._planned_bytes[str(tier)] = max(self._planned_bytes.get(str(tier), 0), math.ceil(peak))
