@@ -119,6 +119,15 @@ def test_per_task_p_values_are_corrected_together():
     assert all(cell.difference.corrected_p >= cell.difference.p_value for cell in cells)
 
 
+def test_overall_p_values_are_corrected_for_the_number_of_settings():
+    rows = [row.difference for row in compare(synthetic()).settings if row.difference]
+    ranked = sorted(rows, key=lambda difference: difference.p_value)
+    assert len(ranked) == 3
+    for place, difference in enumerate(ranked):
+        steps = [(3 - rank) * one.p_value for rank, one in enumerate(ranked[: place + 1])]
+        assert difference.corrected_p == pytest.approx(min(1.0, max(steps)))
+
+
 def test_the_overall_test_of_a_single_task_is_that_tasks_test():
     results = synthetic(settings=["none", "w4-g128"], tasks=TASKS[-1:])
     comparison = compare(results)

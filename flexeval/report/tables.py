@@ -18,7 +18,7 @@ class Difference:
     p_value: float
     """Of the sign-flip test, for this comparison alone."""
     corrected_p: float
-    """Holm's correction over all per-task comparisons of the report; an overall difference keeps its `p_value`."""
+    """Holm's correction: of a task over all per-task comparisons of the report, overall over the settings."""
     num_better: int
     """Questions the setting answered better than the baseline."""
     num_worse: int
