@@ -21,7 +21,7 @@ from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError, ResultsError
 from flexeval.files import read_json, write_json
-from flexeval.models import DEFAULT_MODEL, ModelSource, resolve
+from flexeval.models import DEFAULT_MODEL, ModelSource, fingerprint, resolve
 from flexeval.outcomes import Outcome, collect, failed_tasks
 from flexeval.output import output_directory
 from flexeval.parquet import save
@@ -120,6 +120,7 @@ def run_suite(options: RunOptions, shown: LiveProgress) -> Done:
             command=options.command,
             machine=describe_machine(),
             versions=describe_versions(),
+            fingerprint=fingerprint(source),
         )
         results.save(out)
         with progress.activity("writing the report"):

@@ -205,6 +205,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
             command=command,
             machine=first.machine,
             versions=first.versions,
+            fingerprint=first.fingerprint,
         )
         results.save(out)
         with progress.activity("writing the report"):

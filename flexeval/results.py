@@ -187,6 +187,8 @@ class RunResults:
     """Tasks of the suite that were not run, and why."""
     notes: list[str] = field(default_factory=list)
     """Caveats to print with the figures."""
+    fingerprint: str = ""
+    """Hash of the model's files: names, sizes, the beginning and end of each."""
     schema_version: int = SCHEMA_VERSION
     """Version of this layout."""
 
@@ -227,8 +229,3 @@ def _checked(results: RunResults) -> RunResults:
         if lengths[0] != len(QUANTILES) or lengths[1] not in (0, len(QUANTILES)):
             raise ValueError(f"fidelity has {max(lengths)} quantiles, not {len(QUANTILES)}")
     return results
-
-
-def load_results(directory: str | Path) -> RunResults:
-    """Read the results of a run, from Python. Raises `ResultsError`."""
-    return RunResults.load(Path(directory))

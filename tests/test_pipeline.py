@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +80,8 @@ def refuse_to_generate(*args: Any, **kwargs: Any) -> Any:
 def test_a_run_is_whole(options: RunOptions) -> None:
     results = run(dataclasses.replace(options, settings=("none", "w4-g32")))
     assert options.out is not None
-    assert flexeval.load_results(options.out) == results
+    assert flexeval.load_results(options.out).results == results
+    assert re.fullmatch("[0-9a-f]{64}", results.fingerprint)
     assert [setting.setting for setting in results.settings] == ["none", "w4-g32"]
     assert len(results.tasks) == 2 and len(results.instances) == 2 * 8
     by_setting = [{k[::2] for k in scores(results) if k[1] == s} for s in ("none", "w4-g32")]

@@ -60,10 +60,17 @@ def four():
 # --- the page ---
 
 
-def test_the_report_is_three_files_and_the_page_is_small(tmp_path):
+def test_the_report_is_a_few_files_and_the_page_is_small(tmp_path):
     path = write_report(synthetic(), tmp_path)
     assert path == tmp_path / "index.html"
-    assert {file.name for file in tmp_path.iterdir()} == {"index.html", "report.md", "results.csv"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "index.html",
+        "report.md",
+        "results.csv",
+        "results.parquet",
+        "questions.parquet",
+        "quality-speed.svg",
+    }
     assert path.stat().st_size < 200_000
 
 

@@ -270,8 +270,8 @@ def test_what_was_not_detected_says_what_would_not_have_been_seen_and_what_it_ta
     }
     # The interval is 11.5 points wide: (1.960 + 0.842) standard errors of 11.5 / 3.920.
     assert of_kind["w4"] == (
-        "No detectable difference; with n = 375 a drop of less than 8.2 points would not be seen, "
-        "one of 5 points with about 1,100."
+        "No detectable difference; with n = 375 a drop of less than 8.2 points would not be seen; "
+        "about 1,100 questions would settle whether it loses 5 points."
     )
     assert of_kind["w8"] == "No detectable difference; with n = 375 a drop of less than 1.6 points would not be seen."
     assert of_kind["w3"] == of_kind["none"] == ""

@@ -205,11 +205,6 @@ def smallest_seen(loss: Estimate) -> float:
     return (Z + float(stats.norm.ppf(POWER))) * (loss.high - loss.low) / (2 * Z)
 
 
-def questions_to_see(loss: Estimate, size: float) -> float:
-    """About how many questions make `size`, above 0, the smallest loss that is seen; NaN where that is unknown."""
-    return loss.num * (smallest_seen(loss) / size) ** 2
-
-
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> MeanWithError:
     """Mean of values that are alike within clusters, with its standard error; None for a single cluster.
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from flexeval.config import format_size
 from flexeval.report import format as show
-from flexeval.report.statistics import SIGNIFICANT, Estimate, questions_to_see, smallest_seen
+from flexeval.report.statistics import SIGNIFICANT, Estimate, questions_to_settle, smallest_seen
 from flexeval.report.tables import Comparison, SettingRow
 
 _MARGIN = 0.05
@@ -136,9 +136,9 @@ def _unseen(comparison: Comparison, row: SettingRow) -> str:
         f"No detectable difference; with n = {needed} a {'drop' if comparison.higher_is_better else 'rise'} of less "
         f"than {_amount(comparison, smallest)} would not be seen"
     )
-    accepted = margin(comparison)
-    if 0 < accepted < smallest:
-        words += f", one of {tolerated(comparison)} with about {show.rough_count(questions_to_see(lost, accepted))}"
+    num = questions_to_settle(lost, margin(comparison))
+    if num > lost.num:
+        words += f"; about {show.rough_count(num)} questions would settle whether it loses {tolerated(comparison)}"
     return f"{words}."
 
 
