@@ -133,6 +133,7 @@ def _cost(
         lanes=total.lanes,
         predicted_s=total.predicted_s if len(sessions) == 1 and total.predicted_s else None,
         planned_bytes=total.planned_bytes,
+        energy_j=total.energy_j,
         num_resumed=num_resumed,
     )
 

@@ -96,6 +96,9 @@ class SettingResult:
     """Seconds that the cost model foretold before the first request; None where answers came in several sittings."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Largest use of each memory tier that the plan allowed for."""
+    energy_j: float | None = None
+    """Joules that the GPU used while it answered, by its own counter, whoever else had it work; None where nothing
+    tells."""
     num_resumed: int = 0
     """Requests answered from the journal of an earlier run rather than by the engine."""
 

@@ -25,6 +25,7 @@ from flexeval.backends.loading import (
 from flexeval.backends.options import read_limits, read_policy
 from flexeval.config import Limits, Setting
 from flexeval.engine.codecs.kv_format import make_format
+from flexeval.engine.energy import gpu_energy_j
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.host_rate import host_attention_rate
@@ -120,6 +121,7 @@ class Engine:
         self._executor: Executor | None = None
         self._hardware: Hardware | None = None
         self._load_s = self._predicted_s = 0.0  # of the executor at hand
+        self._energy_j: float | None = None  # likewise
         self._planned_bytes: dict[str, int] = {}
         self._plan: dict[str, PhasePlan] = {}  # of the batch at hand
         self._first_sweep = 0  # likewise
@@ -135,7 +137,7 @@ class Engine:
         """Give back memory, threads and files."""
         if self._executor is not None:
             self._past.append(self._usage_of(self._executor))
-            self._predicted_s, self._planned_bytes = 0.0, {}
+            self._predicted_s, self._planned_bytes, self._energy_j = 0.0, {}, None
             self._executor.close()
             self._executor = None
 
@@ -205,7 +207,12 @@ class Engine:
         executor = self._ready(workload, lambda num_done, num_layers: None)
         self._foretell(executor.policy, workload)
         self._first_sweep = executor.trace.num_sweeps
-        executor.execute(batch.token_requests, on_results=lambda results: on_completions(batch.collect(results)))
+        before_j = gpu_energy_j(self._opened.device)
+        try:
+            executor.execute(batch.token_requests, on_results=lambda results: on_completions(batch.collect(results)))
+        finally:
+            after_j = gpu_energy_j(self._opened.device)
+            self._energy_j = None if before_j is None or after_j is None else (self._energy_j or 0) + after_j - before_j
         return batch.completions()
 
     def gauge(self) -> Gauge:
@@ -231,6 +238,7 @@ class Engine:
             lanes={name: {"num_bytes": lane.num_bytes, "busy_s": lane.busy_s} for name, lane in trace.lanes.items()},
             phases=dict(trace.phases),
             predicted_s=self._predicted_s,
+            energy_j=self._energy_j,
             planned_bytes=self._planned_bytes,
         )
 

@@ -48,8 +48,8 @@ def frames(comparison: Comparison) -> Frames:
     results = comparison.results
     return Frames(
         questions=_questions(results),
-        tasks=pd.DataFrame(rows(comparison)),
-        settings=pd.DataFrame(_settings(comparison)),
+        tasks=_table(rows(comparison)),
+        settings=_table(_settings(comparison)),
         lanes=pd.DataFrame(
             [
                 {"setting": one.setting, "lane": lane, **figures}
@@ -60,6 +60,13 @@ def frames(comparison: Comparison) -> Frames:
         ),
         results=results,
     )
+
+
+def _table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The rows; a column without any figure holds NaN, as one of numbers does where one is missing."""
+    table = pd.DataFrame(list(rows))
+    empty = [name for name in table if table[name].isna().all()]
+    return table.astype(dict.fromkeys(empty, float))
 
 
 def _questions(results: RunResults) -> pd.DataFrame:
@@ -88,6 +95,7 @@ def _settings(comparison: Comparison) -> Iterable[dict[str, Any]]:
             "engine_s": row.engine_s,
             "questions_per_s": row.questions_per_s,
             "tokens_per_s": row.tokens_per_s,
+            "energy_per_question_j": row.energy_per_question_j,
             "speedup": row.speedup,
             "memory_ratio": row.memory_ratio,
             "is_best_trade": row.is_best_trade,

@@ -116,6 +116,12 @@ class SettingRow:
         return tokens / self.engine_s if self.engine_s > 0 else None
 
     @property
+    def energy_per_question_j(self) -> float | None:
+        """Joules of the GPU; None where they are not known, or not of all answers."""
+        energy_j, num = self.result.energy_j, self.num_questions
+        return energy_j / num if energy_j is not None and num and not self.result.num_resumed else None
+
+    @property
     def memory_bytes(self) -> int:
         """Peak memory of GPU and host together; what is put on disk is there because memory is short."""
         return sum(num_bytes for tier, num_bytes in self.result.peak_bytes.items() if tier != "disk")

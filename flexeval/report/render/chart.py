@@ -17,9 +17,9 @@ from flexeval.report.tables import Comparison
 from flexeval.report.verdict import scale
 
 WIDTH, HEIGHT = 520, 340
-LEFT, TOP, RIGHT, BOTTOM = 64, 12, WIDTH - 14, HEIGHT - 46
+LEFT, TOP, RIGHT, BOTTOM = 64, 12, WIDTH - 34, HEIGHT - 46
 _LABEL_GAP = 11
-_CHARACTER_WIDTH = 8.2
+_CHARACTER_WIDTH = 8.8
 _LINE_HEIGHT = 15
 _FARTHEST = 8
 """Lines that a label may stand above or below its mark."""

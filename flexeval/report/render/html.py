@@ -60,6 +60,7 @@ def page(comparison: Comparison) -> str:
         task_scales=_task_scales(comparison),
         tiers=list(dict.fromkeys(tier for row in comparison.settings for tier in row.result.peak_bytes)),
         is_foretold=any(row.result.predicted_s for row in comparison.settings),
+        is_energy_known=any(row.energy_per_question_j is not None for row in comparison.settings),
         lanes=_lanes(comparison),
         most=_most(comparison),
         headline=_headline(comparison),

@@ -111,4 +111,6 @@ def _cost(row: SettingRow, per: int) -> list[str]:
     speeds = [row.questions_per_s * per if row.questions_per_s else None, row.tokens_per_s]
     lines = [show.digits(speed) if speed else show.NOTHING for speed in speeds]
     memory = [f"{tier} {format_size(num_bytes)}" for tier, num_bytes in row.result.peak_bytes.items() if num_bytes]
+    if row.energy_per_question_j is not None:
+        memory.append(f"{show.digits(row.energy_per_question_j)} J a question")
     return ["\n".join([*lines, show.seconds(row.engine_s)]), show.visible("\n".join(memory) or show.NOTHING)]
