@@ -8,7 +8,7 @@ from synthetic_results import GIB, TASKS, synthetic
 from flexeval.errors import ResultsError
 from flexeval.report.compare import compare
 from flexeval.report.merge import merge
-from flexeval.report.pairing import pair
+from flexeval.report.pairing import check_same_questions, pair
 from flexeval.results import InstanceResult, RunResults, SettingResult, TaskInfo
 
 
@@ -242,6 +242,22 @@ def test_merging_tells_what_differs():
     merged = merge([here, there])
     assert merged.machine["gpu (here)"] != merged.machine["gpu (there)"] == "another"
     assert sum(word in note for note in merged.notes for word in ("machines", "models", "versions")) == 3
+
+
+def test_one_model_of_other_files_is_told():
+    runs = [replace(synthetic(num_questions=1, name=name), fingerprint=name) for name in ("a", "b")]
+    merged = merge(runs)
+    assert merged.fingerprint == "a, b" and any("files were not the same" in note for note in merged.notes)
+    assert not any("files" in note for note in merge([runs[0], runs[0]]).notes)
+
+
+def test_runs_that_were_asked_other_questions_are_refused_with_the_first_that_is_lacking():
+    whole, part = synthetic(settings=["none"], num_questions=3, name="whole"), synthetic(settings=["none"], name="part")
+    part = replace(part, instances=[one for one in whole.instances if one.task != "gsm"])
+    check_same_questions(merge([whole, whole]))
+    for runs in ([whole, part], [part, whole]):
+        with pytest.raises(ResultsError, match=r"3 of 18 questions of 'whole/none' .* 'part/none': 'id0' of 'gsm'"):
+            check_same_questions(merge(runs))
 
 
 def test_merging_refuses_one_task_measured_in_two_ways():
