@@ -102,7 +102,7 @@ def _bar(done: float, total: float) -> ProgressBar:
 
 
 def _sweeps(now: Answering) -> str:
-    words = f"{show.count(now.num_sweeps)} sweeps done"
+    words = f"{show.count(now.num_sweeps)} sweep{'s' * (now.num_sweeps != 1)} done"
     if now.num_planned_sweeps:
         words += f" of {show.count(now.num_planned_sweeps)} planned"
     return words + (f", {now.sweep_share:.0%} of the next" if now.sweep_share else "")
