@@ -51,8 +51,10 @@ def test_parquet_holds_the_same(run):
 
 
 def test_hostile_texts_go_into_parquet_and_back(tmp_path):
-    results = changed(lambda one: {"prompt": HOSTILE}, hostile=True, num_questions=1)
-    write_report(results, tmp_path)
+    results = changed(lambda one: {"prompt": HOSTILE, "num_prompt_tokens": 2**63}, hostile=True, num_questions=2)
+    write_report(replace(results, name="\ud800"), tmp_path)
+    tasks = pd.read_parquet(tmp_path / "results.parquet")
+    assert set(tasks["run"]) == {"\\ud800"} and set(tasks["num_prompt_tokens"]) == {2.0**64}
     prompts = set(pd.read_parquet(tmp_path / "questions.parquet")["prompt"])
     assert prompts == {HOSTILE.replace("\ud800", "\\ud800")}
 

@@ -50,13 +50,15 @@ def frames(comparison: Comparison) -> Frames:
         questions=_questions(results),
         tasks=_table(rows(comparison)),
         settings=_table(_settings(comparison)),
-        lanes=pd.DataFrame(
-            [
-                {"setting": one.setting, "lane": lane, **figures}
-                for one in results.settings
-                for lane, figures in one.lanes.items()
-            ],
-            columns=["setting", "lane", "num_bytes", "busy_s"],
+        lanes=_table(
+            {
+                "setting": one.setting,
+                "lane": lane,
+                "num_bytes": figures.get("num_bytes"),
+                "busy_s": figures.get("busy_s"),
+            }
+            for one in results.settings
+            for lane, figures in one.lanes.items()
         ),
         results=results,
     )
@@ -64,17 +66,18 @@ def frames(comparison: Comparison) -> Frames:
 
 def _table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """The rows; a column without any figure holds NaN, as one of numbers does where one is missing."""
-    table = pd.DataFrame(list(rows))
+    table = pd.DataFrame([{name: _storable(value) for name, value in row.items()} for row in rows])
     empty = [name for name in table if table[name].isna().all()]
     return table.astype(dict.fromkeys(empty, float))
 
 
 def _questions(results: RunResults) -> pd.DataFrame:
     metrics = {task.name: (task.group, task.metric) for task in results.tasks}
-    table = pd.DataFrame([_plain(asdict(one), leave_out={"requests"}) for one in results.instances])
-    for place, name in enumerate(("group", "metric")):
-        table.insert(place + 1, name, [metrics[task][place] for task in table["task"]])
-    return table
+    return _table(
+        {"task": one.task, "group": metrics[one.task][0], "metric": metrics[one.task][1]}
+        | _plain(asdict(one), leave_out={"requests"})
+        for one in results.instances
+    )
 
 
 def _settings(comparison: Comparison) -> Iterable[dict[str, Any]]:
@@ -105,9 +108,11 @@ def _settings(comparison: Comparison) -> Iterable[dict[str, Any]]:
 
 
 def _plain(data: Mapping[str, Any], leave_out: set[str]) -> dict[str, Any]:
-    """The fields but for some; halves of characters, which no file takes, written out."""
-    return {
-        name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-        for name, value in data.items()
-        if name not in leave_out
-    }
+    return {name: value for name, value in data.items() if name not in leave_out}
+
+
+def _storable(value: Any) -> Any:
+    """The value; halves of characters, which no file takes, written out, and whole numbers beyond 64 bits rounded."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return float(value) if isinstance(value, int) and abs(value) >= 2**63 else value
