@@ -102,6 +102,7 @@ class Sweeper:
         apart: dict[int, _Apart] = {}
         with self.trace.phase("layers"):
             for layer in layers:
+                self.trace.num_layers_begun = layer + 1
                 slab = self.weights.take(layer)
                 weights = partial(self._weights_of, layer, slab, num_tokens)
                 before, apart = apart, {}
