@@ -3,7 +3,8 @@
 PYTHON ?= python3
 # pip chooses the build (CPU, CUDA) that your index offers; the rest is then resolved around it.
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
+# Files in the order of their names, which ends with short ones: no process is long alone at the end.
+PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 STAMP := .venv/.complete
@@ -19,8 +20,9 @@ setup: $(STAMP)  ## Make the environment in .venv
 demo: $(STAMP)  ## Evaluate the demo model on the demo suite, with and without 4-bit weights
 	$(BIN)/flexeval run --suite demo --setting none --setting w4
 
+# Tests start many processes: each would compile all that it imports where an environment forbids to write bytecode.
 test: $(STAMP)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexeval.backends.native import Engine
+    from flexeval.report.frames import load_results
     from flexeval.request import Completion, Request
-    from flexeval.results import load_results
 
 __version__ = "0.1.0"
 __all__ = ["Completion", "Engine", "Request", "load_results"]
@@ -20,7 +20,7 @@ _HOME = {
     "Completion": "flexeval.request",
     "Engine": "flexeval.backends.native",
     "Request": "flexeval.request",
-    "load_results": "flexeval.results",
+    "load_results": "flexeval.report.frames",
 }
 
 

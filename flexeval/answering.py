@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flexeval import typed
@@ -17,8 +18,10 @@ from flexeval.config import Setting
 from flexeval.distributions import Rows
 from flexeval.environment import describe_versions
 from flexeval.journal import Journal
+from flexeval.live import line, picture
+from flexeval.meter import Meter
 from flexeval.models import ModelSource, fingerprint
-from flexeval.progress import Progress
+from flexeval.progress import LiveProgress, View
 from flexeval.request import Completion, Request
 from flexeval.results import SettingResult
 
@@ -43,7 +46,8 @@ def answer_all(
     *,
     keep_top: int,
     fresh: bool,
-    progress: Progress,
+    progress: LiveProgress,
+    tasks: Mapping[str, Sequence[Request]] = MappingProxyType({}),
 ) -> Answers:
     """Answer what an earlier run has not, into a journal in `folder`.
 
@@ -56,40 +60,56 @@ def answer_all(
         keep_top: Most probable tokens to keep at each position.
         fresh: Forget what earlier runs have answered.
         progress: Told how far it is.
+        tasks: Whose requests they are, to be told apart as they are answered.
     """
     asked = [replace(request, keep_top=keep_top) for request in requests]
     with Journal(folder / f"{setting.name}-{_journal_key(source, engine)}.jsonl", fresh=fresh) as journal:
-        waiting = [request for request in asked if not journal.has_answer(request)]
-        num_resumed = len(asked) - len(waiting)
+        resumed = [place for place, request in enumerate(asked) if journal.has_answer(request)]
+        num_resumed = len(resumed)
         if num_resumed:
             progress.say(f"{setting.name}: {num_resumed} of {len(asked)} were answered by an earlier run")
-        if waiting:
-            _answer(engine, waiting, journal, setting, progress)
+        if num_resumed < len(asked):
+            meter = Meter(
+                setting.name,
+                [request.max_tokens for request in asked],
+                _places_of_tasks(requests, tasks),
+                resumed=resumed,
+                read_gauge=engine.gauge,
+            )
+            _answer(engine, asked, journal, setting, meter, progress)
         completions = [journal[request] for request in asked]
         return Answers(completions, journal.rows(keep_top), _cost(engine, setting, completions, journal, num_resumed))
 
 
 def _answer(
-    engine: Engine, requests: Sequence[Request], journal: Journal, setting: Setting, progress: Progress
+    engine: Engine, asked: Sequence[Request], journal: Journal, setting: Setting, meter: Meter, progress: LiveProgress
 ) -> None:
-    """Answer requests into the journal: each sweep's answers are durable before the next begins."""
+    """Answer what the journal has not, into it: each sweep's answers are durable before the next begins."""
+    places = [place for place, request in enumerate(asked) if not journal.has_answer(request)]
+    requests = [asked[place] for place in places]
     with progress.activity(f"{setting.name}: preparing layers") as update:
         plan = engine.place(requests, on_layer=update)
     progress.say(f"{setting.name}: {plan}")
-    with progress.activity(f"{setting.name}: answering") as update:
-        num_done = 0
+    is_any_done = False
 
-        def keep(answers: Sequence[tuple[int, Completion]]) -> None:
-            nonlocal num_done
-            journal.add((requests[index], completion) for index, completion in answers)
-            num_done += len(answers)
-            update(num_done, len(requests))
+    def keep(answers: Sequence[tuple[int, Completion]]) -> None:
+        nonlocal is_any_done
+        journal.add((requests[index], completion) for index, completion in answers)
+        meter.finish((places[index], completion.num_generated_tokens) for index, completion in answers)
+        is_any_done = True
 
-        try:
+    try:
+        with progress.watch(View(meter.read, picture, line)):
             engine.generate(requests, on_completions=keep)
-        finally:
-            if num_done:
-                journal.add_usage(asdict(engine.usage()))
+    finally:
+        if is_any_done:
+            journal.add_usage(asdict(engine.usage()))
+
+
+def _places_of_tasks(requests: Sequence[Request], tasks: Mapping[str, Sequence[Request]]) -> dict[str, list[int]]:
+    """By task, the places of its different requests."""
+    places = {request: place for place, request in enumerate(requests)}
+    return {name: [places[request] for request in dict.fromkeys(of_task)] for name, of_task in tasks.items()}
 
 
 def _cost(
@@ -113,6 +133,7 @@ def _cost(
         lanes=total.lanes,
         predicted_s=total.predicted_s if len(sessions) == 1 and total.predicted_s else None,
         planned_bytes=total.planned_bytes,
+        energy_j=total.energy_j,
         num_resumed=num_resumed,
     )
 

@@ -47,6 +47,7 @@ def collect(
     command: str,
     machine: dict[str, str],
     versions: dict[str, str],
+    fingerprint: str,
 ) -> RunResults:
     """All settings' parts as one result; HELM asks every setting the same.
 
@@ -65,6 +66,7 @@ def collect(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine,
         versions=versions,
+        fingerprint=fingerprint,
         tasks=tasks,
         settings=[outcome.cost for outcome in outcomes],
         instances=[one for outcome in outcomes for one in outcome.scored.instances if one.task not in failed],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from flexeval.errors import ConfigError
 
 
 @contextmanager
-def output_directory(out: Path, *, kept: str, note: str | None = None) -> Iterator[None]:
+def output_directory(out: Path, *, kept: str, notes: Sequence[str] = ()) -> Iterator[None]:
     """Make the directory and hold it during the block.
 
     Args:
         out: The directory; its parents are made as well.
         kept: Pattern of the files worth keeping. If the block fails without any, what was made is taken away again.
-        note: A file that is worth nothing without those.
+        notes: Files that are worth nothing without those.
 
     Raises:
         ConfigError: It cannot be written to, or another run holds it.
@@ -40,7 +40,7 @@ def output_directory(out: Path, *, kept: str, note: str | None = None) -> Iterat
         except BaseException:
             if any(out.glob(kept)):
                 raise
-            if note is not None:
+            for note in notes:
                 (out / note).unlink(missing_ok=True)
             if missing:
                 shutil.rmtree(out, ignore_errors=True)

@@ -21,15 +21,16 @@ from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError, ResultsError
 from flexeval.files import read_json, write_json
-from flexeval.models import DEFAULT_MODEL, ModelSource, resolve
+from flexeval.models import DEFAULT_MODEL, ModelSource, fingerprint, resolve
 from flexeval.outcomes import Outcome, collect, failed_tasks
 from flexeval.output import output_directory
 from flexeval.parquet import save
-from flexeval.progress import Progress
+from flexeval.progress import LiveProgress, Progress
 from flexeval.report.merge import distribution_path
 from flexeval.report.write import write_report
 from flexeval.request import Completion, Request
 from flexeval.results import RunResults
+from flexeval.status import STATUS_FILE, Reporter
 from flexeval.tokenizer import has_chat_template, num_chat_tokens, open_tokenizer
 
 _JOURNALS = "journal"
@@ -87,7 +88,7 @@ class Done(NamedTuple):
     """Tasks that were answered but not scored, and why: they are not in it."""
 
 
-def run_suite(options: RunOptions, progress: Progress) -> Done:
+def run_suite(options: RunOptions, shown: LiveProgress) -> Done:
     """Evaluate a model on a suite under each setting and write the report.
 
     Raises:
@@ -101,7 +102,11 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
         raise ConfigError(f"setting {repeated[0]!r} is named twice", where="--setting", mend="Name each once")
     Engine.check_options(**engine_options(options))
     out = options.out or Path("reports") / suite.name
-    with output_directory(out, kept=f"{_JOURNALS}/*", note=_ASKED):
+    names = [setting.name for setting in settings]
+    with (
+        output_directory(out, kept=f"{_JOURNALS}/*", notes=(_ASKED, STATUS_FILE)),
+        Reporter(shown, out, names) as progress,
+    ):
         _remember(options, out)
         with progress.activity(f"preparing {options.model}"):
             source = resolve(options.model)
@@ -115,6 +120,7 @@ def run_suite(options: RunOptions, progress: Progress) -> Done:
             command=options.command,
             machine=describe_machine(),
             versions=describe_versions(),
+            fingerprint=fingerprint(source),
         )
         results.save(out)
         with progress.activity("writing the report"):
@@ -142,7 +148,7 @@ def recall(out: Path) -> tuple[RunOptions, Path]:
 
 
 def _run_setting(
-    options: RunOptions, suite: Suite, source: ModelSource, setting: Setting, out: Path, progress: Progress
+    options: RunOptions, suite: Suite, source: ModelSource, setting: Setting, out: Path, progress: Reporter
 ) -> Outcome:
     """Collect all requests, answer them in one call of the engine, and score the answers."""
     with Engine.load(source, setting=setting, **engine_options(options)) as engine:
@@ -166,9 +172,12 @@ def _run_setting(
             keep_top=options.keep_top,
             fresh=options.fresh,
             progress=progress,
+            tasks=helm.requests_of_tasks,
         )
     vocabulary = engine.text.vocabulary if options.keep_top else 0
-    return score(helm, requests, answers, out, keep_top=options.keep_top, vocabulary=vocabulary, progress=progress)
+    done = score(helm, requests, answers, out, keep_top=options.keep_top, vocabulary=vocabulary, progress=progress)
+    progress.end_setting()
+    return done
 
 
 def ask(

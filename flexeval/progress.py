@@ -8,15 +8,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from flexeval.meter import Answering
+from flexeval.ticking import ticking
 
 Update = Callable[[int, int], None]
 """(steps done, steps in all)."""
 _SECONDS_BETWEEN_LINES = 15.0
+_PICTURES_PER_SECOND = 2.0
+
+
+class View(NamedTuple):
+    """What long work is watched by; called on other threads than the work's own."""
+
+    read: Callable[[], Answering]
+    """Where it stands."""
+    picture: Callable[[Answering], RenderableType]
+    """That, for a terminal."""
+    line: Callable[[Answering], str]
+    """That, for a log."""
 
 
 class Progress(Protocol):
@@ -28,6 +44,14 @@ class Progress(Protocol):
 
     def activity(self, label: str) -> AbstractContextManager[Update]:
         """Show an activity while the `with` block runs; it yields the function to report steps with."""
+        ...
+
+
+class LiveProgress(Progress, Protocol):
+    """Shows long work from all sides as well."""
+
+    def watch(self, view: View) -> AbstractContextManager[None]:
+        """Show where work stands while the `with` block runs, and once more at its end, however it ends."""
         ...
 
 
@@ -55,6 +79,21 @@ class TerminalProgress:
         with RichProgress(*columns, console=self._console) as bars:
             task = bars.add_task(label, total=None)
             yield lambda num_done, num_steps: bars.update(task, completed=num_done, total=num_steps)
+
+    @contextmanager
+    def watch(self, view: View) -> Iterator[None]:
+        """A picture that is drawn again twice a second; a line stays of it."""
+        live = Live(
+            console=self._console,
+            get_renderable=lambda: view.picture(view.read()),
+            refresh_per_second=_PICTURES_PER_SECOND,
+            transient=True,
+        )
+        try:
+            with live:
+                yield
+        finally:
+            self.say(view.line(view.read()))
 
 
 class LineProgress:
@@ -85,8 +124,17 @@ class LineProgress:
         yield update
         self._write(f"{label}: done{f', {done}' if done else ''} in {time.monotonic() - start:.0f} s")
 
+    @contextmanager
+    def watch(self, view: View) -> Iterator[None]:
+        """A line now and then, also where nothing is finished for long, and one at the end."""
+        try:
+            with ticking(lambda: self._write(view.line(view.read())), every_s=_SECONDS_BETWEEN_LINES):
+                yield
+        finally:
+            self._write(view.line(view.read()))
 
-def choose_progress(console: Console) -> Progress:
+
+def choose_progress(console: Console) -> LiveProgress:
     """Bars where somebody can see them, lines elsewhere."""
     if console.is_terminal:
         return TerminalProgress(console)

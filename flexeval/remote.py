@@ -27,7 +27,7 @@ from flexeval.portable import (
     write_answers,
     write_prompts,
 )
-from flexeval.progress import Progress
+from flexeval.progress import LiveProgress, Progress
 from flexeval.results import SettingResult
 
 if TYPE_CHECKING:  # answering needs no HELM
@@ -99,7 +99,7 @@ def execute(
     keep_top: int,
     fresh: bool,
     engine_options: dict[str, Any],
-    progress: Progress,
+    progress: LiveProgress,
 ) -> SettingResult:
     """Answer a file of prompts. What is answered is durable; the same call goes on where one was stopped.
 
@@ -205,6 +205,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
             command=command,
             machine=first.machine,
             versions=first.versions,
+            fingerprint=first.fingerprint,
         )
         results.save(out)
         with progress.activity("writing the report"):

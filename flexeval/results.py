@@ -96,6 +96,9 @@ class SettingResult:
     """Seconds that the cost model foretold before the first request; None where answers came in several sittings."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Largest use of each memory tier that the plan allowed for."""
+    energy_j: float | None = None
+    """Joules that the GPU used while it answered, by its own counter, whoever else had it work; None where nothing
+    tells."""
     num_resumed: int = 0
     """Requests answered from the journal of an earlier run rather than by the engine."""
 
@@ -187,6 +190,8 @@ class RunResults:
     """Tasks of the suite that were not run, and why."""
     notes: list[str] = field(default_factory=list)
     """Caveats to print with the figures."""
+    fingerprint: str = ""
+    """Hash of the model's files: names, sizes, the beginning and end of each."""
     schema_version: int = SCHEMA_VERSION
     """Version of this layout."""
 
@@ -227,8 +232,3 @@ def _checked(results: RunResults) -> RunResults:
         if lengths[0] != len(QUANTILES) or lengths[1] not in (0, len(QUANTILES)):
             raise ValueError(f"fidelity has {max(lengths)} quantiles, not {len(QUANTILES)}")
     return results
-
-
-def load_results(directory: str | Path) -> RunResults:
-    """Read the results of a run, from Python. Raises `ResultsError`."""
-    return RunResults.load(Path(directory))

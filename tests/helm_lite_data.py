@@ -24,16 +24,15 @@ SENTENCES = [
 
 def write_all(suite: Suite, scenarios: Path) -> None:
     """Write the files of a suite's entries below HELM's `scenarios` folder."""
-    arguments = [dict(part.split("=") for part in e.partition(":")[2].split(",") if "=" in part) for e in suite.entries]
-    _write_mmlu(scenarios / "mmlu/data", {a["subject"] for a in arguments if "subject" in a and "level" not in a})
+    _write_mmlu(scenarios / "mmlu/data", values_of(suite, "mmlu", "subject"))
     for split in ("train", "test"):
-        _write_lines(scenarios / f"gsm/gsm_data_{split}", (_gsm(i) for i in range(NUM_EACH)))
-        _write_lines(
+        write_lines(scenarios / f"gsm/gsm_data_{split}", (_gsm(i) for i in range(NUM_EACH)))
+        write_lines(
             scenarios / f"openbookqa/data/OpenBookQA-V1-Sep2018/Data/Main/{split}.jsonl",
             (_openbook(i) for i in range(NUM_EACH)),
         )
     for split in ("train", "dev", "test"):
-        _write_lines(
+        write_lines(
             scenarios / f"med_qa/data/data_clean/questions/US/4_options/phrases_no_exclude_{split}.jsonl",
             (_med(i) for i in range(NUM_EACH)),
         )
@@ -43,7 +42,7 @@ def write_all(suite: Suite, scenarios: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(path, "wt") as file:
             file.writelines(json.dumps(_natural(i)) + "\n" for i in range(2 * NUM_EACH))
-    subsets = {a["subset"] for a in arguments if "subset" in a}
+    subsets = values_of(suite, "legalbench", "subset")
     settings = [
         {subset: [["Text", "text"]] for subset in subsets},
         dict.fromkeys(subsets, "Say yes or no."),
@@ -52,7 +51,14 @@ def write_all(suite: Suite, scenarios: Path) -> None:
         {},
     ]
     for folder in ("legalbench", "legalbench/data"):
-        _write_lines(scenarios / folder / "prompt_construction_settings.json", settings)
+        write_lines(scenarios / folder / "prompt_construction_settings.json", settings)
+
+
+def values_of(suite: Suite, name: str, argument: str) -> set[str]:
+    """What a suite's entries of that name give for an argument."""
+    wanted = [entry.partition(":")[2].split(",") for entry in suite.entries if entry.startswith(f"{name}:")]
+    pairs = [part.partition("=") for parts in wanted for part in parts]
+    return {value for key, _, value in pairs if key == argument}
 
 
 def load_dataset(path: str, name: str | None = None, *, split: str | None = None, **_: Any) -> Any:
@@ -97,7 +103,8 @@ def write_punkt(folder: Path) -> None:
     (target / "ortho_context.tab").write_text("\n".join(f"{word}\t{context}" for word, context in contexts))
 
 
-def _write_lines(path: Path, rows: Iterable[Any]) -> None:
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Rows of JSON, a line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import pytest
+import yaml
 from helm.benchmark.adaptation.common_adapter_specs import get_language_modeling_adapter_spec
 from helm.benchmark.metrics.common_metric_specs import get_language_modeling_metric_specs
+from helm.benchmark.presentation.summarize import main
 from helm.benchmark.run_spec import RunSpec, run_spec_function
 from helm.benchmark.scenarios.scenario import TEST_SPLIT, Input, Instance, Scenario, ScenarioMetadata, ScenarioSpec
 from tiny_tokenizer import tokenizer_dir
@@ -20,6 +27,8 @@ from flexeval.benchmark.suites import Suite
 from flexeval.request import Completion, FinishReason, Request
 
 CONTEXT = 2048
+Table = dict[str, Any]
+"""One of `helm-summarize`'s."""
 
 
 def build_card(*, name: str = "flexeval/tiny", setting: str = "none", adds_bos: bool = False) -> ModelCard:
@@ -49,6 +58,27 @@ def run_suite(suite: Suite, output: Path, card: ModelCard) -> tuple[list[Request
     requests = helm_suite.collect()
     completions = FakeEngine(card.tokenizer_dir).generate(requests)
     return requests, completions, helm_suite.score(completions)
+
+
+def summarize(output: Path, suite: str, schema: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Table]]:
+    """Run `helm-summarize` in this process with one of HELM's schemas; return its tables by group.
+
+    `test_helm_server.py` runs the command itself. Here it would import HELM anew and read its files with a slow reader.
+    """
+    monkeypatch.setattr(yaml, "safe_load", partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    command = ["helm-summarize", "--suite", suite, "--output-path", str(output), "--num-threads", "1"]
+    command += ["--local-path", str(output / "prod_env"), "--schema-path", str(files("helm.benchmark.static") / schema)]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    folder = output / "runs" / suite / "groups"
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def empty_columns(table: Table) -> list[str]:
+    """The columns of one model's table in which there is no number, but for its name and its mean win rate."""
+    header, (row,) = [cell["value"] for cell in table["header"]], table["rows"]
+    pairs = zip(header[2:], row[2:], strict=True)
+    return [name for name, cell in pairs if not isinstance(cell.get("value"), int | float)]
 
 
 class DocumentScenario(Scenario):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny_models import tiny_config
+
 ROOT = Path(__file__).parent.parent
 OF_SUITES = ("helm", "datasets", "plotly", "gguf", "nltk", "pyhocon")
 """What only questions, other people's files and reports need."""
@@ -44,7 +46,19 @@ def run_bare(folder: Path, absent: tuple[str, ...], *command: object) -> subproc
 
 
 def test_made_up_tokens_need_no_helm_no_network_and_no_tokenizer(tmp_path: Path) -> None:
-    work = ("--model", "dummy:opt-125m", "--prompt-len", 64, "--gen-len", 4, "--num-requests", 4, "--warm-up", 0)
+    tiny_config("opt", vocab_size=50272).save_pretrained(tmp_path / "tiny")
+    work = (
+        "--model",
+        f"dummy:{tmp_path / 'tiny'}",
+        "--prompt-len",
+        64,
+        "--gen-len",
+        4,
+        "--num-requests",
+        4,
+        "--warm-up",
+        0,
+    )
     done = run_bare(tmp_path, ABSENT, "flexeval", "bench", *work, "--peer", "transformers", "--out", "figures.json")
     assert done.returncode == 0, done.stderr
     ours, peer = json.loads((tmp_path / "figures.json").read_text())["systems"]

@@ -35,6 +35,16 @@ def dummy(smollm2: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> str
     return f"dummy:{directory / 'config.json'}"
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured without children, each of which imports everything anew."""
+
+    def run_here(function: Any, job: Any, progress: Any, *, what: str) -> Any:
+        return function(job, progress)
+
+    monkeypatch.setattr("flexeval.bench.run.run_in_child", run_here)
+
+
 def figures(path: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(path.read_text())
     return data
@@ -71,6 +81,7 @@ def test_a_dummy_is_measured_from_end_to_end(
     )
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_peer_is_measured_on_a_part_of_the_work(
     dummy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +113,7 @@ def test_a_peer_that_breaks_is_left_out(
     assert "Traceback" in shown and "flexeval none" in shown
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_suite_s_own_prompts_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

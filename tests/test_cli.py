@@ -214,6 +214,10 @@ def test_usage_errors_take_one_line_too(
         (["--settings", "none,"], ["unknown setting ''"]),
         (["--settings", "none,w4,none"], ["'none' is named twice"]),
         (["--settings", "none", "--suite", "nowhere"], ["unknown suite 'nowhere'"]),
+        (["--models", "smollm2,smollm2"], ["'smollm2' does not tell one model", "--models"]),
+        (["--models", "a,,b"], ["'' does not tell one model"]),
+        (["--models", "a,b", "--model", "c"], ["named twice"]),
+        (["reports/a", "--models", "a,b"], ["directories were run already", "--models"]),
     ],
 )
 def test_what_cannot_be_compared_takes_one_line(
@@ -303,6 +307,7 @@ def test_options_stay_what_they_are() -> None:
             "--suite",
         ],
         "resume": ["directory"],
+        "status": ["--watch", "directory"],
         "profile": ["--device", "--disk", "--dtype", "--repeat"],
         "check": [
             "--any-machine",
@@ -319,7 +324,16 @@ def test_options_stay_what_they_are() -> None:
             "--update",
             "directories",
         ],
-        "compare": ["--max-eval-instances", "--model", "--out", "--settings", "--suite", "directories"],
+        "compare": [
+            "--max-eval-instances",
+            "--model",
+            "--models",
+            "--out",
+            "--settings",
+            "--shared-only",
+            "--suite",
+            "directories",
+        ],
         "data": [],
         "prepare": ["--chat-template", "--max-eval-instances", "--model", "--out", "--skip-missing", "--suite", "-o"],
         "execute": [
@@ -454,10 +468,35 @@ def test_a_run_and_its_report(
         path.name for path in out.iterdir()
     }
     (out / "index.html").unlink()
+    assert call(monkeypatch, "status", out, "--watch") == 0
+    assert "Done: process" in capsys.readouterr().out
     assert call(monkeypatch, "report", out) == 0
     assert (out / "index.html").is_file()
     assert call(monkeypatch, "compare", out, out, "--out", tmp_path / "both") == 0
     assert (tmp_path / "both" / "index.html").is_file()
+
+
+def test_models_are_run_and_compared_on_the_same_questions_alone(
+    suite: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    models = f"{model},./other"
+    chosen = ("--suite", suite, "--max-eval-instances", 2)
+    assert call(monkeypatch, "compare", "--models", models, *chosen, "--out", "both") == 0
+    results = json.loads((tmp_path / "both/results.json").read_text())
+    first, second = (setting["setting"] for setting in results["settings"])
+    assert first.endswith("/none") and second == "other/none"
+    run = tmp_path / "both/other"
+    fewer = json.loads((run / "results.json").read_text())
+    fewer["instances"].pop()
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer))
+    capsys.readouterr()
+    assert_mistake(
+        call(monkeypatch, "compare", run, "fewer.json"), capsys, "1 of 2 questions", "other", "--shared-only"
+    )
+    assert call(monkeypatch, "compare", run, "fewer.json", "--shared-only") == 0
+    assert "1 of 2 questions were not asked under all settings" in " ".join(capsys.readouterr().out.split())
 
 
 def test_settings_are_run_and_compared(

@@ -139,3 +139,18 @@ def test_few_tokens_are_multiplied_by_matrices_as_they_rest(
             results.append(executor.execute(tiny_case(family).requests))
         assert (UnpackedMatrix.num_products > 0) == (takes_coded and few_tokens > 0)
     assert_equal_results(results[1], results[0])
+
+
+def test_a_model_is_placed_again_after_its_matrices_were_multiplied_as_they_rest(tmp_path: Path) -> None:
+    """As where a batch wants another policy: nothing is left of the weights that were there first."""
+    anatomy, case = Anatomy(tiny_config("llama"), torch.float32), tiny_case("llama")
+    checkpoint = StateDictCheckpoint(anatomy, tiny_model("llama").state_dict())
+    results, sizes = [], []
+    for group_sequences in (2, 4):
+        policy, codec = Policy(group_sequences=group_sequences), CodecWithoutUnpacking(9)
+        with Executor(anatomy, checkpoint, policy, codec=codec, device=CPU, disk_tier=None) as executor:
+            results.append(executor.execute(case.requests))
+            sizes.append(executor.peak_bytes()["cpu"])
+        assert all(tensor.is_meta for layer in anatomy.layers for tensor in layer.state_dict(keep_vars=True).values())
+    assert_equal_results(*results)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.2), "all weights again"

@@ -6,9 +6,11 @@ import copy
 import dataclasses
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pairwise import every_pair
 from tiny_models import (
     FAMILIES,
     assert_equal_results,
@@ -119,8 +121,15 @@ WEIGHT_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("family", "codec"), WEIGHT_CASES, ids=lambda value: getattr(value, "name", value))
-@pytest.mark.parametrize("placement", PLACEMENTS)
+def name_of(value: Any) -> str:
+    return str(getattr(value, "name", value))
+
+
+def in_every_place(cases: list[tuple[str, Any]]) -> list[tuple[str, Any, str]]:
+    return [(*case, placement) for case in cases for placement in PLACEMENTS]
+
+
+@every_pair("family,codec,placement", in_every_place(WEIGHT_CASES), ids=name_of, apart_from=("family", "placement"))
 def test_coded_weights_equal_transformers_on_dequantized_weights(
     family: str, codec: Codec, placement: str, tmp_path: Path
 ) -> None:
@@ -128,9 +137,7 @@ def test_coded_weights_equal_transformers_on_dequantized_weights(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("family", "codec"), [("opt", W4), *WEIGHT_CASES], ids=lambda value: getattr(value, "name", value)
-)
+@pytest.mark.parametrize(("family", "codec"), [("opt", W4), *WEIGHT_CASES], ids=name_of)
 @pytest.mark.parametrize("placement", GPU_PLACEMENTS)
 def test_coded_weights_equal_transformers_on_dequantized_weights_on_gpu(
     family: str, codec: Codec, placement: str, tmp_path: Path
@@ -139,11 +146,15 @@ def test_coded_weights_equal_transformers_on_dequantized_weights_on_gpu(
     check_weights(family, codec, GPU_PLACEMENTS[placement], tmp_path, torch.device("cuda", 0))
 
 
-def check_weights(family: str, codec: Codec, policy: Policy, folder: Path, device: torch.device) -> None:
+@cache
+def answers_on_coded_weights(family: str, codec: Codec) -> list[TokenResult]:
     model = dequantized(tiny_model(family), codec)
-    requests = ragged_requests()
-    expected = [answer(model, request) for request in requests]
-    measured = run(family, policy, requests, folder, codec=codec, device=device)
+    return [answer(model, request) for request in ragged_requests()]
+
+
+def check_weights(family: str, codec: Codec, policy: Policy, folder: Path, device: torch.device) -> None:
+    expected = answers_on_coded_weights(family, codec)
+    measured = run(family, policy, ragged_requests(), folder, codec=codec, device=device)
     assert_equal_results(measured, expected)
     assert [r.logprobs for r in expected] != [r.logprobs for r in tiny_case(family).expected], (
         "the codec changed nothing"
@@ -151,17 +162,15 @@ def check_weights(family: str, codec: Codec, policy: Policy, folder: Path, devic
 
 
 KV_CASES = [*((family, 4) for family in FAMILIES), ("llama", 8), ("llama", 2), ("gpt_oss", 2)]
-every_kv_case = pytest.mark.parametrize(("family", "bits"), KV_CASES)
 
 
-@every_kv_case
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@every_pair("family,bits,placement", in_every_place(KV_CASES), apart_from=("family", "placement"))
 def test_coded_kv_equals_transformers_on_coded_kv(family: str, bits: int, placement: str, tmp_path: Path) -> None:
     check_kv(family, PLACEMENTS[placement], KVCoding(bits, 64), tmp_path, CPU)
 
 
 @pytest.mark.gpu
-@every_kv_case
+@pytest.mark.parametrize(("family", "bits"), KV_CASES)
 @pytest.mark.parametrize("placement", GPU_PLACEMENTS)
 def test_coded_kv_equals_transformers_on_coded_kv_on_gpu(
     family: str, bits: int, placement: str, tmp_path: Path
@@ -173,8 +182,7 @@ CHANNEL_CASES = [("opt", 4), ("llama", 2), ("gemma2", 4), ("gpt_oss", 4), ("deep
 """Plain, with fewer KV heads, capped, with sinks, with keys and values of unequal sizes."""
 
 
-@pytest.mark.parametrize(("family", "bits"), CHANNEL_CASES)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@every_pair("family,bits,placement", in_every_place(CHANNEL_CASES), apart_from=("family", "placement"))
 def test_keys_by_channel_equal_transformers_on_such_keys(
     family: str, bits: int, placement: str, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from flexeval.errors import CapacityError
 from flexeval.policy.cost import CostModel
 from flexeval.policy.policy import Policy, Split
 from flexeval.policy.policy import Tier as TierName
-from flexeval.request import TokenRequest
+from flexeval.request import TokenRequest, TokenResult
 
 CPU = torch.device("cpu")
 REQUEST = TokenRequest(prompt_ids=tuple(range(5, 35)), max_tokens=5)
@@ -329,6 +330,12 @@ def coming_and_going(*, num_steps: int) -> list[TokenRequest]:
     return requests
 
 
+@cache
+def answers_to_coming_and_going() -> list[TokenResult]:
+    """Of llama, in transformers."""
+    return [answer(tiny_model("llama"), request) for request in coming_and_going(num_steps=12)]
+
+
 SMALL_BLOCKS = {
     "one row at a time": SMALL,
     "three groups": Policy(row_tokens=64, sweep_tokens=128, group_sequences=4, num_groups=3),
@@ -371,7 +378,6 @@ def test_logs_that_are_compacted_keep_their_sequences(
 ) -> None:
     """On the host the CPU attends to them, or to half of them."""
     requests = coming_and_going(num_steps=12)
-    expected = [answer(tiny_model("llama"), request) for request in requests]
     num_compacted = 0
     compact = KVCache._compact
 
@@ -386,6 +392,6 @@ def test_logs_that_are_compacted_keep_their_sequences(
     kv = Split(cpu=1.0) if share else Split(**{place: 1.0})
     policy = dataclasses.replace(SMALL_BLOCKS[sizes], kv=kv, host_attention=share)
     with loaded(policy, tmp_path, device=torch.device(device), overlap=True if share else None) as executor:
-        assert_equal_results(executor.execute(requests), expected)
+        assert_equal_results(executor.execute(requests), answers_to_coming_and_going())
         assert (executor.trace.lanes["host_attention"].num_bytes > 0) == (share > 0)
     assert num_compacted > 4 * 3, "in every layer, and more than once"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from functools import cache
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import every_pair
 from test_engine_attention import DECODE, FRESH, LENGTHS, OPTIONS, HandMadeContext, Tokens, lived_in, upto
 from test_engine_oracle import GPU_PLACEMENTS, PLACEMENTS, prompt_logprobs
 from tiny_models import (
@@ -48,7 +51,10 @@ from flexeval.policy.policy import Policy
 from flexeval.request import Request, TokenRequest, TokenResult
 
 METHODS = [Sparsity(method=method, percent=percent) for method in SparseMethod for percent in (10, 40)]
-every_method = pytest.mark.parametrize("sparsity", METHODS, ids=lambda one: f"{one.method}{one.percent}")
+
+
+def name_of(value: Any) -> str:
+    return f"{value.method}{value.percent}" if isinstance(value, Sparsity) else str(value)
 
 
 # -- what is chosen --------------------------------------------------------------------------------------------------
@@ -179,14 +185,11 @@ def test_a_hundred_percent_is_dense_attention() -> None:
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 WIDE = {**OPTIONS, "window-of-pages": {"window": 44}}
-every_option = pytest.mark.parametrize("options", WIDE)
-few_at_once = pytest.mark.parametrize("num_scores", [1, 4000, 2**23])
+few_at_once = every_pair("sparsity,options,num_scores", product(METHODS, WIDE, [1, 4000, 2**23]), ids=name_of)
 
 
-@every_method
-@every_option
-@devices
 @few_at_once
+@devices
 def test_fresh_nodes_choose_among_all_that_they_descend_from(
     options: str, sparsity: Sparsity, device: str, num_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,10 +211,8 @@ def test_fresh_nodes_choose_among_all_that_they_descend_from(
     check_row(FRESH, tokens, paths, context, options, sparsity)
 
 
-@every_method
-@every_option
+@every_pair("sparsity,options,coding", product(METHODS, WIDE, [None, KVCoding(4, 64)]), ids=name_of)
 @devices
-@pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=str)
 def test_sequences_that_decode_choose_among_log_and_header(
     options: str, sparsity: Sparsity, device: str, coding: KVCoding | None
 ) -> None:
@@ -222,10 +223,8 @@ def test_sequences_that_decode_choose_among_log_and_header(
     check_row(DECODE, tokens, [header + x, header + y, z], context, options, sparsity)
 
 
-@every_method
-@every_option
-@devices
 @few_at_once
+@devices
 def test_long_contexts_that_decode_have_pages_across_parts(
     options: str, sparsity: Sparsity, device: str, num_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,9 +305,7 @@ def logprobs(results: list[TokenResult]) -> Tensor:
     return torch.tensor([logprob for result in results for logprob in (*result.prompt_logprobs, *result.logprobs)])
 
 
-@pytest.mark.parametrize("placement", ["cpu-small-rows", "cpu+disk"])
-@pytest.mark.parametrize("family", FAMILIES)
-@sparse_methods
+@every_pair("sparsity,family,placement", product(FAMILY_METHODS, FAMILIES, ["cpu-small-rows", "cpu+disk"]), ids=name_of)
 def test_equals_transformers_on_chosen_keys(family: str, placement: str, sparsity: Sparsity, tmp_path: Path) -> None:
     measured = run(family, PLACEMENTS[placement], [ragged_requests()], tmp_path, sparsity=sparsity)
     assert_equal_but_for_rounding(measured, family, sparsity)
@@ -326,10 +323,11 @@ def test_equals_transformers_on_chosen_keys_on_gpu(
     assert_equal_but_for_rounding(measured, family, sparsity)
 
 
-@pytest.mark.parametrize("placement", ["cpu", "disk", "cpu+disk"])
-@pytest.mark.parametrize("sparsity", [None, *FAMILY_METHODS], ids=lambda one: one.method if one else "dense")
-@pytest.mark.parametrize("kv_bits", [None, 8, 4, 2])
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@every_pair(
+    "bits,kv_bits,sparsity,placement",
+    product([None, 8, 4], [None, 8, 4, 2], [None, *FAMILY_METHODS], ["cpu", "disk", "cpu+disk"]),
+    ids=name_of,
+)
 def test_every_combination_equals_transformers(
     bits: int | None, kv_bits: int | None, sparsity: Sparsity | None, placement: str, tmp_path: Path
 ) -> None:

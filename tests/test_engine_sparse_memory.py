@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
+from pairwise import every_pair
 from policy_cases import T4
 from test_engine_kv_format import CODINGS, SHAPES, numbers
-from test_engine_sparse import EVERY, FAMILY_METHODS, assert_equal_but_for_rounding, expected_of
+from test_engine_sparse import EVERY, FAMILY_METHODS, assert_equal_but_for_rounding, expected_of, name_of
 from tiny_models import ragged_requests, tiny_config, tiny_model
 
 from flexeval.config import SparseMethod, Sparsity
@@ -82,13 +84,18 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("policy", [SMALL, LARGE], ids=["small", "large"])
-@pytest.mark.parametrize("sparsity", FAMILY_METHODS, ids=lambda one: one.method)
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt_oss", "deepseek_v3"])
+SIZES = {"small": SMALL, "large": LARGE}
+
+
+@every_pair(
+    "family,sparsity,sizes,overlap",
+    product(["opt", "llama", "gpt_oss", "deepseek_v3"], FAMILY_METHODS, SIZES, [False, True]),
+    ids=name_of,
+)
 def test_answers_do_not_depend_on_where_values_rest(
-    family: str, sparsity: Sparsity, policy: Policy, overlap: bool, run: Run
+    family: str, sparsity: Sparsity, sizes: str, overlap: bool, run: Run
 ) -> None:
+    policy = SIZES[sizes]
     results, trace = run(family, policy, ragged_requests(), sparsity, overlap=overlap)
     assert_equal_but_for_rounding(results, family, sparsity)
     _, dense = run(family, policy, ragged_requests(), None)

@@ -83,7 +83,7 @@ class Undeclared(Scenario):
         return []
 
 
-def build_run(scenario: Scenario, *instances: Instance, echo: bool = False) -> AdaptedRun:
+def build_run(scenario: Scenario, *instances: Instance, echo: bool = False, method: str = "") -> AdaptedRun:
     states = [
         RequestState(
             instance=instance,
@@ -99,7 +99,7 @@ def build_run(scenario: Scenario, *instances: Instance, echo: bool = False) -> A
         for instance in instances
     ]
     requests = tuple(from_helm(state.request) for state in states)
-    spec = RunSpec("undeclared", None, AdapterSpec(), [])
+    spec = RunSpec("undeclared", None, AdapterSpec(method=method), [])
     return AdaptedRun(spec=spec, scenario=scenario, state=ScenarioState(AdapterSpec(), states), requests=requests)
 
 
@@ -162,6 +162,18 @@ def test_a_scenario_that_declares_nothing_is_headed_by_preference() -> None:
     assert choose_headline(run, stats) == Headline("exact_match", "test")
     run = build_run(Undeclared(), question("id0", "valid"))
     assert choose_headline(run, stats) == Headline("exact_match", "valid")
+
+
+def test_how_sure_a_model_was_of_its_own_words_heads_nothing() -> None:
+    """HELM computes bits per byte of what was generated as well."""
+    stats = {("id0", 0): {"bits_per_byte": 1.0, "longest_common_prefix_length": 3.0}}
+    alone = {("id0", 0): {"bits_per_byte": 1.0}}
+    generated = build_run(Undeclared(), question("id0", "test"), method="generation")
+    assert choose_headline(generated, stats) == Headline("longest_common_prefix_length", "test")
+    with pytest.raises(ResultsError, match="no metric per question that can stand for undeclared"):
+        choose_headline(generated, alone)
+    document = build_run(Undeclared(), question("id0", "test"), echo=True, method="language_modeling")
+    assert choose_headline(document, alone) == Headline("bits_per_byte", "test")
 
 
 def test_a_document_in_windows_is_one_question() -> None:

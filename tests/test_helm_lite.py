@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import helm_lite_data
@@ -19,7 +15,7 @@ from helm.benchmark.run_expander import IN_CONTEXT_LEARNING_INSTRUCTIONS_PREFIX,
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import set_benchmark_output_path
 from helm.benchmark.scenarios import math_scenario, wmt_14_scenario
-from helm_support import FakeEngine, build_card
+from helm_support import FakeEngine, build_card, empty_columns, summarize
 
 from flexeval.benchmark.helm import HelmSuite, Scored
 from flexeval.benchmark.helm.entries import build_run_specs
@@ -78,22 +74,11 @@ def test_all_entries_are_asked_and_scored(whole: Evaluated) -> None:
     assert len(list((whole.output / "runs" / whole.name).glob("*/per_instance_stats.json"))) == 108
 
 
-def test_the_leaderboard_has_no_empty_column(whole: Evaluated) -> None:
-    schema = files("helm.benchmark.static").joinpath("schema_lite.yaml")
-    command = [sys.executable, "-m", "helm.benchmark.presentation.summarize", "--suite", whole.name]
-    command += ["--output-path", str(whole.output), "--local-path", str(whole.output / "prod_env")]
-    command += ["--schema-path", str(schema), "--num-threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    tables = json.loads((whole.output / "runs" / whole.name / "groups/core_scenarios.json").read_text())
+def test_the_leaderboard_has_no_empty_column(whole: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = summarize(whole.output, whole.name, "schema_lite.yaml", monkeypatch)["core_scenarios"]
     accuracy = next(table for table in tables if table["title"] == "Accuracy")
-    header, (row,) = [cell["value"] for cell in accuracy["header"]], accuracy["rows"]
-    assert len(header) == 12, "the model, the mean win rate and ten scenarios"
-    assert [name for name, cell in zip(header[2:], row[2:], strict=True) if not is_filled(cell)] == []
-
-
-def is_filled(cell: dict[str, Any]) -> bool:
-    return isinstance(cell.get("value"), int | float)
+    assert len(accuracy["header"]) == 12, "the model, the mean win rate and ten scenarios"
+    assert empty_columns(accuracy) == []
 
 
 def test_instruct_models_are_told_how_to_answer(offline: None, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,9 @@ from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError
 from flexeval.output import output_directory
 from flexeval.parquet import load
 from flexeval.pipeline import RunOptions, recall, run_suite
-from flexeval.progress import Update
+from flexeval.progress import Update, View
 from flexeval.results import RunResults
+from flexeval.status import RunStatus, State
 
 ENTRIES = ("simple_classification:model=text", "simple_mcqa:model=text")
 
@@ -42,6 +44,11 @@ class Silence:
     @contextmanager
     def activity(self, label: str) -> Iterator[Update]:
         yield lambda num_done, num_steps: None
+
+    @contextmanager
+    def watch(self, view: View) -> Iterator[None]:
+        yield
+        self.last = view.read()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,8 @@ def refuse_to_generate(*args: Any, **kwargs: Any) -> Any:
 def test_a_run_is_whole(options: RunOptions) -> None:
     results = run(dataclasses.replace(options, settings=("none", "w4-g32")))
     assert options.out is not None
-    assert flexeval.load_results(options.out) == results
+    assert flexeval.load_results(options.out).results == results
+    assert re.fullmatch("[0-9a-f]{64}", results.fingerprint)
     assert [setting.setting for setting in results.settings] == ["none", "w4-g32"]
     assert len(results.tasks) == 2 and len(results.instances) == 2 * 8
     by_setting = [{k[::2] for k in scores(results) if k[1] == s} for s in ("none", "w4-g32")]
@@ -136,6 +144,24 @@ def test_a_run_says_what_its_plan_saves(options: RunOptions) -> None:
     (line,) = [text for text in progress.said if "prompt tokens asked" in text]
     assert line.startswith(f"none: {setting.num_prompt_tokens:,} prompt tokens asked")
     assert f"{setting.num_computed_prompt_tokens:,} computed" in line
+
+
+def test_a_run_says_how_far_it_is(options: RunOptions) -> None:
+    progress = Silence()
+    (setting,) = run_suite(options, progress).results.settings
+    last = progress.last
+    assert last.num_done == last.num_requests == setting.num_requests and last.left_s == 0
+    assert [(task.num_requests, task.num_done) for task in last.tasks] == [(4, 4), (4, 4)]
+    assert last.elapsed_s == pytest.approx(setting.elapsed_s)
+    assert last.num_planned_sweeps >= last.num_sweeps > 1
+    assert last.tokens_per_s is not None and last.planned_tokens_per_s is not None
+    num_tokens = last.tokens_per_s * last.elapsed_s
+    num_drawn = setting.num_generated_tokens - setting.num_requests  # a prompt draws the first one of each
+    assert num_tokens == pytest.approx(setting.num_computed_prompt_tokens + num_drawn)
+    assert last.planned_bytes == setting.planned_bytes and last.used_bytes["cpu"] > 0
+    assert options.out is not None
+    found = RunStatus.load(options.out)
+    assert (found.state, found.num_settings_done, found.answering) == (State.DONE, 1, last)
 
 
 def test_answers_are_not_asked_for_twice(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:

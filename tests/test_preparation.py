@@ -31,7 +31,7 @@ from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.packed import PackedCheckpoint
 from flexeval.engine.preparing import write_model
 from flexeval.errors import CapacityError, ConfigError, FlexevalError, ModelError
-from flexeval.models import resolve
+from flexeval.models import _demo_tokenizer, resolve
 from flexeval.preparation import Prepared, PrepareOptions, prepare
 from flexeval.prepared import Manifest, read_manifest
 from flexeval.progress import LineProgress
@@ -50,20 +50,44 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+def make_cache(folder: Path, factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, but for what is known of families."""
+    families = factory.getbasetemp() / "families"
+    families.mkdir(exist_ok=True)
+    (folder / "cache").mkdir()
+    (folder / "cache" / "families").symlink_to(families)
+    monkeypatch.setenv("FLEXEVAL_CACHE", str(folder / "cache"))
+    return folder / "cache"
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the test's own, but for what is known of families."""
-    families = tmp_path_factory.getbasetemp() / "families"
-    families.mkdir(exist_ok=True)
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "families").symlink_to(families)
-    monkeypatch.setenv("FLEXEVAL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return make_cache(tmp_path, tmp_path_factory, monkeypatch)
 
 
 def make(model: Path | str, out: Path | None, setting: str = SETTING, dtype: str = "float32") -> Prepared:
     options = PrepareOptions(model=str(model), setting=setting, out=out, device="cpu", dtype=dtype)
     return prepare(options, LineProgress(lambda text: None))
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> Path:
+    """Where the demo tokenizer is, made once per machine."""
+    return _demo_tokenizer().parent
+
+
+@pytest.fixture(scope="module")
+def prepared_once(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patch:
+        make_cache(folder, tmp_path_factory, patch)
+        return make(model, folder / "prepared").directory
+
+
+@pytest.fixture
+def prepared(prepared_once: Path, tmp_path: Path) -> Path:
+    """A prepared model to be damaged."""
+    return Path(shutil.copytree(prepared_once, tmp_path / "prepared"))
 
 
 def answers(model: Path | str, setting: str = SETTING, **options: object) -> list[Completion]:
@@ -151,12 +175,13 @@ def test_transformers_reads_a_prepared_model_too(model: Path, tmp_path: Path) ->
     assert one == other
 
 
-def test_a_dummy_is_prepared_without_a_tokenizer(tmp_path: Path) -> None:
+def test_a_dummy_is_prepared_without_a_tokenizer(tokenizers: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama", vocab_size=49152).to_dict()))
     ref = f"dummy:{tmp_path / 'config.json'}"
     made = make(ref, tmp_path / "prepared")
     assert sorted(made.manifest.files)[0] == "config.json" and len(made.manifest.files) == 4 + 2
     source = resolve(str(made.directory))
+    (cache / "tokenizers").symlink_to(tokenizers)  # for texts of answers
     assert (source.name, source.is_dummy, source.note) == (resolve(ref).name, True, resolve(ref).note)
     asked = [Request(prompt=(5, 6, 7), max_tokens=3)]
     with (
@@ -202,13 +227,12 @@ def rewrite(path: Path, **changes: object) -> None:
     ],
 )
 def test_what_is_not_as_it_was_is_named_in_one_line(
-    file: str, damage: Callable[[Path], object], message: str, model: Path, tmp_path: Path
+    file: str, damage: Callable[[Path], object], message: str, prepared: Path
 ) -> None:
-    directory = make(model, tmp_path / "prepared").directory
-    damage(directory / file)
+    damage(prepared / file)
     with pytest.raises(FlexevalError, match=message) as caught:
-        answers(directory)
-    assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
+        answers(prepared)
+    assert str(prepared) in str(caught.value) and "\n" not in str(caught.value)
     assert "again" in str(caught.value)
 
 
@@ -227,12 +251,9 @@ def test_damage_in_the_cache_is_named(model: Path) -> None:
         (SETTING, "bfloat16", r"computed in float32, not in bfloat16.*--dtype bfloat16"),
     ],
 )
-def test_another_setting_or_type_is_refused(
-    setting: str, dtype: str, message: str, model: Path, tmp_path: Path
-) -> None:
-    directory = make(model, tmp_path / "prepared").directory
+def test_another_setting_or_type_is_refused(setting: str, dtype: str, message: str, prepared: Path) -> None:
     with pytest.raises(ModelError, match=message):
-        answers(directory, setting, dtype=dtype)
+        answers(prepared, setting, dtype=dtype)
 
 
 @pytest.mark.parametrize("setting", ["none", "kv4"])
@@ -289,6 +310,7 @@ prepare(PrepareOptions(model=sys.argv[1], setting="w4-g32", out=__import__("path
 """
 
 
+@pytest.mark.usefixtures("prepared_once")  # what is known of the family: the child packs nothing to find out
 def test_a_killed_preparation_leaves_nothing_that_looks_whole(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "prepared"
     done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(out)], capture_output=True, text=True)

@@ -98,7 +98,7 @@ def test_three_steps_give_what_a_run_gives(
     stats = [
         sorted(p.relative_to(tmp_path / side) for p in (tmp_path / side).rglob("*.json")) for side in ("apart", "whole")
     ]
-    assert [*stats[0], Path("run.json")] == stats[1], (
+    assert [*stats[0], Path("run.json"), Path("status.json")] == stats[1], (
         "HELM's run directories too; what can be resumed was executed elsewhere"
     )
 

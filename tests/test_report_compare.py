@@ -8,7 +8,7 @@ from synthetic_results import GIB, TASKS, synthetic
 from flexeval.errors import ResultsError
 from flexeval.report.compare import compare
 from flexeval.report.merge import merge
-from flexeval.report.pairing import pair
+from flexeval.report.pairing import check_same_questions, pair
 from flexeval.results import InstanceResult, RunResults, SettingResult, TaskInfo
 
 
@@ -117,6 +117,15 @@ def test_per_task_p_values_are_corrected_together():
     smallest = min(cells, key=lambda cell: cell.difference.p_value).difference
     assert smallest.corrected_p == pytest.approx(smallest.p_value * len(cells))
     assert all(cell.difference.corrected_p >= cell.difference.p_value for cell in cells)
+
+
+def test_overall_p_values_are_corrected_for_the_number_of_settings():
+    rows = [row.difference for row in compare(synthetic()).settings if row.difference]
+    ranked = sorted(rows, key=lambda difference: difference.p_value)
+    assert len(ranked) == 3
+    for place, difference in enumerate(ranked):
+        steps = [(3 - rank) * one.p_value for rank, one in enumerate(ranked[: place + 1])]
+        assert difference.corrected_p == pytest.approx(min(1.0, max(steps)))
 
 
 def test_the_overall_test_of_a_single_task_is_that_tasks_test():
@@ -233,6 +242,22 @@ def test_merging_tells_what_differs():
     merged = merge([here, there])
     assert merged.machine["gpu (here)"] != merged.machine["gpu (there)"] == "another"
     assert sum(word in note for note in merged.notes for word in ("machines", "models", "versions")) == 3
+
+
+def test_one_model_of_other_files_is_told():
+    runs = [replace(synthetic(num_questions=1, name=name), fingerprint=name) for name in ("a", "b")]
+    merged = merge(runs)
+    assert merged.fingerprint == "a, b" and any("files were not the same" in note for note in merged.notes)
+    assert not any("files" in note for note in merge([runs[0], runs[0]]).notes)
+
+
+def test_runs_that_were_asked_other_questions_are_refused_with_the_first_that_is_lacking():
+    whole, part = synthetic(settings=["none"], num_questions=3, name="whole"), synthetic(settings=["none"], name="part")
+    part = replace(part, instances=[one for one in whole.instances if one.task != "gsm"])
+    check_same_questions(merge([whole, whole]))
+    for runs in ([whole, part], [part, whole]):
+        with pytest.raises(ResultsError, match=r"3 of 18 questions of 'whole/none' .* 'part/none': 'id0' of 'gsm'"):
+            check_same_questions(merge(runs))
 
 
 def test_merging_refuses_one_task_measured_in_two_ways():

@@ -60,10 +60,17 @@ def four():
 # --- the page ---
 
 
-def test_the_report_is_three_files_and_the_page_is_small(tmp_path):
+def test_the_report_is_a_few_files_and_the_page_is_small(tmp_path):
     path = write_report(synthetic(), tmp_path)
     assert path == tmp_path / "index.html"
-    assert {file.name for file in tmp_path.iterdir()} == {"index.html", "report.md", "results.csv"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "index.html",
+        "report.md",
+        "results.csv",
+        "results.parquet",
+        "questions.parquet",
+        "quality-speed.svg",
+    }
     assert path.stat().st_size < 200_000
 
 
@@ -214,6 +221,47 @@ def test_bare_results_make_a_whole_report():
     assert "foretold" not in seen and "planned" not in seen
     assert "No policy was recorded" in seen and "of unknown speed" in seen and "nan" not in seen
     assert "nan" not in summary(comparison)
+
+
+def test_memory_and_time_are_drawn_beside_what_was_expected(four):
+    text = page(four)
+    bars = re.findall(
+        r'class="amount s(\d)".*?class="level" d="M0 2H([\d.]+)V10H0z"/>(?:<path class="expected" d="M([\d.]+) 0V12")?',
+        text,
+    )
+    results = [row.result for row in four.settings]
+    slowest = max(one.predicted_s for one in results)
+    most = {tier: max(one.planned_bytes[tier] for one in results) for tier in ("gpu", "cpu")}
+    expected = [
+        (str(series), f"{100 * value / end:.2f}", f"{100 * planned / end:.2f}")
+        for series, one in enumerate(results)
+        for value, planned, end in (
+            (one.elapsed_s, one.predicted_s, slowest),
+            *((one.peak_bytes[tier], one.planned_bytes[tier], most[tier]) for tier in most),
+        )
+    ]
+    assert bars[: len(expected)] == expected
+    lanes = [
+        (str(series), f"{100 * one.lanes[lane]['busy_s'] / one.elapsed_s:.2f}", "")
+        for lane in results[0].lanes
+        for series, one in enumerate(results)
+    ]
+    assert bars[len(expected) :] == lanes
+
+
+def test_helms_headline_figures_are_means_over_the_tasks_of_a_group(four):
+    seen = Reader(page(four)).text.partition("As HELM's leaderboard shows it")[2].partition("A column a group")[0]
+    groups: dict[str, list] = {}
+    for task in four.tasks:
+        groups.setdefault(task.task.group, []).append([cell.score.value for cell in task.cells])
+    expected = [f"{np.mean([row[index] for row in rows]):.3f}" for index in range(4) for rows in groups.values()]
+    assert re.findall(r"\d\.\d{3}", seen) == expected and list(groups) == ["narrative_qa", "commonsense", "mmlu", "gsm"]
+    assert "As HELM's leaderboard" not in page(compare(synthetic(tasks=TASKS[:1], num_questions=2)))
+
+
+def test_the_page_says_which_files_the_model_was(four):
+    told = replace(four, results=replace(four.results, fingerprint="ab" * 32))
+    assert "ab" * 32 in Reader(page(told)).text and "hash of its files" not in page(four)
 
 
 # --- the picture ---

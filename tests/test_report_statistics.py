@@ -16,6 +16,7 @@ from flexeval.report.statistics import (
     paired_difference,
     questions_to_settle,
     sign_flip_p,
+    smallest_seen,
     weighted_sum,
 )
 
@@ -213,3 +214,47 @@ def test_the_clustered_error_is_the_spread_of_means_over_samples_of_questions():
         means.append(found.value)
         errors.append(found.error)
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.05)
+
+
+# --- by hand: nothing of scipy's ---
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 1), (1, 9), (3, 14), (20, 20), (30, 55)])
+def test_mcnemars_p_value_counts_the_tosses_that_are_as_lopsided(gained, lost):
+    num = gained + lost
+    ways = [math.comb(num, heads) for heads in range(num + 1)]
+    expected = sum(way for way in ways if way <= ways[gained]) / 2**num
+    assert sign_flip_p([1.0] * gained + [-1.0] * lost + [0.0] * 40) == pytest.approx(expected)
+
+
+def test_an_interval_of_a_difference_is_about_that_of_a_bootstrap():
+    """Efron 1979: questions are drawn again, with replacement; both of a task and of a mean over tasks."""
+    random = np.random.default_rng(5)
+    strata = [random.choice([-1.0, 0.0, 1.0], size=size, p=[0.15, 0.75, 0.1]) for size in (300, 150)]
+    strata.append(random.normal(-0.05, 0.2, 200))
+    for chosen, weights in (([strata[0]], [1.0]), (strata, [0.5, 0.3, 0.2])):
+        draws = [
+            sum(
+                weight * stratum[random.integers(stratum.size, size=stratum.size)].mean()
+                for stratum, weight in zip(chosen, weights, strict=True)
+            )
+            for _ in range(4000)
+        ]
+        low, high = np.percentile(draws, [2.5, 97.5])
+        found = paired_difference([list(one) for one in chosen], weights, in_unit=len(chosen) == 1)
+        assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+
+
+def test_a_drop_of_the_smallest_size_that_is_seen_is_detected_four_times_out_of_five():
+    random = np.random.default_rng(6)
+    num, gain = 400, 0.08
+    quiet = [0.0] * (num - 64) + [1.0] * 32 + [-1.0] * 32
+    drop = smallest_seen(paired_difference([quiet], [1.0], in_unit=True))
+    assert 0.04 < drop < 0.08
+    outcomes = random.choice([1.0, -1.0, 0.0], size=(400, num), p=[gain - drop / 2, gain + drop / 2, 1 - 2 * gain])
+    detected = np.mean([sign_flip_p(list(one)) < 0.05 for one in outcomes])
+    assert 0.7 < detected < 0.86
+
+
+def test_of_an_unknown_spread_it_is_not_known_what_is_seen():
+    assert math.isnan(smallest_seen(Estimate(value=0.0, low=math.nan, high=math.nan, num=1)))

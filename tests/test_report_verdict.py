@@ -38,7 +38,7 @@ def judged(**settings):
                 result=replace(row.result, setting=name),
                 speedup=speedup,
                 memory_ratio=memory_ratio,
-                difference=replace(row.difference, estimate=estimate, p_value=p_value),
+                difference=replace(row.difference, estimate=estimate, corrected_p=p_value),
             )
         )
     return replace(blank(1 + len(settings)), settings=tuple(made))
@@ -262,3 +262,18 @@ def test_a_true_loss_of_six_points_is_hardly_ever_recommended(num_questions, num
 )
 def test_numbers_are_shown_as_people_read_them(text, expected):
     assert text == expected
+
+
+def test_what_was_not_detected_says_what_would_not_have_been_seen_and_what_it_takes():
+    of_kind = {
+        one.setting: one.unseen for one in verdicts(judged(w4=(1, 1, *UNSETTLED), w8=(1, 1, *SAFE), w3=(1, 1, *WORSE)))
+    }
+    # The interval is 11.5 points wide: (1.960 + 0.842) standard errors of 11.5 / 3.920.
+    assert of_kind["w4"] == (
+        "No detectable difference; with n = 375 a drop of less than 8.2 points would not be seen; "
+        "about 1,100 questions would settle whether it loses 5 points."
+    )
+    assert of_kind["w8"] == "No detectable difference; with n = 375 a drop of less than 1.6 points would not be seen."
+    assert of_kind["w3"] == of_kind["none"] == ""
+    unknown = {one.setting: one.unseen for one in verdicts(judged(w4=(1, 1, *UNKNOWN)))}
+    assert unknown["w4"] == "No detectable difference; with n = 375 it is not known which one would be seen."

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,19 @@ def test_make_commands_of_the_readme_exist(command: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@cache
+def options_of(*words: str) -> set[str]:
+    """What the help of a command names."""
+    result = run(sys.executable, "-c", "from flexeval.cli import main; main()", *words, "--help")
+    assert result.returncode == 0, result.stderr
+    return set(re.findall(r"--[a-z-]+", result.stdout))
+
+
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("flexeval ")])
 def test_options_of_the_readme_exist(command: str) -> None:
     _, *arguments = shlex.split(command, comments=True)
     words = arguments[: 2 if arguments[0] == "data" else 1]
-    result = run(sys.executable, "-c", "from flexeval.cli import main; main()", *words, "--help")
-    assert result.returncode == 0, result.stderr
-    options = {argument for argument in arguments if argument.startswith("--")}
-    assert options <= set(re.findall(r"--[a-z-]+", result.stdout))
+    assert {argument for argument in arguments if argument.startswith("--")} <= options_of(*words)
 
 
 def test_an_old_python_is_refused(tmp_path: Path) -> None:

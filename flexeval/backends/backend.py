@@ -35,6 +35,8 @@ class Usage:
     """Seconds by phase of the work."""
     predicted_s: float = 0.0
     """Seconds that the cost model foretold for what was answered; 0 where nothing was foretold."""
+    energy_j: float | None = None
+    """Joules that the GPU used while it answered, by its own counter; None where nothing tells."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Of each memory tier, the most that the plan allowed for."""
 
@@ -57,8 +59,14 @@ def add_up(usages: Sequence[Usage]) -> Usage:
         lanes={lane: dict(figures) for lane, figures in lanes.items()},
         phases=dict(phases),
         predicted_s=sum(usage.predicted_s for usage in usages),
+        energy_j=_sum_if_known([usage.energy_j for usage in usages]),
         planned_bytes=_highest([usage.planned_bytes for usage in usages]),
     )
+
+
+def _sum_if_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def _highest(peaks: Sequence[dict[str, int]]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flexeval.backends.backend import OnCompletions, Usage, add_up
 from flexeval.backends.batch import Batch
+from flexeval.backends.gauging import phase_plans, read_gauge
 from flexeval.backends.loading import (
     OpenModel,
     cap_gpu_memory,
@@ -24,18 +25,21 @@ from flexeval.backends.loading import (
 from flexeval.backends.options import read_limits, read_policy
 from flexeval.config import Limits, Setting
 from flexeval.engine.codecs.kv_format import make_format
+from flexeval.engine.energy import gpu_energy_j
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.host_rate import host_attention_rate
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.engine.trace import Trace
 from flexeval.errors import CapacityError
+from flexeval.meter import Gauge, PhasePlan
 from flexeval.models import ModelSource
 from flexeval.planning.summary import PlanSummary, summarize
 from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, check_sparse
 from flexeval.policy.search import check, search
+from flexeval.policy.sweeps import plan_sweeps
 from flexeval.policy.work import Workload
 from flexeval.request import Completion, Request, TokenRequest
 from flexeval.tokenizer import has_chat_template
@@ -117,7 +121,10 @@ class Engine:
         self._executor: Executor | None = None
         self._hardware: Hardware | None = None
         self._load_s = self._predicted_s = 0.0  # of the executor at hand
+        self._energy_j: float | None = None  # likewise
         self._planned_bytes: dict[str, int] = {}
+        self._plan: dict[str, PhasePlan] = {}  # of the batch at hand
+        self._first_sweep = 0  # likewise
         self._past: list[Usage] = []  # of the executors before it
 
     def __enter__(self) -> Engine:
@@ -130,7 +137,7 @@ class Engine:
         """Give back memory, threads and files."""
         if self._executor is not None:
             self._past.append(self._usage_of(self._executor))
-            self._predicted_s, self._planned_bytes = 0.0, {}
+            self._predicted_s, self._planned_bytes, self._energy_j = 0.0, {}, None
             self._executor.close()
             self._executor = None
 
@@ -199,8 +206,21 @@ class Engine:
         workload = measure_workload(batch.token_requests)
         executor = self._ready(workload, lambda num_done, num_layers: None)
         self._foretell(executor.policy, workload)
-        executor.execute(batch.token_requests, on_results=lambda results: on_completions(batch.collect(results)))
+        self._first_sweep = executor.trace.num_sweeps
+        before_j = gpu_energy_j(self._opened.device)
+        try:
+            executor.execute(batch.token_requests, on_results=lambda results: on_completions(batch.collect(results)))
+        finally:
+            after_j = gpu_energy_j(self._opened.device)
+            self._energy_j = None if before_j is None or after_j is None else (self._energy_j or 0) + after_j - before_j
         return batch.completions()
+
+    def gauge(self) -> Gauge:
+        """Where the batch at hand stands; may be asked by another thread while `generate` works on it."""
+        executor, num_layers = self._executor, self._opened.anatomy.num_layers
+        if executor is None:
+            return Gauge()
+        return read_gauge(executor, self._first_sweep, num_layers, self._plan, self._planned_bytes)
 
     def usage(self) -> Usage:
         """What was used so far, by every placement of the weights."""
@@ -218,6 +238,7 @@ class Engine:
             lanes={name: {"num_bytes": lane.num_bytes, "busy_s": lane.busy_s} for name, lane in trace.lanes.items()},
             phases=dict(trace.phases),
             predicted_s=self._predicted_s,
+            energy_j=self._energy_j,
             planned_bytes=self._planned_bytes,
         )
 
@@ -225,6 +246,7 @@ class Engine:
         """Note what the cost model says of a batch, to be held against what is measured."""
         cost = CostModel(shape=self._shape, workload=workload, hardware=self._measure()).cost(policy)
         self._predicted_s += cost.total_s
+        self._plan = phase_plans(cost, plan_sweeps(policy, workload))
         for tier, peak in cost.peak_bytes.items():
             if peak:
                 self._planned_bytes[str(tier)] = max(self._planned_bytes.get(str(tier), 0), math.ceil(peak))

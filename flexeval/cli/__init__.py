@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import flexeval
-from flexeval.cli import bench, check, data, evaluate, new_task, plan, prepare, profile, remote
+from flexeval.cli import bench, check, data, evaluate, new_task, plan, prepare, profile, remote, status
 from flexeval.errors import ConfigError, DiskError, FlexevalError
 
 _INTERRUPTED = 130
@@ -35,6 +35,7 @@ app = typer.Typer(
 for command in (
     evaluate.run,
     evaluate.resume,
+    status.status,
     evaluate.compare,
     evaluate.report,
     check.check,

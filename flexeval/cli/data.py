@@ -81,9 +81,13 @@ def export_data(
         raise DataError(next(iter(damage.values())), mend="Remove it and fetch it again: flexeval data fetch")
     roots = data_roots()
     with _activity("packing") as update:
-        entries = pack([need.path for need in inventory.needs if need.is_there], roots, out, on_file=update)
+        there = [need.path for need in inventory.needs if need.is_there]
+        own = [path for path in there if not any(map(path.is_relative_to, roots.values()))]
+        entries = pack([path for path in there if path not in own], roots, out, on_file=update)
     num_bytes = sum(entry.size for entry in entries)
     _say(f"Exported: {len(entries)} files, {format_size(num_bytes)}, to {out}")
+    if own:
+        _say(f"Not in it, for they lie with their tasks: {', '.join(map(str, own))}")
     if not inventory.is_complete:
         _say(sum_up(suite, inventory, {}))
     raise typer.Exit(0 if inventory.is_complete else _INCOMPLETE)

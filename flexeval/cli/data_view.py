@@ -32,8 +32,11 @@ def print_inventory(
     """Print every need, what may be needed beyond, and what to do."""
     for need in inventory.needs:
         _print_need(console, need, damage.get(need.path, ""), remote.get(need.path))
+    tasks_of: dict[str, list[str]] = {}
     for task, why in inventory.open_ends.items():
-        console.print(Text.assemble((f"{'unclear':9}", "yellow"), f"{task} {why}"), soft_wrap=True)
+        tasks_of.setdefault(why, []).append(task)
+    for why, tasks in tasks_of.items():
+        console.print(Text.assemble((f"{'unclear':9}", "yellow"), f"{_named(tasks)}: {why}"), soft_wrap=True)
     console.print(
         sum_up(suite, inventory, damage, is_fetched=is_fetched), markup=False, highlight=False, soft_wrap=True
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -109,39 +111,78 @@ def compare(
         str | None, typer.Option(metavar="NAME|FILE.conf", help="What to ask them.", show_default="compression")
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="REF", help="Which model.", show_default="smollm2")] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(metavar="REF,REF,...", help="Instead: run these on a suite, the baseline first, and compare."),
+    ] = None,
     max_eval_instances: MaxEvalInstances = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a report of the comparison here.")] = None,
+    shared_only: Annotated[
+        bool, typer.Option("--shared-only", help="Leave out questions that not all of them were asked.")
+    ] = False,
 ) -> None:
     """Compare runs question by question; the first one's `none` is the baseline."""
     from flexeval.pipeline import RunOptions
-    from flexeval.report.fidelity import measure
-    from flexeval.report.merge import distribution_files, merge
-    from flexeval.report.render.terminal import print_table
-    from flexeval.report.write import write_report
-    from flexeval.results import RunResults
 
-    if settings is not None:
+    if settings is not None or models is not None:
         if directories:
-            mend = "Name directories, or settings to run"
-            raise ConfigError("directories were run already", where="--settings", mend=mend)
+            mend = "Name directories, or settings or models to run"
+            raise ConfigError("directories were run already", where="--settings" if settings else "--models", mend=mend)
+        if model is not None and models is not None:
+            raise ConfigError("models are named twice", where="--model, --models", mend="Leave one of them out")
         options = RunOptions(
             suite=suite or "compression",
             model=model or "smollm2",
-            settings=tuple(settings.split(",")),
+            settings=tuple((settings or "none").split(",")),
             max_eval_instances=max_eval_instances,
             out=out,
             command=shlex.join(["flexeval", *sys.argv[1:]]),
         )
-        _evaluate(options)
-        return
-    for option, value in {"--suite": suite, "--model": model, "--max-eval-instances": max_eval_instances}.items():
-        if value is not None:
-            raise ConfigError("directories were run already", where=option, mend="It goes with --settings none,w4,...")
-    if not directories:
-        raise ConfigError("there is nothing to compare", mend="Name directories (DIR...), or --settings none,w4,...")
+        if models is None:
+            _evaluate(options)
+            return
+        out = out or Path("reports") / f"{Path(options.suite).stem}-models"
+        directories = _run_models(options, models.split(","), out)
+    else:
+        given = {"--suite": suite, "--model": model, "--max-eval-instances": max_eval_instances}
+        for option, value in given.items():
+            if value is not None:
+                mend = "It goes with --settings none,w4,... or --models REF,REF"
+                raise ConfigError("directories were run already", where=option, mend=mend)
+        if not directories:
+            mend = "Name directories (DIR...), --settings none,w4,... or --models REF,REF"
+            raise ConfigError("there is nothing to compare", mend=mend)
+    _compare(directories, out, shared_only=shared_only)
+
+
+def _run_models(options: RunOptions, models: Sequence[str], out: Path) -> list[Path]:
+    """Run each model into a directory of its own in `out`; return those."""
+    from flexeval.pipeline import run_suite
+    from flexeval.progress import choose_progress
+
+    names = [re.sub(r"[^\w.+-]+", "-", model).strip("-.") for model in models]
+    for name in names:
+        if not name or names.count(name) > 1:
+            mend = "Name each once, or run them one by one and compare their directories"
+            raise ConfigError(f"{name!r} does not tell one model from all others", where="--models", mend=mend)
+    for model, name in zip(models, names, strict=True):
+        run_suite(replace(options, model=model, out=out / name), choose_progress(Console()))
+    return [out / name for name in names]
+
+
+def _compare(directories: Sequence[Path], out: Path | None, *, shared_only: bool) -> None:
+    from flexeval.report.fidelity import measure
+    from flexeval.report.merge import distribution_files, merge
+    from flexeval.report.pairing import check_same_questions
+    from flexeval.report.render.terminal import print_table
+    from flexeval.report.write import write_report
+    from flexeval.results import RunResults
+
     console = Console()
     runs = [RunResults.load(directory) for directory in directories]
     results = merge(runs)
+    if not shared_only:
+        check_same_questions(results)
     if found := measure(results, distribution_files(runs, directories)):
         results = replace(results, fidelity=found)
     print_table(results, console)

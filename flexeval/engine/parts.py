@@ -146,6 +146,13 @@ class EngineParts:
             peak[self.tiers.home.name] += self._resident_bytes
         return peak
 
+    def used_bytes(self) -> dict[str, int]:
+        """What is in use of each tier now, as `peak_bytes` counts it."""
+        used = self.tiers.used_bytes()
+        if self._device.type != "cuda":
+            used[self.tiers.home.name] += self._resident_bytes
+        return used
+
     def _make_replay(self) -> Replay | None:
         """Recordings are of layers whose experts need not be fetched."""
         has_experts = any(experts is not None for experts in self._anatomy.experts)

@@ -88,21 +88,21 @@ class Sweeper:
         with self.trace.phase("embed"):
             for row in rows:
                 with self.watch.running():
-                    embedded = self.anatomy.embed(row.ids_1T, row.positions_1T)
-                    hidden_1TD = embedded.hidden_1TD
                     if row.is_replayed:
                         assert self.replay is not None
                         is_apart = is_moving or any(row.index in apart for apart in on_host)
                         stays = self.attention.is_recordable and not is_apart
                         attend_at = None if not stays else partial(self._attend_in_place, for_later(row), cache)
-                        hidden_1TD = self.replay.begin(row, embedded, attend_at)
-                calls[row.index] = embedded.calls
+                        hidden_1TD, calls[row.index] = self.replay.begin(row, attend_at)
+                    else:
+                        hidden_1TD, calls[row.index] = self.anatomy.embed(row.ids_1T, row.positions_1T)
                 hidden.save(row.index, hidden_1TD)
         cells = [(layer, row) for layer in layers for row in in_turn if self._is_cell(layer, row, on_host)]
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
         apart: dict[int, _Apart] = {}
         with self.trace.phase("layers"):
             for layer in layers:
+                self.trace.num_layers_begun = layer + 1
                 slab = self.weights.take(layer)
                 weights = partial(self._weights_of, layer, slab, num_tokens)
                 before, apart = apart, {}

@@ -32,7 +32,9 @@ class SweepTrace:
     num_decode_tokens: int
     """Sequences that were continued, by a token each."""
     elapsed_s: float = 0.0
-    """Seconds from planning it to the end of its last answer."""
+    """Seconds from planning it to the end of its last answer; 0 while it is under way."""
+    began_s: float = field(default_factory=time.perf_counter)
+    """The host's clock when its rows were known."""
     lanes: dict[str, LaneTrace] = field(default_factory=dict)
     """What was submitted to each lane during the sweep; known when the batch has ended."""
 
@@ -47,6 +49,8 @@ class Trace:
     """Host seconds by phase: `plan`, `embed`, `layers`, `head`."""
     sweeps: list[SweepTrace] = field(default_factory=list)
     """Passes over the layers, in order."""
+    num_layers_begun: int = 0
+    """Of the sweep under way."""
     num_prompt_tokens: int = 0
     """Prompt tokens of all requests."""
     num_generated_tokens: int = 0

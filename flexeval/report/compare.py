@@ -42,6 +42,7 @@ def compare(results: RunResults) -> Comparison:
         )
         for index, name in enumerate(names)
     ]
+    settings = _correct_overall(settings)
     higher_is_better = all(row.task.higher_is_better for row in averaged)
     return Comparison(
         results=results,
@@ -127,6 +128,15 @@ def _correct(tasks: Sequence[TaskRow]) -> list[TaskRow]:
             ),
         )
         for row in tasks
+    ]
+
+
+def _correct_overall(settings: Sequence[SettingRow]) -> list[SettingRow]:
+    """Holm's correction over the settings that are held against the baseline."""
+    corrected = iter(holm([row.difference.p_value for row in settings if row.difference]))
+    return [
+        replace(row, difference=replace(row.difference, corrected_p=next(corrected))) if row.difference else row
+        for row in settings
     ]
 
 

@@ -71,6 +71,7 @@ def merge(runs: Sequence[RunResults]) -> RunResults:
         created=max(run.created for run in runs),
         machine=_side_by_side(labelled, lambda run: run.machine),
         versions=_side_by_side(labelled, lambda run: run.versions),
+        fingerprint=_joined(run.fingerprint for run in runs if run.fingerprint),
         tasks=_tasks(labelled),
         settings=[
             replace(setting, setting=f"{label}/{setting.setting}")
@@ -143,6 +144,8 @@ def _differences(runs: Sequence[RunResults]) -> list[str]:
         notes.append("The runs were made on different machines: their speeds and memory do not compare directly.")
     if any((run.model, run.model_note) != (runs[0].model, runs[0].model_note) for run in runs):
         notes.append("The runs are of different models.")
+    elif len({run.fingerprint for run in runs if run.fingerprint}) > 1:
+        notes.append("The runs name the same model, but its files were not the same.")
     if any(run.versions != runs[0].versions for run in runs):
         notes.append("The runs were made with different versions of the software.")
     return notes

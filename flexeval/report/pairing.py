@@ -66,6 +66,24 @@ def pair(results: RunResults) -> Pairing:
     return Pairing(questions, notes)
 
 
+def check_same_questions(results: RunResults) -> None:
+    """Raise `ResultsError` unless every setting was asked the same questions of the same tasks."""
+    names = [setting.setting for setting in results.settings]
+    asked: dict[str, set[tuple[str, str]]] = {name: set() for name in names}
+    for instance in results.instances:
+        asked.setdefault(instance.setting, set()).add((instance.task, instance.instance_id))
+    first, *others = names
+    for other in others:
+        for here, there in ((first, other), (other, first)):
+            if lacking := asked[here] - asked[there]:
+                task, instance_id = min(lacking)
+                raise ResultsError(
+                    f"{len(lacking):,} of {len(asked[here]):,} questions of {here!r} were not asked under {there!r}: "
+                    f"{instance_id!r} of {task!r}, for one",
+                    mend="Compare runs of the same suite with as many questions, or add --shared-only",
+                )
+
+
 def _check(
     instance: InstanceResult, by_task: dict[str, dict[str, dict[str, InstanceResult]]], settings: list[str]
 ) -> None:

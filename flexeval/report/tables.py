@@ -18,7 +18,7 @@ class Difference:
     p_value: float
     """Of the sign-flip test, for this comparison alone."""
     corrected_p: float
-    """Holm's correction over all per-task comparisons of the report; an overall difference keeps its `p_value`."""
+    """Holm's correction: of a task over all per-task comparisons of the report, overall over the settings."""
     num_better: int
     """Questions the setting answered better than the baseline."""
     num_worse: int
@@ -114,6 +114,12 @@ class SettingRow:
         """Prompt tokens asked for plus tokens generated, per second of engine time."""
         tokens = self.result.num_prompt_tokens + self.result.num_generated_tokens
         return tokens / self.engine_s if self.engine_s > 0 else None
+
+    @property
+    def energy_per_question_j(self) -> float | None:
+        """Joules of the GPU; None where they are not known, or not of all answers."""
+        energy_j, num = self.result.energy_j, self.num_questions
+        return energy_j / num if energy_j is not None and num and not self.result.num_resumed else None
 
     @property
     def memory_bytes(self) -> int:

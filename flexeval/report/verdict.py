@@ -7,12 +7,13 @@ JAMA 308.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
 from flexeval.config import format_size
 from flexeval.report import format as show
-from flexeval.report.statistics import SIGNIFICANT, Estimate
+from flexeval.report.statistics import SIGNIFICANT, Estimate, questions_to_settle, smallest_seen
 from flexeval.report.tables import Comparison, SettingRow
 
 _MARGIN = 0.05
@@ -43,10 +44,13 @@ class Verdict:
     quality: str
     """The score or difference, with its interval, p value and number of questions."""
 
+    unseen: str = ""
+    """Where no difference was detected: which one would not have been, and how many questions that takes."""
+
     @property
     def sentence(self) -> str:
-        """All of it in one sentence."""
-        return f"{self.setting}: {self.cost}; {self.kind}: {self.quality}."
+        """All of it in one sentence, or two."""
+        return f"{self.setting}: {self.cost}; {self.kind}: {self.quality}." + (f" {self.unseen}" if self.unseen else "")
 
 
 def verdicts(comparison: Comparison) -> list[Verdict]:
@@ -57,11 +61,13 @@ def verdicts(comparison: Comparison) -> list[Verdict]:
 def verdict(comparison: Comparison, row: SettingRow) -> Verdict:
     """One setting in words."""
     is_baseline = row is comparison.settings[comparison.baseline]
+    kind = _kind(comparison, row)
     return Verdict(
         setting=row.result.setting,
-        kind=_kind(comparison, row),
+        kind=kind,
         cost=_absolute_cost(row) if is_baseline else _relative_cost(row),
         quality=_quality(comparison, row),
+        unseen=_unseen(comparison, row) if kind in (Kind.SAME, Kind.UNSETTLED) else "",
     )
 
 
@@ -101,7 +107,7 @@ def _kind(comparison: Comparison, row: SettingRow) -> Kind:
         return Kind.UNKNOWN
     if row.difference is None:
         return Kind.BASELINE
-    if row.difference.p_value < SIGNIFICANT:
+    if row.difference.corrected_p < SIGNIFICANT:
         return Kind.WORSE if loss(comparison, row).value > 0 else Kind.BETTER
     return Kind.SAME if is_within_margin(comparison, row) else Kind.UNSETTLED
 
@@ -116,8 +122,24 @@ def _quality(comparison: Comparison, row: SettingRow) -> str:
     return (
         f"{_amount(comparison, estimate.value, signed=True)} "
         f"(95% interval {show.interval(estimate, in_points=comparison.in_points, signed=True)}, "
-        f"{show.p_value(row.difference.p_value)}, n = {show.count(estimate.num)})"
+        f"{show.p_value(row.difference.corrected_p)}, n = {show.count(estimate.num)})"
     )
+
+
+def _unseen(comparison: Comparison, row: SettingRow) -> str:
+    """What no detected difference leaves possible, in plain words."""
+    lost = loss(comparison, row)
+    smallest, needed = smallest_seen(lost), show.count(lost.num)
+    if math.isnan(smallest):
+        return f"No detectable difference; with n = {needed} it is not known which one would be seen."
+    words = (
+        f"No detectable difference; with n = {needed} a {'drop' if comparison.higher_is_better else 'rise'} of less "
+        f"than {_amount(comparison, smallest)} would not be seen"
+    )
+    num = questions_to_settle(lost, margin(comparison))
+    if num > lost.num:
+        words += f"; about {show.rough_count(num)} questions would settle whether it loses {tolerated(comparison)}"
+    return f"{words}."
 
 
 def _amount(comparison: Comparison, value: float, *, signed: bool = False) -> str:

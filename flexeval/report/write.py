@@ -4,26 +4,39 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flexeval.files import write_text
+from flexeval.files import replacing, write_text
 from flexeval.report.compare import compare
+from flexeval.report.frames import frames
 from flexeval.report.render.html import page
 from flexeval.report.render.markdown import summary
+from flexeval.report.render.picture import picture
 from flexeval.report.render.table import table
 from flexeval.results import RunResults
 
 PAGE_FILE = "index.html"
 SUMMARY_FILE = "report.md"
 TABLE_FILE = "results.csv"
+PARQUET_FILE = "results.parquet"
+QUESTIONS_FILE = "questions.parquet"
+PICTURE_FILE = "quality-speed.svg"
 
 
 def write_report(results: RunResults, directory: Path) -> Path:
-    """Write `index.html`, `report.md` and `results.csv`; return the path of the page.
+    """Write the page, its picture, the comment and the tables; return the path of the page.
 
     Raises:
         ResultsError: The settings cannot be compared question by question.
     """
     comparison = compare(results)
     write_text(directory / TABLE_FILE, table(comparison))
+    tables = frames(comparison)
+    for name, frame in {PARQUET_FILE: tables.tasks, QUESTIONS_FILE: tables.questions}.items():
+        with replacing(directory / name) as path:
+            frame.to_parquet(path, index=False)
+    if (drawn := picture(comparison)) is not None:
+        write_text(directory / PICTURE_FILE, drawn)
+    else:
+        (directory / PICTURE_FILE).unlink(missing_ok=True)  # an earlier run's
     write_text(directory / SUMMARY_FILE, summary(comparison))
     write_text(directory / PAGE_FILE, page(comparison))
     return directory / PAGE_FILE

@@ -15,8 +15,11 @@ from flexeval.errors import ConfigError
 
 _SILENT = frozenset(
     {
+        "data_augmentation",
+        "device",
         "eval_split",
         "follow_format_instructions",
+        "k",
         "max_eval_instances",
         "max_tokens",
         "max_train_instances",
@@ -25,8 +28,10 @@ _SILENT = frozenset(
         "num_train_trials",
         "output_format_instructions",
         "stop",
+        "temperature",
         "use_chain_of_thought",
         "use_official_examples",
+        "valid_topk",
         "window_bytes",
     }
 )
@@ -80,14 +85,17 @@ def task_names(specs: Sequence[RunSpec]) -> list[str]:
 
 def short_name(text: str, *, hidden: Collection[str] = _SILENT) -> str:
     """Return the name of a run, or a run entry, without its `hidden` arguments: `mmlu: abstract_algebra`."""
-    head, _, tail = text.partition(":")
-    arguments = [argument.partition("=") for argument in tail.split(",") if argument]
-    shown = [
-        value if value and not value[0].isdigit() else f"{key}={value}"
-        for key, _, value in arguments
-        if key not in hidden
-    ]
+    front, _, tail = text.partition(":")
+    head, *more = front.split(",")  # HELM puts an argument before the colon now and then
+    arguments = [argument.partition("=") for argument in (*more, *tail.split(",")) if argument]
+    shown = [_in_words(key, value) for key, _, value in arguments if key not in hidden and value != "False"]
     return f"{head}: {', '.join(shown)}" if shown else head
+
+
+def _in_words(key: str, value: str) -> str:
+    if value == "True":
+        return key
+    return value if value and not value[0].isdigit() else f"{key}={value}"
 
 
 def _limit(spec: RunSpec, max_eval_instances: int | None) -> RunSpec:

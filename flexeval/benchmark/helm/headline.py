@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import starmap
 from typing import NamedTuple
 
+from helm.benchmark.adaptation.adapter_spec import ADAPT_LANGUAGE_MODELING
 from helm.benchmark.adaptation.request_state import RequestState
 from helm.benchmark.metrics.basic_metrics import compute_perplexity_metrics
 from helm.benchmark.metrics.metric import PerInstanceStats
@@ -30,11 +31,14 @@ PREFERENCE = (
     "f1_set_match",
     "f1_score",
     "rouge_l",
-    "bits_per_byte",
     "toxic_frac",
     "longest_common_prefix_length",
+    "bits_per_byte",
 )
-"""Metrics tried in this order for a scenario that declares none, or one that HELM has not per question."""
+"""Metrics tried in this order for a scenario that declares none, or one that HELM has not per question.
+
+Of a generated answer, `bits_per_byte` says how sure the model was of its own words: it stands for documents alone.
+"""
 
 LOWER_IS_BETTER = frozenset(
     {
@@ -97,6 +101,8 @@ def choose_headline(run: AdaptedRun, stats: Mapping[Question, Mapping[str, float
     wanted = declared.split if declared else TEST_SPLIT
     split = wanted if wanted in splits else splits.most_common(1)[0][0]
     computed = {name for values in stats.values() for name in values}
+    if run.spec.adapter_spec.method != ADAPT_LANGUAGE_MODELING:
+        computed.discard("bits_per_byte")
     candidates = [declared.metric, *PREFERENCE] if declared else PREFERENCE
     for metric in candidates:
         if metric in computed:

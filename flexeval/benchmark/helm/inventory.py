@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from helm.benchmark.augmentations.perturbation import create_perturbation
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import set_benchmark_output_path
 from helm.benchmark.scenarios.scenario import create_scenario, get_scenario_cache_path
@@ -22,21 +23,25 @@ from flexeval.benchmark.data import PACKAGED, lay_out
 from flexeval.benchmark.helm.entries import build_run_specs, short_name, task_names
 from flexeval.benchmark.helm.missing import diagnose
 from flexeval.benchmark.helm.models import register_builtin_models
+from flexeval.benchmark.helm.patience import OutOfTimeError, within
+from flexeval.benchmark.helm.perturbations import perturbations_below, perturbations_with_files
 from flexeval.benchmark.helm.punkt import PUNKT_SOURCE, fetch_punkt, wants_punkt
 from flexeval.benchmark.helm.stage import Stage
-from flexeval.benchmark.helm.watching import watching
+from flexeval.benchmark.helm.watching import OWN_FILE, watching
 from flexeval.benchmark.network import no_downloads
 from flexeval.benchmark.resources import import_tasks
 from flexeval.benchmark.suites import Suite
 from flexeval.benchmark.supply.need import NOT_FETCHED, Fetch, Inventory, Need
 from flexeval.benchmark.supply.places import punkt_folder, punkt_place
-from flexeval.errors import ConfigError, FlexevalError
+from flexeval.errors import ConfigError, DataError, FlexevalError
 
 ANY_MODEL = "openai/gpt2"
 """Known to HELM: data does not depend on who is asked."""
 OnTask = Callable[[int, int], None]
 """Told (tasks done, tasks in all)."""
 _WEB = ("http://", "https://")
+_MAX_PROCESSOR_S = 60.0
+"""Of reading questions while something is stood in for, which holds nothing: a scenario may wait for more forever."""
 _MAX_FILES_MADE_UP = 200
 """Of one scenario, in what is stood in for."""
 
@@ -70,13 +75,15 @@ class _Reading:
 
     def take(self, on_task: OnTask) -> Inventory:
         set_benchmark_output_path(str(self._stage.folder))
-        with no_downloads(), watching(self._stage, self._note):
+        with no_downloads(), watching(self._stage, self._note), perturbations_below(self._stage.folder):
             specs = [spec for entry in self._suite.entries for spec in self._specs(entry)]
             for num_done, (task, spec) in enumerate(zip(task_names(specs), specs, strict=True)):
                 on_task(num_done, len(specs))
                 self._task = task
                 with self._reading():
                     self._read(spec)
+                with self._reading():
+                    self._look_for_perturbations(spec)
                 self._look_for_metrics(spec)
             on_task(len(specs), len(specs))
         return Inventory(needs=tuple(self._needs.values()), open_ends=self._open_ends)
@@ -110,7 +117,8 @@ class _Reading:
         num_before = self._stage.num_stand_ins
         for _ in range(_MAX_FILES_MADE_UP):
             try:
-                questions = scenario.get_instances(str(folder))
+                with within(_MAX_PROCESSOR_S, unless=lambda: self._stage.num_stand_ins == num_before):
+                    questions = scenario.get_instances(str(folder))
                 break
             except (FileNotFoundError, NotADirectoryError) as error:
                 if not self._make_up(error):
@@ -128,12 +136,15 @@ class _Reading:
 
     def _end_open(self, error: Exception) -> None:
         found = diagnose(error)
-        if found is not None and found.path.startswith(_WEB):
+        if isinstance(error, OutOfTimeError):
+            self._open_ends[self._task] = f"{error}: may ask for more once it has what is missing"
+        elif found is not None and found.path.startswith(_WEB):
             self._open_ends[self._task] = f"asks for {found.path} by itself, which is not seen otherwise"
         elif self._lacks():
             self._open_ends[self._task] = "may ask for more once it has these"
         elif found is not None:
-            self._note(Path(found.path), "the scenario's own download", reason=found.reason)
+            source = OWN_FILE if isinstance(error, DataError) else "the scenario's own download"
+            self._note(Path(found.path), source, reason=found.reason)
         else:
             lines = str(error).splitlines() or [""]
             self._open_ends[self._task] = f"cannot read its questions: {type(error).__name__}: {lines[0]}"
@@ -150,7 +161,7 @@ class _Reading:
         if isinstance(error, NotADirectoryError):
             return self._stage.is_made_up(path) and self._stage.stand_in(path, is_folder=True)
         if not self._stage.is_made_up(path):
-            self._note(self._stage.real(path), "nobody's download: place it there")
+            self._note(self._stage.real(path), OWN_FILE)
         return not path.exists() and self._stage.stand_in(path)
 
     def _note(
@@ -192,6 +203,10 @@ class _Reading:
         )
         if not target.exists():
             self._stage.stand_in(place, is_folder=True)
+
+    def _look_for_perturbations(self, spec: RunSpec) -> None:
+        for perturbation in perturbations_with_files(spec):
+            create_perturbation(perturbation)
 
     def _look_for_metrics(self, spec: RunSpec) -> None:
         if wants_punkt(spec):

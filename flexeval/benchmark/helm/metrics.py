@@ -21,7 +21,7 @@ from helm.benchmark.metrics.metric_service import MetricService
 from helm.benchmark.metrics.statistic import Stat
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import remove_per_instance_stats_nans, remove_stats_nans
-from helm.common.general import asdict_without_nones
+from helm.common.general import asdict_without_nones, get_credentials
 from helm.common.local_context import LocalContext
 from helm.common.object_spec import ObjectSpec
 
@@ -31,6 +31,7 @@ from flexeval.errors import ResultsError
 
 _FAILURES = (Exception, SystemExit)
 """What may come out of them; spaCy leaves the process where it cannot download a model."""
+_TOXICITY, _TOXICITY_KEY = "ToxicityMetric", "perspectiveApiKey"
 _SHOWN = 300
 """Characters of a failure in a message."""
 _KEPT = "then run again: what is answered is kept"
@@ -59,6 +60,7 @@ class Metrics:
         self._parallelism = parallelism
         self._service = MetricService(LocalContext(base_path=str(local)))
         self._annotator = AnnotationExecutor(AnnotationExecutionSpec(local_path=str(local), parallelism=parallelism))
+        self._local = local
         self._checked: dict[str, MissingData | None] = {}
 
     def missing(self, spec: RunSpec) -> list[MissingData]:
@@ -67,7 +69,7 @@ class Metrics:
             *((one, self._annotator.factory.get_annotator) for one in spec.annotators or ()),
             *((one, create_metric) for one in spec.metric_specs),
         ]
-        found = [missing_for_metrics(spec)]
+        found = [missing_for_metrics(spec), self._missing_key(spec)]
         for one, make in makers:
             key = json.dumps(asdict_without_nones(one), sort_keys=True, default=str)
             if key not in self._checked:
@@ -78,6 +80,16 @@ class Metrics:
                     self._checked[key] = _lack(one, error)
             found.append(self._checked[key])
         return [lack for lack in dict.fromkeys(found) if lack is not None]
+
+    def _missing_key(self, spec: RunSpec) -> MissingData | None:
+        """Say that HELM's measure of toxicity would leave all answers without a score, and of no key to say so."""
+        if not any(_name(metric) == _TOXICITY for metric in spec.metric_specs):
+            return None
+        if get_credentials(str(self._local)).get(_TOXICITY_KEY, ""):
+            return None
+        where = f"HELM_CREDENTIALS or {self._local}/credentials.conf"
+        reason = f"HELM's {_TOXICITY} asks the Perspective API, whose key HELM reads from {where}"
+        return MissingData(path=_TOXICITY_KEY, reason=reason, kind="credential")
 
     def evaluate(self, spec: RunSpec, state: ScenarioState) -> tuple[ScenarioState, Evaluated]:
         """Annotate the answers of a run and compute its metrics; return the state with its annotations as well.

@@ -22,6 +22,8 @@ _DOWNLOAD_FILE = ("helm.common.general", "ensure_file_downloaded")
 _LOAD_DATASET = ("datasets.load", "load_dataset")
 _DATA = "data at"
 _PACKAGE = "package"
+_INSTALLED_AS = {"pytrec_eval": "pytrec-eval-terrier"}
+"""Packages by another name than HELM gives: its own pytrec_eval has no wheel, and fetches its source as it is built."""
 
 
 class MissingData(NamedTuple):
@@ -51,7 +53,8 @@ def diagnose(error: BaseException) -> MissingData | None:
     if isinstance(error, DataError):
         return MissingData(path=error.where or error.what, reason=str(error))
     if (package := _package(error)) is not None:
-        return MissingData(path=package, reason=str(error), kind=_PACKAGE)
+        why = f"pip install {_INSTALLED_AS[package]}" if package in _INSTALLED_AS else str(error)
+        return MissingData(path=package, reason=why, kind=_PACKAGE)
     for frame in _frames(error):
         function, local = (frame.f_globals.get("__name__"), frame.f_code.co_name), frame.f_locals
         if function == _DOWNLOAD_FILE:

@@ -14,11 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from helm.benchmark.augmentations.person_name_perturbation import PersonNamePerturbation
 from helm.benchmark.scenarios.legalbench_scenario import PROMPT_SETTINGS_URL, SUBSETS
+from helm.benchmark.scenarios.raft_scenario import PROMPT_SETTINGS_URL as RAFT_URL
+from helm.benchmark.scenarios.raft_scenario import SUBSETS as RAFT_SUBSETS
 
 _UNFINISHED = ".flexeval-unfinished."
 _PROMPTS = [{subset: value for subset in SUBSETS} for value in ([["Text", "text"]], "Read.", "answer", "Label", "")]
-_TEXTS = {PROMPT_SETTINGS_URL: "\n".join(json.dumps(setting) for setting in _PROMPTS)}
+_RAFT = [dict.fromkeys(RAFT_SUBSETS, value) for value in (["Text"], "Read.")]
+_NAMES = [f"{race},first_name,race,{race},gender,female" for race in ("white_american", "black_american")]
+_TEXTS = {
+    PROMPT_SETTINGS_URL: "\n".join(json.dumps(setting) for setting in _PROMPTS),
+    RAFT_URL: "\n".join(json.dumps(setting) for setting in _RAFT),
+    PersonNamePerturbation.SOURCE_URI: "\n".join(_NAMES),
+}
 """By address: what has to hold something, or nobody learns what is asked for next."""
 _EMPTY = {".gz": gzip.compress(b""), ".json": b"{}", ".yaml": b"{}"}
 """By suffix: what holds nothing; others are empty files."""

@@ -28,6 +28,7 @@ from flexeval.benchmark.helm.headline import (
 from flexeval.benchmark.helm.log import helm_talks_to
 from flexeval.benchmark.helm.missing import MissingData, diagnose, missing_data_error
 from flexeval.benchmark.helm.models import ModelCard, register
+from flexeval.benchmark.helm.perturbations import perturbations_below
 from flexeval.benchmark.helm.runs import AdaptedRun, RunRoom
 from flexeval.benchmark.helm.schema import write_schema
 from flexeval.benchmark.network import impatient_downloads
@@ -105,7 +106,7 @@ class HelmSuite:
             self._room = RunRoom(self._provide, runs, local, special.added_prefix, is_chat=is_chat)
             set_benchmark_output_path(str(self._data))  # where run specs that read data look for `scenarios/`
         missing: dict[str, list[MissingData]] = defaultdict(list)
-        with impatient_downloads(), careful_downloads():
+        with impatient_downloads(), careful_downloads(), perturbations_below(self._data):
             specs = self._build_specs(missing)
             self._runs = self._adapt(self._room, specs, missing, on_task)
         if missing and not (self._skip_missing and self._runs):

@@ -6,6 +6,7 @@ Knows the three functions that HELM's scenarios and this project's tasks fetch w
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from flexeval.benchmark.helm.stage import Hollow, Stage
 from flexeval.benchmark.supply.download import download
 from flexeval.benchmark.supply.need import NOT_FETCHED, Fetch
 
+OWN_FILE = "nobody's download: place it there"
+"""The source of what no address is known of."""
 _WRITES = frozenset("wxa+")
 
 
@@ -80,6 +83,8 @@ def _watch_file(stage: Stage, note: Note) -> Function:
 def _watch_dataset(stage: Stage, note: Note, load: Function) -> Function:
     def load_dataset(path: str, name: str | None = None, *rest: Any, **options: Any) -> Any:
         if path in _PACKAGED_DATASETS_MODULES or Path(path).exists():  # reads files of the machine's own
+            for file in _files_in(options.get("data_files")):
+                note(file, OWN_FILE, what=file.name, is_there=True)
             return load(path, name, *rest, **options)
         if options.get("cache_dir"):
             options["cache_dir"] = str(stage.real(Path(options["cache_dir"])))
@@ -102,6 +107,14 @@ def _watch_dataset(stage: Stage, note: Note, load: Function) -> Function:
         return found
 
     return load_dataset
+
+
+def _files_in(data_files: Any) -> list[Path]:
+    """The files there are of those that a loader is to read: one, a list, or lists by split."""
+    if isinstance(data_files, Mapping):
+        return [file for files in data_files.values() for file in _files_in(files)]
+    files = [data_files] if isinstance(data_files, str) else data_files or []
+    return [Path(file).absolute() for file in files if Path(file).is_file()]
 
 
 def _watch_asset(stage: Stage, note: Note, fetch: Function) -> Function:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flexeval.benchmark.lm_eval.task import Task
-from flexeval.errors import ConfigError
+from flexeval.errors import ConfigError, DataError
 
 _FILE_FORMS = ("json", "csv", "parquet", "text")
 _OTHER_FORMS = (  # of `datasets`: some unpickle
@@ -27,6 +27,7 @@ _OTHER_FORMS = (  # of `datasets`: some unpickle
     "xml",
     "generator",
 )
+_NO_PLAIN_FILE = frozenset("*?[]:")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -34,7 +35,13 @@ class Rows:
     """The splits of a task's dataset."""
 
     def __init__(self, task: Task):
-        """Read them; whatever `datasets` raises where it cannot is raised. Raises `ConfigError` for other places."""
+        """Read them.
+
+        Raises:
+            DataError: A file of the task's folder is not there.
+            ConfigError: The task names data in other places.
+            Exception: Whatever `datasets` raises where it cannot read them.
+        """
         self._task = task
         import datasets  # type: ignore[import-untyped]  # seconds
 
@@ -111,4 +118,8 @@ def _place(task: Task, name: Any) -> str:
         if place.is_file() and place.is_relative_to(task.folder.resolve()):
             return str(place)
     mend = f"Put it below {task.folder}; patterns and addresses are not supported"
-    raise ConfigError(f"there is no data file {name!r} in the task's folder", where=task.where, mend=mend)
+    place = (task.base / name).resolve()
+    what = f"there is no data file {name!r} in the task's folder"
+    if place.exists() or not place.is_relative_to(task.folder.resolve()) or not _NO_PLAIN_FILE.isdisjoint(name):
+        raise ConfigError(what, where=task.where, mend=mend)
+    raise DataError(what, where=str(place), mend=mend)

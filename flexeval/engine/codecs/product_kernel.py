@@ -13,18 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from flexeval.engine.codecs.codes_kernel import nibbles_of
+from flexeval.engine.codecs.splitting import num_parts
 from flexeval.engine.kernels import num_processors
 
 MAX_TOKENS = 128
 """Up to so many tokens a product with a matrix as it rests is faster than one with an unpacked matrix."""
 _OUTPUTS = 128
 """Outputs of one program of the product."""
-_PROGRAMS_PER_PROCESSOR, _MAX_PARTS = 6, 8
-"""A product is split along its inputs until so many programs run on each multiprocessor."""
+_RESIDENT = {16: 4, 32: 3, 64: 3, 128: 2}
+"""Programs that run beside one another on a multiprocessor, by tokens: what their registers leave room for."""
 
 
 def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`x @ W.T + bias` for few tokens, W unpacked on the fly; sums in float32, in an order that never varies.
+    """`x @ W.T + bias` for few tokens, W unpacked on the fly; sums in float32, in an order that shapes decide.
 
     Args:
         x_TI: Tokens; I may fall short of G * E by the padding of W's last group.
@@ -40,14 +41,15 @@ def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tenso
     x_TI = x_TI.contiguous()
     block_tokens = max(16, triton.next_power_of_2(num_tokens))
     num_blocks = triton.cdiv(num_outputs, _OUTPUTS)
-    num_parts = 1
-    while (
-        num_blocks * num_parts < _PROGRAMS_PER_PROCESSOR * num_processors(x_TI.device) and num_groups >= 16 * num_parts
-    ):
-        num_parts *= 2
-    num_parts = min(num_parts, _MAX_PARTS)
-    parts_STO = torch.empty(num_parts, num_tokens, num_outputs, dtype=torch.float32, device=x_TI.device)
-    _multiply_kernel[(num_blocks, num_parts)](
+    groups_a_step = 2 if x_TI.element_size() == 2 else 1
+    parts = num_parts(
+        num_blocks,
+        triton.cdiv(num_groups, groups_a_step),
+        num_processors=num_processors(x_TI.device),
+        num_resident=_RESIDENT[block_tokens],
+    )
+    parts_STO = torch.empty(parts, num_tokens, num_outputs, dtype=torch.float32, device=x_TI.device)
+    _multiply_kernel[(num_blocks, parts)](
         x_TI,
         packed_OGP,
         affine_OG2.view(torch.int32),
@@ -57,7 +59,7 @@ def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tenso
         num_inputs,
         num_groups,
         HALF=num_bytes,
-        GROUPS=2 if x_TI.element_size() == 2 else 1,
+        GROUPS=groups_a_step,
         TOKENS=block_tokens,
         OUTPUTS=_OUTPUTS,
         num_warps=4,
@@ -66,7 +68,7 @@ def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tenso
     y_TO = torch.empty(num_tokens, num_outputs, dtype=x_TI.dtype, device=x_TI.device)
     num_values = num_tokens * num_outputs
     _sum_kernel[(triton.cdiv(num_values, 1024),)](
-        parts_STO, bias_O, y_TO, num_values, num_outputs, PARTS=num_parts, HAS_BIAS=bias_O is not None, BLOCK=1024
+        parts_STO, bias_O, y_TO, num_values, num_outputs, PARTS=parts, HAS_BIAS=bias_O is not None, BLOCK=1024
     )
     return y_TO
 

@@ -22,7 +22,7 @@ from flexeval.engine.codecs.kv_format import KVShape
 from flexeval.engine.compute.binding import bind, fill_buffers, place_of
 from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
 from flexeval.engine.compute.channels import Keys
-from flexeval.engine.compute.experts import Fetch, experts_per_token, find_experts, register_experts
+from flexeval.engine.compute.experts import Experts, Fetch, experts_per_token, find_experts, register_experts
 from flexeval.engine.compute.linear import make_coded
 from flexeval.engine.compute.port import (
     ATTENTION_NAME,
@@ -95,6 +95,7 @@ class Anatomy:
         per_token = experts_per_token(self.config.get_text_config())
         self.experts = [find_experts(layer, per_token) for layer in self.layers]
         """Per layer, its experts; None where they are not apart."""
+        self._specs = [_find_specs(*pair) for pair in zip(self.layers, self.experts, strict=True)]
         self.vocabulary = Vocabulary(self.model)
         """Its embedding and head."""
         self._stubs = [_Stub(layer) for layer in self.layers]
@@ -137,20 +138,8 @@ class Anatomy:
         return sum(distinct.values())
 
     def layer_specs(self, layer: int) -> list[TensorSpec]:
-        """The tensors of a layer's slab: its parameters and the buffers a checkpoint holds."""
-        module = self.layers[layer]
-        transposed = {name for name, child in module.named_modules() if _is_input_first(child)}
-        experts = self.experts[layer]
-        return [
-            TensorSpec(
-                name=name,
-                shape=tuple(tensor.shape),
-                dtype=tensor.dtype,
-                is_input_first=name.rpartition(".")[0] in transposed,
-                num_experts=experts.num_experts if experts is not None and name in experts.parameters else 0,
-            )
-            for name, tensor in module.state_dict(keep_vars=True).items()
-        ]
+        """The tensors of a layer's slab: its parameters and the buffers a checkpoint holds, whatever is bound now."""
+        return self._specs[layer]
 
     def bind_layer(
         self, layer: int, tensors: Mapping[str, Tensor | CodedMatrix], fetch_experts: Fetch | None = None
@@ -162,6 +151,11 @@ class Anatomy:
         bind(self.layers[layer], tensors)
         if (experts := self.experts[layer]) is not None:
             experts.port.fetch = fetch_experts
+
+    def unbind_layers(self) -> None:
+        """What layers compute with is given back: nobody computes with what lies there next."""
+        for module, specs in zip(self.layers, self._specs, strict=True):
+            bind(module, {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs})
 
     def bind_rest(self, tensors: Mapping[str, Tensor], device: torch.device, codec: Codec | None = None) -> None:
         """Give embedding, norms and head their weights, and every remaining buffer its initial value.
@@ -244,3 +238,17 @@ class Anatomy:
 def _is_input_first(module: nn.Module) -> bool:
     """Whether a module's matrices have the input dimension before the output's."""
     return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
+
+
+def _find_specs(layer: nn.Module, experts: Experts | None) -> list[TensorSpec]:
+    transposed = {name for name, child in layer.named_modules() if _is_input_first(child)}
+    return [
+        TensorSpec(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            is_input_first=name.rpartition(".")[0] in transposed,
+            num_experts=experts.num_experts if experts is not None and name in experts.parameters else 0,
+        )
+        for name, tensor in layer.state_dict(keep_vars=True).items()
+    ]

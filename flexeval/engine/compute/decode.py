@@ -15,10 +15,12 @@ from flexeval.engine.codecs.kv_format import CodedFormat, KVLog, PlainFormat
 from flexeval.engine.compute.decode_kernel import decode_kernel, merge_splits_kernel
 from flexeval.engine.kernels import num_processors
 
-_BLOCK_TOKENS = 64
-"""Context tokens of one step of a program."""
-_CODED_TOKENS = 32
-"""The same where they rest coded; a single warp unpacks them without waiting for others."""
+_BLOCK_TOKENS = 32
+"""Context tokens of one step of a program, which is a single warp: it waits for no other."""
+_CODED_TOKENS = 16
+"""The same where they rest coded: more would take so many registers that few programs run at a time."""
+_SPLIT_TOKENS = 256
+"""A split of a context has so many tokens at least."""
 _PROGRAMS_PER_PROCESSOR = 4
 """The context is split until about so many programs run on each multiprocessor."""
 
@@ -55,7 +57,7 @@ def decode_attention(
     assert q_BNH.stride(2) == index_BS.stride(1) == 1
     heads_per_kv = num_heads // num_kv_heads
     wanted = _PROGRAMS_PER_PROCESSOR * num_processors(q_BNH.device) // (num_sequences * num_kv_heads)
-    num_splits = max(1, min(wanted, triton.cdiv(max_length, 4 * _BLOCK_TOKENS)))
+    num_splits = max(1, min(wanted, triton.cdiv(max_length, _SPLIT_TOKENS)))
     assert out_BNW.is_contiguous() and lse_BN.is_contiguous()
     out_BNZW, lse_BNZ = out_BNW, lse_BN
     if num_splits > 1:
@@ -79,16 +81,16 @@ def decode_attention(
         *source.strides,
         index_BS.stride(0),
         HEADS_PER_KV=heads_per_kv,
-        HEADS=max(16, triton.next_power_of_2(heads_per_kv)),
+        HEADS=max(8, triton.next_power_of_2(heads_per_kv)),
         KEY_SIZE=_padded(key_size, source),
         VALUE_SIZE=_padded(value_size, source),
         BITS=source.bits,
         GROUP=source.group_size,
         ROOM=source.room,
-        TOKENS=block_tokens if q_BNH.element_size() == 2 else block_tokens // 2,
+        TOKENS=block_tokens,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
-        num_warps=1 if log.format.is_lossy and q_BNH.element_size() == 2 else 4,
+        num_warps=1 if q_BNH.element_size() == 2 else 4,
         num_stages=2,
     )
     if num_splits > 1:

@@ -49,14 +49,15 @@ def decode_kernel(
 ):
     """The query heads of one KV head of one sequence over one split of its context.
 
-    Bytes that hold several codes are several parts of a key: its product with the query is the sum of theirs.
+    Bytes that hold several codes are several parts of a key: its product with the query is the sum of theirs. Heads are
+    the last dimension of all products: there are few of them, and a tensor core takes 8 there where it takes 16 before.
     """
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads, num_splits = tl.num_programs(1), tl.num_programs(2)
     head = tl.arange(0, HEADS)
     is_head = head < HEADS_PER_KV
     query_head = kv_head * HEADS_PER_KV + head
-    q += sequence * query_sequence_stride + query_head[:, None] * query_head_stride
+    q += sequence * query_sequence_stride + query_head[None, :] * query_head_stride
     queries = _query_part(q, is_head, key_size, 0, KEY_SIZE, BITS, GROUP, ROOM)
     if BITS < 8:
         queries_1 = _query_part(q, is_head, key_size, 1, KEY_SIZE, BITS, GROUP, ROOM)
@@ -73,12 +74,12 @@ def decode_kernel(
     key_place, value_place = tl.arange(0, KEY_SIZE), tl.arange(0, VALUE_SIZE)
     highest = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
-    sums = tl.zeros((HEADS, VALUE_SIZE), tl.float32)
+    sums = tl.zeros((VALUE_SIZE, HEADS), tl.float32)
     if BITS < 8:
-        sums_1 = tl.zeros((HEADS, VALUE_SIZE), tl.float32)
+        sums_1 = tl.zeros((VALUE_SIZE, HEADS), tl.float32)
     if BITS < 4:
-        sums_2 = tl.zeros((HEADS, VALUE_SIZE), tl.float32)
-        sums_3 = tl.zeros((HEADS, VALUE_SIZE), tl.float32)
+        sums_2 = tl.zeros((VALUE_SIZE, HEADS), tl.float32)
+        sums_3 = tl.zeros((VALUE_SIZE, HEADS), tl.float32)
     index += sequence.to(tl.int64) * index_stride
     ahead = start + tl.arange(0, TOKENS)
     place_ahead = tl.load(index + ahead, mask=ahead < stop, other=0)
@@ -92,9 +93,9 @@ def decode_kernel(
             affine_base = place * affine_token_stride + kv_head * affine_head_stride
         base = place * token_stride + kv_head * head_stride
         if GROUP == 1:
-            is_number = is_token[None, :] & (key_place < key_size)[:, None]
-            block_keys = tl.load(keys + base[None, :] + key_place[:, None], mask=is_number, other=0.0)
-            scores = tl.dot(queries, block_keys, input_precision="ieee")
+            is_number = is_token[:, None] & (key_place < key_size)[None, :]
+            block_keys = tl.load(keys + base[:, None] + key_place[None, :], mask=is_number, other=0.0)
+            scores = tl.dot(block_keys, queries, input_precision="ieee")
         else:
             packed, steps, lows = codes_of(
                 keys + base, key_affine + affine_base, is_token, key_size, KEY_SIZE, BITS, GROUP, ROOM
@@ -115,23 +116,23 @@ def decode_kernel(
         scores *= scale
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        scores = tl.where(is_token[None, :], scores, -float("inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        scores = tl.where(is_token[:, None], scores, -float("inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 0))
         shrink = tl.exp(highest - new_highest)
-        weights = tl.exp(scores - new_highest[:, None])
-        total = total * shrink + tl.sum(weights, 1)
+        weights = tl.exp(scores - new_highest[None, :])
+        total = total * shrink + tl.sum(weights, 0)
         highest = new_highest
         weights = weights.to(queries.dtype)
-        sums *= shrink[:, None]
+        sums *= shrink[None, :]
         if BITS < 8:
-            sums_1 *= shrink[:, None]
+            sums_1 *= shrink[None, :]
         if BITS < 4:
-            sums_2 *= shrink[:, None]
-            sums_3 *= shrink[:, None]
+            sums_2 *= shrink[None, :]
+            sums_3 *= shrink[None, :]
         if GROUP == 1:
-            is_number = is_token[:, None] & (value_place < value_size)[None, :]
-            block_values = tl.load(values + base[:, None] + value_place[None, :], mask=is_number, other=0.0)
-            sums = tl.dot(weights, block_values, sums, input_precision="ieee")
+            is_number = is_token[None, :] & (value_place < value_size)[:, None]
+            block_values = tl.load(values + base[None, :] + value_place[:, None], mask=is_number, other=0.0)
+            sums = tl.dot(block_values, weights, sums, input_precision="ieee")
         elif BITS == 4:
             low, high = nibbles_of(value_packed, value_steps, value_lows, queries.dtype)
             sums = _sums(weights, low, sums, VALUE_SIZE)
@@ -150,13 +151,13 @@ def decode_kernel(
     divisor = tl.where(is_seen, total, 1.0)
     target = (sequence * num_kv_heads * HEADS_PER_KV + query_head) * num_splits + split
     tl.store(lse + target, tl.where(is_seen, highest + tl.log(divisor), -float("inf")), mask=is_head)
-    out += target[:, None].to(tl.int64) * value_size
-    _store_part(out, sums / divisor[:, None], is_head, value_size, 0, VALUE_SIZE, BITS, GROUP, ROOM)
+    out += target[None, :].to(tl.int64) * value_size
+    _store_part(out, sums / divisor[None, :], is_head, value_size, 0, VALUE_SIZE, BITS, GROUP, ROOM)
     if BITS < 8:
-        _store_part(out, sums_1 / divisor[:, None], is_head, value_size, 1, VALUE_SIZE, BITS, GROUP, ROOM)
+        _store_part(out, sums_1 / divisor[None, :], is_head, value_size, 1, VALUE_SIZE, BITS, GROUP, ROOM)
     if BITS < 4:
-        _store_part(out, sums_2 / divisor[:, None], is_head, value_size, 2, VALUE_SIZE, BITS, GROUP, ROOM)
-        _store_part(out, sums_3 / divisor[:, None], is_head, value_size, 3, VALUE_SIZE, BITS, GROUP, ROOM)
+        _store_part(out, sums_2 / divisor[None, :], is_head, value_size, 2, VALUE_SIZE, BITS, GROUP, ROOM)
+        _store_part(out, sums_3 / divisor[None, :], is_head, value_size, 3, VALUE_SIZE, BITS, GROUP, ROOM)
 
 
 @triton.jit
@@ -172,19 +173,19 @@ def _query_part(
 ):
     """The numbers of queries that meet one part of the keys."""
     number, is_number = numbers_of(size, part, SIZE, BITS, GROUP, ROOM)
-    return tl.load(q + number[None, :], mask=is_head[:, None] & is_number[None, :], other=0.0)
+    return tl.load(q + number[:, None], mask=is_head[None, :] & is_number[:, None], other=0.0)
 
 
 @triton.jit
 def _scores(queries, part, SIZE: tl.constexpr):
-    """Queries times a part of the keys, `[tokens, groups, ROOM]`."""
-    return tl.dot(queries, tl.trans(tl.reshape(part, (part.shape[0], SIZE))), input_precision="ieee")
+    """A part of the keys, `[tokens, groups, ROOM]`, times queries."""
+    return tl.dot(tl.reshape(part, (part.shape[0], SIZE)), queries, input_precision="ieee")
 
 
 @triton.jit
 def _sums(weights, part, sums, SIZE: tl.constexpr):
-    """Weights times a part of the values, `[tokens, groups, ROOM]`."""
-    return tl.dot(weights, tl.reshape(part, (part.shape[0], SIZE)), sums, input_precision="ieee")
+    """A part of the values, `[tokens, groups, ROOM]`, times weights."""
+    return tl.dot(tl.trans(tl.reshape(part, (part.shape[0], SIZE))), weights, sums, input_precision="ieee")
 
 
 @triton.jit
@@ -200,7 +201,7 @@ def _store_part(
     ROOM: tl.constexpr,
 ):
     number, is_number = numbers_of(size, part, SIZE, BITS, GROUP, ROOM)
-    tl.store(out + number[None, :], numbers.to(out.dtype.element_ty), mask=is_head[:, None] & is_number[None, :])
+    tl.store(out + number[:, None], numbers.to(out.dtype.element_ty), mask=is_head[None, :] & is_number[:, None])
 
 
 @triton.jit

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from flexeval.engine.compute.anatomy import Anatomy, Embedded
-from flexeval.engine.compute.frame import Frame, Places
+from flexeval.engine.compute.entrance import Entrance
+from flexeval.engine.compute.frame import Places
 from flexeval.engine.compute.port import Attend, AttentionInputs, AttentionOptions
 from flexeval.engine.compute.row import Row
 from flexeval.engine.compute.steady import AttendAt, Steady, leave, record_steady, within
@@ -54,8 +55,9 @@ class _Halves(NamedTuple):
 class _Records:
     """What was recorded for one row of a sweep and one size."""
 
-    def __init__(self, frame: Frame, tapes: Tapes):
-        self.frame = frame
+    def __init__(self, entrance: Entrance, tapes: Tapes):
+        self.entrance = entrance
+        self.frame = entrance.frame
         self.tapes = tapes
         self.has_run: set[int] = set()
         """Layers that ran once as they are to be recorded: their kernels are compiled."""
@@ -93,28 +95,29 @@ class Replay:
         """Tokens that a row is filled up to; None for one that is not for here: too long, or with prompts in it."""
         return None if plan.fresh else next((size for size in SIZES if size >= plan.num_tokens), None)
 
-    def begin(self, row: Row, embedded: Embedded, attend_at: AttendAt | None) -> Tensor:
+    def begin(self, row: Row, attend_at: AttendAt | None) -> Embedded:
         """Before the first layer: bring what goes into a row's layers to where they read it, and start.
 
         Args:
             row: The row.
-            embedded: What goes into its layers.
             attend_at: Its attention, which may be recorded; None where that is done elsewhere, or what it reads moves.
 
         Returns:
-            Where the row's hidden states are from now on.
+            Where the row's hidden states are from now on, and what its layers are called with.
         """
         key = (row.index, row.ids_1T.shape[1])
         if row.index not in self._tapes:
             self._tapes[row.index] = self._new_tapes()
         if key not in self._records:
-            self._records[key] = _Records(Frame(embedded), self._tapes[row.index])
+            tapes = self._tapes[row.index]
+            self._records[key] = _Records(Entrance(self._anatomy, tapes, row.ids_1T, row.positions_1T), tapes)
+        else:
+            self._records[key].entrance.enter(row.ids_1T, row.positions_1T)
         records = self._records[key]
-        records.frame.fill(embedded.hidden_1TD, embedded.calls)
         self._steady[row.index] = steady = None if attend_at is None else self._find_steady(records, row, attend_at)
         if steady is not None:
             steady.first.replay()
-        return records.frame.hidden_1TD
+        return Embedded(records.frame.hidden_1TD, records.frame.calls)
 
     def attends(self, row: Row, layer: int) -> bool:
         """Whether a row that has begun will ask for its attention at a layer: it is not in a recording."""

@@ -68,6 +68,15 @@ class Tiers(Mapping[TierName, Tier]):
             peak[TierName.GPU] = torch.cuda.max_memory_allocated(self._device)
         return peak
 
+    def used_bytes(self) -> dict[str, int]:
+        """What is in use of each now, as `peak_bytes` counts it."""
+        used = {str(name): tier.used_bytes for name, tier in self._tiers.items()}
+        if self.disk is not None:
+            used[TierName.CPU] += self.disk.staging.num_bytes
+        if self._device.type == "cuda":
+            used[TierName.GPU] = torch.cuda.memory_allocated(self._device)
+        return used
+
     def close(self) -> None:
         """Give everything back."""
         for tier in self._tiers.values():

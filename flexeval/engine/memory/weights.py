@@ -236,6 +236,7 @@ class WeightStore:
 
     def close(self) -> None:
         """Give back everything."""
+        self._anatomy.unbind_layers()
         for extent in [*self._extents, *self._rooms]:
             extent.free()
         self._extents, self._rooms = [], []

@@ -17,9 +17,9 @@ from flexeval.report.tables import Comparison
 from flexeval.report.verdict import scale
 
 WIDTH, HEIGHT = 520, 340
-LEFT, TOP, RIGHT, BOTTOM = 64, 12, WIDTH - 14, HEIGHT - 46
+LEFT, TOP, RIGHT, BOTTOM = 64, 12, WIDTH - 34, HEIGHT - 46
 _LABEL_GAP = 11
-_CHARACTER_WIDTH = 8.2
+_CHARACTER_WIDTH = 8.8
 _LINE_HEIGHT = 15
 _FARTHEST = 8
 """Lines that a label may stand above or below its mark."""
@@ -125,6 +125,11 @@ def trade_off(comparison: Comparison) -> Chart | None:
     y_axis = _Axis(ends, BOTTOM, TOP, 100 if comparison.in_points else 1)
     places = [(x_axis(speed), y_axis(quality.value)) for _, _, quality, speed in rows]
     names = [_cut(row.result.setting) for _, row, _, _ in rows]
+    bars = [
+        Box(x - 5, y_axis(bounds[1]), x + 5, y_axis(bounds[0]))
+        for (_, _, quality, _), (x, _) in zip(rows, places, strict=True)
+        if (bounds := _bounds(quality))
+    ]
     marks = [
         Mark(
             series=index,
@@ -138,7 +143,7 @@ def trade_off(comparison: Comparison) -> Chart | None:
             f"({show.interval(quality, in_points=comparison.in_points)}), {show.digits(speed * per)} questions/{unit}",
         )
         for (index, row, quality, speed), (x, y), name, box in zip(
-            rows, places, names, _label_boxes(places, names), strict=True
+            rows, places, names, _label_boxes(places, names, bars), strict=True
         )
     ]
     front = sorted((mark.x, mark.y) for mark, (_, row, _, _) in zip(marks, rows, strict=True) if row.is_best_trade)
@@ -160,8 +165,8 @@ def _cut(name: str) -> str:
     return name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _label_boxes(places: Sequence[tuple[float, float]], names: Sequence[str]) -> list[Box]:
-    """A place for each mark's label, the nearest that hits no other mark or label and stays on the canvas."""
+def _label_boxes(places: Sequence[tuple[float, float]], names: Sequence[str], bars: Sequence[Box]) -> list[Box]:
+    """A place for each mark's label: the nearest that stays on the canvas, hits no mark or label, and few bars."""
     taken = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in places]
     boxes = []
     for (x, y), name in zip(places, names, strict=True):
@@ -173,7 +178,10 @@ def _label_boxes(places: Sequence[tuple[float, float]], names: Sequence[str]) ->
             for left in (x + _LABEL_GAP, x - _LABEL_GAP - width)
         ]
         on_canvas = [box for box in candidates if _is_on_canvas(box)] or candidates
-        box = min(on_canvas, key=lambda box: sum(_overlap(box, other) for other in taken))
+        box = min(
+            on_canvas,
+            key=lambda box: (sum(_overlap(box, one) for one in taken), sum(_overlap(box, bar) for bar in bars)),
+        )
         taken.append(box)
         boxes.append(box)
     return boxes

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from jinja2.utils import htmlsafe_json_dumps
 
@@ -59,7 +60,10 @@ def page(comparison: Comparison) -> str:
         task_scales=_task_scales(comparison),
         tiers=list(dict.fromkeys(tier for row in comparison.settings for tier in row.result.peak_bytes)),
         is_foretold=any(row.result.predicted_s for row in comparison.settings),
+        is_energy_known=any(row.energy_per_question_j is not None for row in comparison.settings),
         lanes=_lanes(comparison),
+        most=_most(comparison),
+        headline=_headline(comparison),
         sources=[row.task for row in comparison.tasks if row.task.source],
         left_out=[row.task.name for row in comparison.tasks if row.task.name not in comparison.averaged],
     )
@@ -95,6 +99,49 @@ def _task_scales(comparison: Comparison) -> dict[str, float]:
         else _scale(cell.score for cell in row.cells)
         for row in comparison.tasks
     }
+
+
+class _Most(NamedTuple):
+    """What a full bar stands for."""
+
+    seconds: float
+    tiers: dict[str, int]
+
+
+def _most(comparison: Comparison) -> _Most:
+    results = [row.result for row in comparison.settings]
+    tiers: dict[str, int] = {}
+    for tier, num_bytes in (item for one in results for item in (*one.peak_bytes.items(), *one.planned_bytes.items())):
+        tiers[tier] = max(tiers.get(tier, 0), num_bytes)
+    times = [time for row in comparison.settings for time in (row.engine_s, row.result.predicted_s or 0.0)]
+    return _Most(max(times), tiers)
+
+
+class _Group(NamedTuple):
+    """A column of HELM's leaderboard."""
+
+    name: str
+    metrics: list[str]
+    scores: list[float]
+    """By setting."""
+
+
+def _headline(comparison: Comparison) -> list[_Group]:
+    """Means over the tasks of each group, as HELM's pages show them."""
+    groups: dict[str, list[TaskRow]] = {}
+    for row in comparison.tasks:
+        groups.setdefault(row.task.group, []).append(row)
+    return [
+        _Group(
+            name,
+            list(dict.fromkeys(row.task.metric for row in rows)),
+            [
+                sum(cells) / len(cells)
+                for cells in zip(*([cell.score.value for cell in row.cells] for row in rows), strict=True)
+            ],
+        )
+        for name, rows in groups.items()
+    ]
 
 
 def _lanes(comparison: Comparison) -> dict[str, list[dict[str, float | None] | None]]:

@@ -13,15 +13,16 @@ from flexeval.results import QUANTILES
 
 def table(comparison: Comparison) -> str:
     """The table as CSV; a figure that does not exist is an empty field."""
-    rows = list(_rows(comparison))
+    table_rows = list(rows(comparison))
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(table_rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(table_rows)
     return text.getvalue()
 
 
-def _rows(comparison: Comparison) -> Iterator[dict[str, object]]:
+def rows(comparison: Comparison) -> Iterator[dict[str, object]]:
+    """The table row by row; None for a figure that does not exist."""
     results = comparison.results
     baseline = results.settings[comparison.baseline].setting
     for row in comparison.tasks:

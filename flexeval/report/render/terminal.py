@@ -14,7 +14,7 @@ from flexeval.report.compare import compare
 from flexeval.report.fidelity import perplexity_ratio
 from flexeval.report.scored_through import scored_through
 from flexeval.report.tables import Comparison, SettingRow
-from flexeval.report.verdict import scale
+from flexeval.report.verdict import scale, verdicts
 from flexeval.results import RunResults
 
 
@@ -38,6 +38,9 @@ def print_table(results: RunResults, console: Console | None = None) -> None:
     console.print(Text(show.visible(first), style="bold"))
     for sentence in rest:
         console.print(Text(show.visible(sentence)))
+    for one in verdicts(comparison):
+        if one.unseen:
+            console.print(Text(show.visible(f"{one.setting}: {one.unseen}"), style="dim"))
 
 
 def _table(comparison: Comparison) -> Table:
@@ -45,7 +48,8 @@ def _table(comparison: Comparison) -> Table:
     per, unit = show.rate_unit([row.questions_per_s for row in comparison.settings if row.questions_per_s])
     result = Table(box=SIMPLE_HEAD, title=Text(show.visible(f"{comparison.results.name}: {comparison.results.model}")))
     result.add_column("setting")
-    names = [_quality_name(comparison), *(["difference", "p"] if several else []), f"questions/{unit}", "peak memory"]
+    speeds = f"questions/{unit}\ntokens/s\ntime"
+    names = [_quality_name(comparison), *(["difference", "p"] if several else []), speeds, "peak memory"]
     for name in names:
         result.add_column(Text(name), justify="right")
     for row in comparison.settings:
@@ -100,11 +104,13 @@ def _difference(comparison: Comparison, row: SettingRow) -> list[str]:
     estimate = row.difference.estimate
     bounds = show.interval(estimate, in_points=comparison.in_points, signed=True)
     value = show.change(estimate.value, in_points=comparison.in_points)
-    return [f"{value}\n{bounds}", show.p_value(row.difference.p_value).removeprefix("p ").removeprefix("= ")]
+    return [f"{value}\n{bounds}", show.p_value(row.difference.corrected_p).removeprefix("p ").removeprefix("= ")]
 
 
 def _cost(row: SettingRow, per: int) -> list[str]:
-    return [
-        show.digits(row.questions_per_s * per) if row.questions_per_s else show.NOTHING,
-        format_size(row.memory_bytes) if row.memory_bytes else show.NOTHING,
-    ]
+    speeds = [row.questions_per_s * per if row.questions_per_s else None, row.tokens_per_s]
+    lines = [show.digits(speed) if speed else show.NOTHING for speed in speeds]
+    memory = [f"{tier} {format_size(num_bytes)}" for tier, num_bytes in row.result.peak_bytes.items() if num_bytes]
+    if row.energy_per_question_j is not None:
+        memory.append(f"{show.digits(row.energy_per_question_j)} J a question")
+    return ["\n".join([*lines, show.seconds(row.engine_s)]), show.visible("\n".join(memory) or show.NOTHING)]

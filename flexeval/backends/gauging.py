@@ -1,0 +1,47 @@
+"""Reads off where an engine stands in its batch. Knows its trace; asks nothing of a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from flexeval.engine.executor import Executor
+from flexeval.meter import Gauge, PhasePlan
+from flexeval.policy.cost import Cost
+from flexeval.policy.sweeps import Sweep
+
+
+def phase_plans(cost: Cost, sweeps: Mapping[str, Sweep]) -> dict[str, PhasePlan]:
+    """What a policy's cost foretells of each phase."""
+    return {
+        phase: PhasePlan(
+            num_sweeps=sweep.num_sweeps,
+            num_tokens=sweep.num_sweeps * sweep.num_tokens,
+            elapsed_s=float(max(cost.lanes[phase].values())),
+        )
+        for phase, sweep in sweeps.items()
+    }
+
+
+def read_gauge(
+    executor: Executor, first_sweep: int, num_layers: int, plan: Mapping[str, PhasePlan], planned: Mapping[str, int]
+) -> Gauge:
+    """Where a batch stands whose first sweep is `first_sweep`; safe while another thread runs it."""
+    sweeps = executor.trace.sweeps[first_sweep:]
+    done = [sweep for sweep in sweeps if sweep.elapsed_s]
+    at_work = sweeps[-1] if len(sweeps) > len(done) else None
+    share = min(1.0, executor.trace.num_layers_begun / num_layers) if at_work else 0.0
+    num_prompt_tokens, num_decode_tokens = (
+        sum(getattr(sweep, name) for sweep in done) + (share * getattr(at_work, name) if at_work else 0.0)
+        for name in ("num_fresh_tokens", "num_decode_tokens")
+    )
+    return Gauge(
+        num_sweeps=len(done),
+        sweep_share=share,
+        num_prompt_tokens=num_prompt_tokens,
+        num_decode_tokens=num_decode_tokens,
+        elapsed_s=sum(sweep.elapsed_s for sweep in done) + (time.perf_counter() - at_work.began_s if at_work else 0.0),
+        used_bytes=executor.used_bytes(),
+        plan=plan,
+        planned_bytes=planned,
+    )

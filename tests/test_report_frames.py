@@ -1,0 +1,93 @@
+"""Results as pandas reads them, and the page that says what each name means."""
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_results import HOSTILE, changed, synthetic
+
+import flexeval
+from flexeval.errors import ResultsError
+from flexeval.report.compare import compare
+from flexeval.report.frames import frames
+from flexeval.report.render.picture import picture
+from flexeval.report.write import write_report
+from flexeval.results import Fidelity, InstanceResult, RunResults, SettingResult, TaskInfo
+
+DOCS = Path(__file__).parent.parent / "docs/results.md"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    results = synthetic(num_questions=4)
+    results.save(out)
+    write_report(results, out)
+    return out
+
+
+def test_a_run_is_tidy_tables(run):
+    found = flexeval.load_results(run)
+    assert found.results == RunResults.load(run)
+    assert len(found.questions) == 4 * 6 * 4 and len(found.tasks) == 6 * 4 and len(found.settings) == 4
+    assert not found.questions.duplicated(["task", "setting", "instance_id"]).any()
+    by_task = found.questions.groupby(["task", "setting"])["score"].mean()
+    for row in found.tasks.itertuples():
+        assert by_task[row.task, row.setting] == pytest.approx(row.score)
+    w4, comparison = found.settings.set_index("setting").loc["w4"], compare(found.results)
+    assert w4.quality == comparison.settings[1].quality.value and w4.speedup == comparison.settings[1].speedup
+    assert w4.gpu_peak_bytes == 17 * 2**30 and w4.gpu_planned_bytes == 2 * w4.gpu_peak_bytes
+    lanes = found.lanes.set_index(["setting", "lane"])
+    assert lanes.loc[("w4", "compute"), "busy_s"] == found.results.settings[1].lanes["compute"]["busy_s"]
+    assert not {"object"} & set(map(str, found.settings.drop(columns=["setting", "backend"]).dtypes))
+
+
+def test_parquet_holds_the_same(run):
+    found = flexeval.load_results(run)
+    pd.testing.assert_frame_equal(pd.read_parquet(run / "questions.parquet"), found.questions, check_dtype=False)
+    pd.testing.assert_frame_equal(pd.read_parquet(run / "results.parquet"), found.tasks, check_dtype=False)
+
+
+def test_hostile_texts_go_into_parquet_and_back(tmp_path):
+    results = changed(lambda one: {"prompt": HOSTILE, "num_prompt_tokens": 2**63}, hostile=True, num_questions=2)
+    write_report(replace(results, name="\ud800"), tmp_path)
+    tasks = pd.read_parquet(tmp_path / "results.parquet")
+    assert set(tasks["run"]) == {"\\ud800"} and set(tasks["num_prompt_tokens"]) == {2.0**64}
+    prompts = set(pd.read_parquet(tmp_path / "questions.parquet")["prompt"])
+    assert prompts == {HOSTILE.replace("\ud800", "\\ud800")}
+
+
+def test_bare_results_are_tables_too(tmp_path):
+    results = synthetic(settings=["none"], num_questions=1)
+    bare = replace(results.settings[0], lanes={}, peak_bytes={}, planned_bytes={}, elapsed_s=0.0)
+    results = replace(results, settings=[bare])
+    assert len(frames(compare(results)).lanes) == 0
+    (tmp_path / "quality-speed.svg").write_text("an earlier run's")
+    write_report(results, tmp_path)
+    assert len(pd.read_parquet(tmp_path / "results.parquet")) == 6
+    assert not (tmp_path / "quality-speed.svg").exists()
+    with pytest.raises(ResultsError, match="no results here"):
+        flexeval.load_results(tmp_path)
+
+
+def test_the_picture_stands_alone():
+    text = picture(compare(synthetic()))
+    assert text.startswith('<svg class="chart"') and 'xmlns="http://www.w3.org/2000/svg"' in text
+    assert "prefers-color-scheme: dark" in text and "<script" not in text and "w4-g128" in text
+    hostile = synthetic(settings=["none", "w4"], num_questions=2)
+    named = replace(hostile.settings[1], setting=HOSTILE)
+    instances = [replace(one, setting=HOSTILE) if one.setting == "w4" else one for one in hostile.instances]
+    text = picture(compare(replace(hostile, settings=[hostile.settings[0], named], instances=instances)))
+    assert "<img" not in text and "<script" not in text and "&lt;img" in text
+
+
+def test_every_field_and_column_is_explained(run):
+    told = set(re.findall(r"`(\w+)`", DOCS.read_text()))
+    found = flexeval.load_results(run)
+    columns = {column for frame in found[:4] for column in frame}
+    names = {
+        field.name for kind in (RunResults, TaskInfo, SettingResult, InstanceResult, Fidelity) for field in fields(kind)
+    }
+    assert (names | columns) - told == set()
