@@ -17,6 +17,7 @@ from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ResultsError
 from flexeval.journal import fits
 from flexeval.models import fingerprint, resolve
+from flexeval.output import output_directory
 from flexeval.portable import (
     AnswersFile,
     AnswersInfo,
@@ -119,16 +120,18 @@ def execute(
                 where=str(prompts_file),
                 mend=f"Run flexeval prepare --model {model}",
             )
-        answers = answer_all(
-            engine,
-            source,
-            chosen,
-            prompts.requests,
-            out.with_name(f".{out.name}.journal") / prompts.digest[:16],
-            keep_top=keep_top,
-            fresh=fresh,
-            progress=progress,
-        )
+        journals = out.with_name(f".{out.name}.journal") / prompts.digest[:16]
+        with output_directory(journals, kept="*.jsonl"):
+            answers = answer_all(
+                engine,
+                source,
+                chosen,
+                prompts.requests,
+                journals,
+                keep_top=keep_top,
+                fresh=fresh,
+                progress=progress,
+            )
     info = AnswersInfo(
         prompts=prompts.digest,
         setting=chosen.name,
@@ -153,7 +156,6 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
     from flexeval.answering import Answers
     from flexeval.benchmark.suites import load_suite
     from flexeval.outcomes import Outcome, collect, failed_tasks
-    from flexeval.output import output_directory
     from flexeval.report.write import write_report
 
     prompts = read_prompts(prompts_file)
