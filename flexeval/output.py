@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flexeval.errors import ConfigError
+from flexeval.files import sync_folder
 
 _HOLDER = ".holder"
 """File that says who holds a directory; it is the lock that counts, for a killed process leaves the file."""
@@ -34,6 +35,8 @@ def output_directory(out: Path, *, kept: str, note: str | None = None) -> Iterat
     with ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            for made in missing:
+                sync_folder(made.parent)
             folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise _unusable(out, error.strerror) from error
