@@ -16,6 +16,7 @@ from flexeval.backends.native import Engine
 from flexeval.config import Setting
 from flexeval.distributions import Rows
 from flexeval.environment import describe_versions
+from flexeval.errors import FailedRequestsError
 from flexeval.journal import Journal
 from flexeval.models import ModelSource, fingerprint
 from flexeval.progress import Progress
@@ -26,12 +27,14 @@ from flexeval.results import SettingResult
 class Answers(NamedTuple):
     """What became of requests under one setting."""
 
-    completions: list[Completion]
-    """In the order of the requests."""
+    completions: list[Completion | None]
+    """In the order of the requests; None for one that failed."""
     rows: list[Rows]
     """What they hold probable, if that was to be kept."""
     cost: SettingResult
     """Over all sessions that gave them."""
+    failed: dict[str, str]
+    """Why some have no answer, by `Request.content_hash` of what was asked; the next run asks them again."""
 
 
 def answer_all(
@@ -63,16 +66,29 @@ def answer_all(
         num_resumed = len(asked) - len(waiting)
         if num_resumed:
             progress.say(f"{setting.name}: {num_resumed} of {len(asked)} were answered by an earlier run")
-        if waiting:
-            _answer(engine, waiting, journal, setting, progress)
-        completions = [journal[request] for request in asked]
-        return Answers(completions, journal.rows(keep_top), _cost(engine, setting, completions, journal, num_resumed))
+        reasons = _answer(engine, waiting, journal, setting, progress, num_resumed) if waiting else {}
+        failed = {waiting[index] for index in reasons}
+        completions = [None if request in failed else journal[request] for request in asked]
+        cost = _cost(engine, setting, [one for one in completions if one is not None], journal, num_resumed)
+        plain = dict(zip(asked, requests, strict=True))
+        told = {plain[waiting[index]].content_hash(): reason for index, reason in reasons.items()}
+        return Answers(completions, journal.rows(keep_top), replace(cost, num_failed=len(failed)), told)
 
 
 def _answer(
-    engine: Engine, requests: Sequence[Request], journal: Journal, setting: Setting, progress: Progress
-) -> None:
-    """Answer requests into the journal: each sweep's answers are durable before the next begins."""
+    engine: Engine,
+    requests: Sequence[Request],
+    journal: Journal,
+    setting: Setting,
+    progress: Progress,
+    num_before: int,
+) -> dict[int, str]:
+    """Answer requests into the journal: each sweep's answers are durable before the next begins.
+
+    Returns:
+        Why some have no answer, by their index. Raises `FailedRequestsError` where none has one, the `num_before` of
+        earlier runs included, or the engine has given up.
+    """
     with progress.activity(f"{setting.name}: preparing layers") as update:
         plan = engine.place(requests, on_layer=update)
     progress.say(f"{setting.name}: {plan}")
@@ -87,9 +103,15 @@ def _answer(
 
         try:
             engine.generate(requests, on_completions=keep)
+        except FailedRequestsError as error:
+            if not num_done + num_before or num_done + len(error.reasons) < len(requests):
+                raise
+            progress.say(f"{setting.name}: {len(error.reasons)} of {len(requests)} requests failed: {error}")
+            return error.reasons
         finally:
             if num_done:
                 journal.add_usage(asdict(engine.usage()))
+    return {}
 
 
 def _cost(
@@ -126,5 +148,5 @@ def _usage(data: dict[str, Any]) -> Usage | None:
 
 def _journal_key(source: ModelSource, engine: Engine) -> str:
     """Names everything beside request and setting that an answer depends on."""
-    facts = [fingerprint(source), engine.dtype, describe_versions()]
+    facts = [fingerprint(source), engine.dtype, describe_versions(), *["deterministic"] * engine.is_deterministic]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
