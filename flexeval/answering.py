@@ -17,6 +17,7 @@ from flexeval.backends.native import Engine
 from flexeval.config import Setting
 from flexeval.distributions import Rows
 from flexeval.environment import describe_versions
+from flexeval.errors import FailedRequestsError
 from flexeval.journal import Journal
 from flexeval.live import line, picture
 from flexeval.meter import Meter
@@ -29,12 +30,14 @@ from flexeval.results import SettingResult
 class Answers(NamedTuple):
     """What became of requests under one setting."""
 
-    completions: list[Completion]
-    """In the order of the requests."""
+    completions: list[Completion | None]
+    """In the order of the requests; None for one that failed."""
     rows: list[Rows]
     """What they hold probable, if that was to be kept."""
     cost: SettingResult
     """Over all sessions that gave them."""
+    failed: dict[str, str]
+    """Why some have no answer, by `Request.content_hash` of what was asked; the next run asks them again."""
 
 
 def answer_all(
@@ -68,23 +71,29 @@ def answer_all(
         num_resumed = len(resumed)
         if num_resumed:
             progress.say(f"{setting.name}: {num_resumed} of {len(asked)} were answered by an earlier run")
-        if num_resumed < len(asked):
-            meter = Meter(
-                setting.name,
-                [request.max_tokens for request in asked],
-                _places_of_tasks(requests, tasks),
-                resumed=resumed,
-                read_gauge=engine.gauge,
-            )
-            _answer(engine, asked, journal, setting, meter, progress)
-        completions = [journal[request] for request in asked]
-        return Answers(completions, journal.rows(keep_top), _cost(engine, setting, completions, journal, num_resumed))
+        meter = Meter(
+            setting.name,
+            [request.max_tokens for request in asked],
+            _places_of_tasks(requests, tasks),
+            resumed=resumed,
+            read_gauge=engine.gauge,
+        )
+        reasons = _answer(engine, asked, journal, setting, meter, progress) if num_resumed < len(asked) else {}
+        completions = [None if place in reasons else journal[request] for place, request in enumerate(asked)]
+        cost = _cost(engine, setting, [one for one in completions if one is not None], journal, num_resumed)
+        told = {requests[place].content_hash(): reason for place, reason in reasons.items()}
+        return Answers(completions, journal.rows(keep_top), replace(cost, num_failed=len(reasons)), told)
 
 
 def _answer(
     engine: Engine, asked: Sequence[Request], journal: Journal, setting: Setting, meter: Meter, progress: LiveProgress
-) -> None:
-    """Answer what the journal has not, into it: each sweep's answers are durable before the next begins."""
+) -> dict[int, str]:
+    """Answer what the journal has not, into it: each sweep's answers are durable before the next begins.
+
+    Returns:
+        Why some have no answer, by their place. Raises `FailedRequestsError` where none has one, those of earlier runs
+        included, or the engine has given up.
+    """
     places = [place for place, request in enumerate(asked) if not journal.has_answer(request)]
     requests = [asked[place] for place in places]
     with progress.activity(f"{setting.name}: preparing layers") as update:
@@ -101,9 +110,16 @@ def _answer(
     try:
         with progress.watch(View(meter.read, picture, line)):
             engine.generate(requests, on_completions=keep)
+    except FailedRequestsError as error:
+        num_answered = sum(journal.has_answer(request) for request in asked)
+        if not num_answered or num_answered + len(error.reasons) < len(asked):
+            raise
+        progress.say(f"{setting.name}: {len(error.reasons)} of {len(requests)} requests failed: {error}")
+        return {places[index]: reason for index, reason in error.reasons.items()}
     finally:
         if is_any_done:
             journal.add_usage(asdict(engine.usage()))
+    return {}
 
 
 def _places_of_tasks(requests: Sequence[Request], tasks: Mapping[str, Sequence[Request]]) -> dict[str, list[int]]:
@@ -147,5 +163,5 @@ def _usage(data: dict[str, Any]) -> Usage | None:
 
 def _journal_key(source: ModelSource, engine: Engine) -> str:
     """Names everything beside request and setting that an answer depends on."""
-    facts = [fingerprint(source), engine.dtype, describe_versions()]
+    facts = [fingerprint(source), engine.dtype, describe_versions(), *["deterministic"] * engine.is_deterministic]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -5,6 +5,8 @@ Anything else that goes wrong is our bug and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _LONGEST = 1000
 """Characters of what is wrong, and of where: they may quote a file that somebody else wrote."""
 
@@ -61,6 +63,20 @@ class UnsupportedModelError(ModelError):
     """A model family that the engine would answer wrongly, and therefore refuses."""
 
     code = "unsupported-model"
+
+
+class FailedRequestsError(ModelError):
+    """Some requests of a batch have no answer, for the model's numbers are none; all others were answered."""
+
+    code = "failed-requests"
+
+    def __init__(self, reasons: Mapping[int, str]):
+        """Say the first one's reason; `reasons` has that of every failed request, by its index."""
+        self.reasons = dict(sorted(reasons.items()))
+        index, reason = next(iter(self.reasons.items()))
+        others = f"; {len(reasons)} requests failed in all" if len(reasons) > 1 else ""
+        mend = "Compute in another type (--dtype float32)"
+        super().__init__(f"{reason}{others}", where=f"request {index}", mend=mend)
 
 
 class CapacityError(FlexevalError):

@@ -1,12 +1,13 @@
 """Completed requests, durable: a run that is killed goes on where it stopped.
 
-One file per model, setting and arithmetic, one JSON object a line, appended and synced after each sweep. A line that
-was cut short by a crash is dropped when the file is opened again; one that cannot be read is passed over. Knows
-requests and files; not who answers.
+One file per model, setting and arithmetic, one JSON object a line with a digest of its own, appended and synced after
+each sweep. A line that was cut short by a crash is dropped when the file is opened again; one that cannot be read, or
+was changed, is passed over. Knows requests and files; not who answers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -17,8 +18,11 @@ from typing import Any
 
 from flexeval import distributions, typed
 from flexeval.errors import DiskError
-from flexeval.files import parse_json
+from flexeval.files import parse_json, sync_folder
 from flexeval.request import Completion, Request
+
+_DIGEST = b', "digest": "'
+_DIGEST_LENGTH = 16
 
 
 class Journal:
@@ -36,8 +40,12 @@ class Journal:
         self.usages: list[dict[str, Any]] = []
         """What each session that wrote here has used, in order."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab+")
-        self._file.truncate(0 if fresh else self._read())
+        self._file = path.open("ab+", buffering=0)
+        self._end = 0 if fresh else self._read()
+        """Where whole lines end."""
+        self._file.truncate(self._end)
+        sync_folder(path.parent)
+        sync_folder(path.parent.parent)
 
     def __enter__(self) -> Journal:
         return self
@@ -77,33 +85,57 @@ class Journal:
         self.usages.append(usage)
 
     def _append(self, entries: Iterable[dict[str, Any]]) -> None:
+        data = memoryview(b"".join(map(_to_line, entries)))
+        end = self._end + len(data)
         try:
-            self._file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
-            self._file.flush()
+            while data:
+                data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
         except OSError as error:
+            with suppress(OSError):  # the next line must not go on where this one was cut
+                self._file.truncate(self._end)
             what = f"answers cannot be written: {error.strerror}"
             raise DiskError(what, where=str(self._path), mend="Make room there, then run again to go on") from error
+        self._end = end
 
     def _read(self) -> int:
         """Read the lines that are whole; return where they end."""
-        self._file.seek(0)
         end = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            end += len(line)
-            with suppress(ValueError):  # then it is asked again
-                self._take(parse_json(line))
+        with self._path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                with suppress(ValueError):  # then it is asked again
+                    self._take(parse_json(_checked(line)))
         return end
 
     def _take(self, entry: object) -> None:
-        if not isinstance(entry, dict):
-            return
-        if isinstance(entry.get("usage"), dict):
-            self.usages.append(entry["usage"])
-        elif isinstance(entry.get("key"), str) and isinstance(entry.get("completion"), dict):
-            self._completions[entry["key"]] = completion_from_json(entry["completion"])
+        match entry:
+            case {"usage": dict(usage), **others} if not others:
+                self.usages.append(usage)
+            case {"key": str(key), "completion": dict(completion), **others} if not others:
+                self._completions[key] = completion_from_json(completion)
+
+
+def _to_line(entry: dict[str, Any]) -> bytes:
+    text = json.dumps(entry).encode()
+    return text[:-1] + _DIGEST + _digest(text) + b'"}\n'
+
+
+def _checked(line: bytes) -> bytes:
+    """The text of an entry, which once had no digest. Raises `ValueError` for one that is not as it was written."""
+    text, mark, digest = line.rpartition(_DIGEST)
+    if not mark:
+        return line
+    text += b"}"
+    if digest != _digest(text) + b'"}\n':
+        raise ValueError("its digest is another one")
+    return text
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:_DIGEST_LENGTH].encode()
 
 
 def completion_to_json(completion: Completion) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from flexeval.results import RunResults, SettingResult
 CHAT_NOTE = "prompts in the model's chat template"
 """What reports say of the model then."""
 
+DETERMINISTIC_NOTE = "Each request was computed apart, so that no answer depends on another (--deterministic)."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -30,11 +32,27 @@ class Outcome:
     """Tasks without data, and why."""
     failed: dict[str, str]
     """Tasks that were answered but not scored, and why."""
+    failed_requests: dict[str, str]
+    """Requests without an answer, by their hash, and why."""
 
 
 def failed_tasks(outcomes: Sequence[Outcome]) -> dict[str, str]:
     """Tasks that were not scored under one of the settings, and why."""
     return {task: reason for outcome in outcomes for task, reason in outcome.failed.items()}
+
+
+def failed_requests(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each setting under which requests failed."""
+    return [_failed_note(outcome) for outcome in outcomes if outcome.failed_requests]
+
+
+def _failed_note(outcome: Outcome) -> str:
+    request, reason = next(iter(outcome.failed_requests.items()))
+    num_failed, num_asked = len(outcome.failed_requests), len(outcome.failed_requests) + outcome.cost.num_requests
+    return (
+        f"{outcome.cost.setting}: {num_failed} of {num_asked} requests failed, and the questions that they belong to "
+        f"are not scored. The first, {request[:16]}: {reason}."
+    )
 
 
 def collect(
@@ -44,6 +62,7 @@ def collect(
     outcomes: Sequence[Outcome],
     *,
     is_chat: bool,
+    is_deterministic: bool = False,
     command: str,
     machine: dict[str, str],
     versions: dict[str, str],
@@ -71,5 +90,6 @@ def collect(
         settings=[outcome.cost for outcome in outcomes],
         instances=[one for outcome in outcomes for one in outcome.scored.instances if one.task not in failed],
         skipped=first.skipped | failed,
+        notes=[*failed_requests(outcomes), *[DETERMINISTIC_NOTE] * is_deterministic],
     )
     return replace(results, fidelity=measure(results, distribution_files([results], [out])))

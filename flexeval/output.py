@@ -5,11 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from flexeval.errors import ConfigError
+from flexeval.files import sync_folder
+
+_HOLDER = ".holder"
+"""File that says who holds a directory; it is the lock that counts, for a killed process leaves the file."""
+_LONGEST_HOLDER = 200
 
 
 @contextmanager
@@ -22,12 +29,14 @@ def output_directory(out: Path, *, kept: str, notes: Sequence[str] = ()) -> Iter
         notes: Files that are worth nothing without those.
 
     Raises:
-        ConfigError: It cannot be written to, or another run holds it.
+        ConfigError: It cannot be written to, or another run holds it; then it says which.
     """
     missing = [path for path in (out, *out.parents) if not path.exists()]
     with ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            for made in missing:
+                sync_folder(made.parent)
             folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise _unusable(out, error.strerror) from error
@@ -36,7 +45,8 @@ def output_directory(out: Path, *, kept: str, notes: Sequence[str] = ()) -> Iter
             raise _unusable(out, "Permission denied")
         _lock(folder, out)
         try:
-            yield
+            with _named(out / _HOLDER):
+                yield
         except BaseException:
             if any(out.glob(kept)):
                 raise
@@ -55,9 +65,28 @@ def _lock(folder: int, out: Path) -> None:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ConfigError("another run writes here", where=str(out), mend="Wait, or name another --out") from error
+        what = f"another run writes here: {_holder(out)}"
+        raise ConfigError(what, where=str(out), mend="Wait for it, or name another place with --out") from error
     except OSError:
         return  # a file system without locks
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say in a file who holds its directory, during the block."""
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        with suppress(OSError):  # the lock holds without it
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _holder(out: Path) -> str:
+    with suppress(OSError, ValueError), (out / _HOLDER).open(encoding="utf-8") as file:
+        return file.read(_LONGEST_HOLDER) or "it does not say which"
+    return "it does not say which"
 
 
 def _unusable(out: Path, why: str | None) -> ConfigError:

@@ -22,7 +22,7 @@ from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ConfigError, ResultsError
 from flexeval.files import read_json, write_json
 from flexeval.models import DEFAULT_MODEL, ModelSource, fingerprint, resolve
-from flexeval.outcomes import Outcome, collect, failed_tasks
+from flexeval.outcomes import Outcome, collect, failed_requests, failed_tasks
 from flexeval.output import output_directory
 from flexeval.parquet import save
 from flexeval.progress import LiveProgress, Progress
@@ -73,6 +73,8 @@ class RunOptions:
     """Host memory at most."""
     disk: str | None = None
     """Folder for offloaded data, with or without a size."""
+    deterministic: bool = False
+    """Compute each request apart from all others, so that its answer depends on none of them."""
     command: str = ""
     """The command line, for the report."""
 
@@ -86,6 +88,8 @@ class Done(NamedTuple):
     """The report."""
     failed: dict[str, str]
     """Tasks that were answered but not scored, and why: they are not in it."""
+    failed_requests: list[str]
+    """A line for each setting under which requests failed: their questions are not in it."""
 
 
 def run_suite(options: RunOptions, shown: LiveProgress) -> Done:
@@ -101,7 +105,7 @@ def run_suite(options: RunOptions, shown: LiveProgress) -> Done:
     if repeated:
         raise ConfigError(f"setting {repeated[0]!r} is named twice", where="--setting", mend="Name each once")
     Engine.check_options(**engine_options(options))
-    out = options.out or Path("reports") / suite.name
+    out = directory_of(options)
     names = [setting.name for setting in settings]
     with (
         output_directory(out, kept=f"{_JOURNALS}/*", notes=(_ASKED, STATUS_FILE)),
@@ -117,6 +121,7 @@ def run_suite(options: RunOptions, shown: LiveProgress) -> Done:
             out,
             outcomes,
             is_chat=is_asked_in_chat(suite, source, options.chat_template),
+            is_deterministic=options.deterministic,
             command=options.command,
             machine=describe_machine(),
             versions=describe_versions(),
@@ -124,12 +129,22 @@ def run_suite(options: RunOptions, shown: LiveProgress) -> Done:
         )
         results.save(out)
         with progress.activity("writing the report"):
-            return Done(results, write_report(results, out), failed_tasks(outcomes))
+            return Done(results, write_report(results, out), failed_tasks(outcomes), failed_requests(outcomes))
+
+
+def directory_of(options: RunOptions) -> Path:
+    """Where a run writes. Raises `ConfigError` for a suite that there is not."""
+    return options.out or Path("reports") / load_suite(options.suite).name
 
 
 def _remember(options: RunOptions, out: Path) -> None:
     asked = asdict(replace(options, out=None, fresh=False))
     write_json(out / _ASKED, {"folder": str(Path.cwd()), "options": asked})
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a directory holds answers of a run that can go on."""
+    return (out / _ASKED).is_file() and any((out / _JOURNALS).glob("*"))
 
 
 def recall(out: Path) -> tuple[RunOptions, Path]:
@@ -241,13 +256,23 @@ def score(
             save(gather(answered, answers.rows, vocabulary=vocabulary), distribution_path(out, setting))
         else:
             distribution_path(out, setting).unlink(missing_ok=True)  # an earlier run's
-    return Outcome(scored=scored, cost=answers.cost, skipped=helm.skipped, failed=helm.failed)
+    return Outcome(
+        scored=scored,
+        cost=answers.cost,
+        skipped=helm.skipped,
+        failed=helm.failed,
+        failed_requests=answers.failed,
+    )
 
 
-def _answered(requests: Sequence[Request], completions: Sequence[Completion], scored: Scored) -> Iterator[Answered]:
+def _answered(
+    requests: Sequence[Request], completions: Sequence[Completion | None], scored: Scored
+) -> Iterator[Answered]:
     """Every answer with what it holds probable, and whether its prompt is known to be right."""
     right = {name for instance in scored.instances for name, is_right in instance.requests.items() if is_right}
     for request, completion in zip(requests, completions, strict=True):
+        if completion is None:
+            continue
         name = request.short_hash()
         prompt_ids = completion.token_ids[: completion.num_prompt_tokens] if request.echo else ()
         for one in (completion, *completion.alternatives):
@@ -257,5 +282,5 @@ def _answered(requests: Sequence[Request], completions: Sequence[Completion], sc
 
 def engine_options(options: RunOptions) -> dict[str, Any]:
     """What of them `Engine.load` takes."""
-    names = ("policy", "device", "dtype", "gpu_memory", "cpu_memory", "disk")
+    names = ("policy", "device", "dtype", "gpu_memory", "cpu_memory", "disk", "deterministic")
     return {name: getattr(options, name) for name in names}

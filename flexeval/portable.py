@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class AnswersInfo:
     """Where it was."""
     versions: dict[str, str]
     """Of what answers depend on."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Requests without an answer, by `Request.content_hash`, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from flexeval.environment import describe_machine, describe_versions
 from flexeval.errors import ResultsError
 from flexeval.journal import fits
 from flexeval.models import fingerprint, resolve
+from flexeval.output import output_directory
 from flexeval.portable import (
     AnswersFile,
     AnswersInfo,
@@ -119,16 +120,18 @@ def execute(
                 where=str(prompts_file),
                 mend=f"Run flexeval prepare --model {model}",
             )
-        answers = answer_all(
-            engine,
-            source,
-            chosen,
-            prompts.requests,
-            out.with_name(f".{out.name}.journal") / prompts.digest[:16],
-            keep_top=keep_top,
-            fresh=fresh,
-            progress=progress,
-        )
+        journals = out.with_name(f".{out.name}.journal") / prompts.digest[:16]
+        with output_directory(journals, kept="*.jsonl"):
+            answers = answer_all(
+                engine,
+                source,
+                chosen,
+                prompts.requests,
+                journals,
+                keep_top=keep_top,
+                fresh=fresh,
+                progress=progress,
+            )
     info = AnswersInfo(
         prompts=prompts.digest,
         setting=chosen.name,
@@ -136,10 +139,16 @@ def execute(
         fingerprint=fingerprint(source),
         keep_top=keep_top,
         cost=answers.cost,
+        failed=answers.failed,
         machine=describe_machine(),
         versions=describe_versions(),
     )
-    write_answers(out, info, prompts.requests, answers.completions)
+    answered = {
+        request: completion
+        for request, completion in zip(prompts.requests, answers.completions, strict=True)
+        if completion is not None
+    }
+    write_answers(out, info, list(answered), list(answered.values()))
     return answers.cost
 
 
@@ -152,8 +161,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
     from flexeval import pipeline
     from flexeval.answering import Answers
     from flexeval.benchmark.suites import load_suite
-    from flexeval.outcomes import Outcome, collect, failed_tasks
-    from flexeval.output import output_directory
+    from flexeval.outcomes import Outcome, collect, failed_requests, failed_tasks
     from flexeval.report.write import write_report
 
     prompts = read_prompts(prompts_file)
@@ -180,10 +188,10 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
                     where=str(prompts_file),
                     mend="Prepare and execute again",
                 )
-            completions = [file.completions[request.content_hash()] for request in requests]
-            every = [one for completion in completions for one in (completion, *completion.alternatives)]
+            completions = [file.completions.get(request.content_hash()) for request in requests]
+            every = [one for answer in completions if answer is not None for one in (answer, *answer.alternatives)]
             rows = [one.distributions for one in every if one.distributions is not None]
-            answers = Answers(completions, rows, file.info.cost)
+            answers = Answers(completions, rows, file.info.cost, file.info.failed)
             outcomes.append(
                 pipeline.score(
                     helm,
@@ -209,18 +217,21 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
         )
         results.save(out)
         with progress.activity("writing the report"):
-            return pipeline.Done(results, write_report(results, out), failed_tasks(outcomes))
+            page = write_report(results, out)
+            return pipeline.Done(results, page, failed_tasks(outcomes), failed_requests(outcomes))
 
 
 def _check(prompts: Prompts, where: Path, files: Sequence[AnswersFile], paths: Sequence[Path]) -> None:
     """Raise `ResultsError` unless all answer these prompts, wholly, by one model, each under another setting."""
     asked = {request.content_hash() for request in prompts.requests}
     for file, path in zip(files, paths, strict=True):
-        if file.info.prompts != prompts.digest or file.completions.keys() != asked:
+        answered, failed = file.completions.keys(), file.info.failed.keys()
+        if file.info.prompts != prompts.digest or answered | failed != asked or answered & failed:
             what = f"these answers are not to the prompts in {where}"
             raise ResultsError(what, where=str(path), mend=f"Run flexeval execute {where}")
         for request in prompts.requests:
-            if not fits(request, file.completions[request.content_hash()], keep_top=file.info.keep_top):
+            answer = file.completions.get(request.content_hash())
+            if answer is not None and not fits(request, answer, keep_top=file.info.keep_top):
                 what = f"the answer to request {request.short_hash()} is not what was asked for"
                 raise ResultsError(what, where=str(path), mend=f"Run flexeval execute {where}")
         if file.info.fingerprint != files[0].info.fingerprint:

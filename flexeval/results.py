@@ -101,6 +101,8 @@ class SettingResult:
     tells."""
     num_resumed: int = 0
     """Requests answered from the journal of an earlier run rather than by the engine."""
+    num_failed: int = 0
+    """Requests without an answer, for the model's numbers were none: their questions are not scored."""
 
 
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)

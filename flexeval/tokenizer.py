@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flexeval.errors import ModelError, RequestError
 from flexeval.request import Message
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -32,8 +35,14 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.chat_template)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Tokens of a text with the tokenizer's special ones, unless it begins with the beginning-of-text token already."""
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, where: str | None = None) -> tuple[int, ...]:
+    """Tokens of a text with the tokenizer's special ones, unless it begins with the beginning-of-text token already.
+
+    Raises `RequestError` for half a character, which no tokenizer takes.
+    """
+    if half := _SURROGATE.search(text):
+        what = f"half of a character, the surrogate U+{ord(half[0]):04X}, stands at {half.start()} of the prompt"
+        raise RequestError(what, where=where, mend="Write the whole character, or leave it out")
     bos = tokenizer.bos_token
     has_bos = bool(bos) and text.startswith(str(bos))
     return tuple(tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"])
@@ -57,7 +66,7 @@ def chat_ids(
             where=where,
             mend="Leave this run entry out, or choose a model whose template takes it",
         ) from error
-    return encode(tokenizer, str(written))
+    return encode(tokenizer, str(written), where=where)
 
 
 def num_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -249,6 +249,7 @@ def test_options_stay_what_they_are() -> None:
         "run": [
             "--chat-template",
             "--cpu-memory",
+            "--deterministic",
             "--device",
             "--disk",
             "--dry-run",
@@ -294,6 +295,7 @@ def test_options_stay_what_they_are() -> None:
         "plan": [
             "--chat-template",
             "--cpu-memory",
+            "--deterministic",
             "--device",
             "--disk",
             "--dtype",
@@ -338,6 +340,7 @@ def test_options_stay_what_they_are() -> None:
         "prepare": ["--chat-template", "--max-eval-instances", "--model", "--out", "--skip-missing", "--suite", "-o"],
         "execute": [
             "--cpu-memory",
+            "--deterministic",
             "--device",
             "--disk",
             "--dtype",
@@ -407,7 +410,7 @@ def test_every_kind_of_error_is_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "errors.md").read_text()
     rows = re.findall(r"^\| `([a-z-]+)` \| `(\w+)` \|", page, re.MULTILINE)
     assert sorted(rows) == sorted({(kind.code, kind.__name__) for kind in kinds(FlexevalError)})
-    assert len({code for code, _ in rows}) == len(rows) == 8
+    assert len({code for code, _ in rows}) == len(rows) == 9
 
 
 def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

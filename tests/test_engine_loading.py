@@ -20,7 +20,7 @@ from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.random_checkpoint import RandomCheckpoint
-from flexeval.errors import CapacityError
+from flexeval.errors import CapacityError, ModelError
 from flexeval.policy.policy import Policy, Split
 from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenResult
@@ -126,6 +126,20 @@ def test_a_file_that_is_not_whole_is_made_anew(tmp_path: Path) -> None:
     again = Run(tmp_path, ON_DISK)
     assert again.layers_read == [0, 1] and again.plain == expected
     assert Run(tmp_path, ON_DISK).layers_read == []
+
+
+def test_a_byte_that_changed_is_named_with_its_layer(tmp_path: Path) -> None:
+    """What lies on a disk for months may rot; a wrong weight shows nowhere."""
+    expected = Run(tmp_path, ON_DISK).plain
+    _, damaged, *_ = kept_layers(tmp_path)
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:999] + bytes([data[999] ^ 4]) + data[1000:])
+    with pytest.raises(ModelError, match=rf"layer 1 \({damaged.name}\) is damaged: its SHA-256.*{damaged}"):
+        Run(tmp_path, ON_DISK)
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
+    damaged.unlink()
+    again = Run(tmp_path, ON_DISK)
+    assert again.layers_read == [1] and again.plain == expected
 
 
 def test_a_run_that_stops_while_it_prepares_leaves_whole_layers_only(

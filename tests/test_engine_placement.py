@@ -24,6 +24,7 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskExtent, DiskTier
+from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
 from flexeval.engine.parts import LANES
 from flexeval.engine.sizes import measure_workload, model_shape
@@ -258,7 +259,7 @@ def test_stores_are_closed_only_when_nothing_is_in_flight(tmp_path: Path) -> Non
     with loaded(ALL_ON_DISK, tmp_path, overlap=True) as executor:
         for store, names in (
             (executor._make_cache({}, coding=None), ("kv_in", "kv_out")),
-            (executor._make_hidden(0, 2), ("hidden",)),
+            (executor._make_hidden(HiddenStore, 0, 2), ("hidden",)),
         ):
             for name in names:
                 executor._lanes[name].submit(lambda name=name: (time.sleep(0.03), done.append(name)))

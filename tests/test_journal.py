@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 import signal
 from pathlib import Path
@@ -100,6 +101,25 @@ def test_a_line_that_cannot_be_read_is_passed_over(path: Path, rubbish: bytes) -
     assert path.read_bytes().endswith(rest)
 
 
+def test_a_line_that_was_changed_anywhere_is_passed_over(path: Path) -> None:
+    """A digit that rots would be another answer, and nobody would see it."""
+    whole = path.read_bytes()
+    end = whole.index(b"\n")
+    for place in range(end):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with Journal(path) as journal:
+            assert FIRST not in journal and journal[SECOND] == FORKED, place
+
+
+def test_lines_of_earlier_versions_are_read(path: Path) -> None:
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps({key: entry[key] for key in entry if key != "digest"}) + "\n" for entry in entries)
+    )
+    with Journal(path) as journal:
+        assert (journal[FIRST], journal[SECOND], len(journal.usages)) == (PLAIN, FORKED, 1)
+
+
 def test_a_fresh_journal_forgets_what_was_there(path: Path) -> None:
     with Journal(path, fresh=True) as journal:
         assert FIRST not in journal and journal.usages == []
@@ -114,12 +134,15 @@ def test_a_full_disk_is_said_with_the_path_and_costs_no_answer(path: Path) -> No
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 30, hard))
     try:
-        with pytest.raises(DiskError, match="journal"), Journal(path) as journal:
-            journal.add([(Request(prompt="three"), PLAIN)])
+        with Journal(path) as journal:
+            with pytest.raises(DiskError, match="journal"):
+                journal.add([(Request(prompt="three"), PLAIN)])
+            with pytest.raises(DiskError, match="journal"):
+                journal.add_usage({"load_s": 1.5})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
-    assert len(path.read_bytes()) == len(before) + 30, "the line was cut"
+    assert path.read_bytes() == before, "what of the line was written is taken back"
     with Journal(path) as journal:
         assert (journal[FIRST], journal[SECOND]) == (PLAIN, FORKED)
         assert Request(prompt="three") not in journal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -11,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.scenarios import simple_scenarios
 from rich.console import Console
 from tiny_directory import write_tiny_model
 
@@ -23,10 +26,13 @@ from flexeval.benchmark.helm import metrics
 from flexeval.benchmark.helm.metrics import Metrics
 from flexeval.cli.evaluate import show
 from flexeval.distributions import contexts_after
-from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError, ResultsError
+from flexeval.engine import executor
+from flexeval.engine.compute.readout import Readout
+from flexeval.errors import CapacityError, ConfigError, DataError, DiskError, FlexevalError, ResultsError
 from flexeval.output import output_directory
 from flexeval.parquet import load
 from flexeval.pipeline import RunOptions, recall, run_suite
+from flexeval.planning.rows import RowPlan
 from flexeval.progress import Update, View
 from flexeval.results import RunResults
 from flexeval.status import RunStatus, State
@@ -227,6 +233,52 @@ def test_a_setting_added_later_reuses_the_first(options: RunOptions, monkeypatch
     both = run(dataclasses.replace(options, settings=("none", "w4-g32")))
     assert asked == ["w4-g32"]
     assert {key: value for key, value in scores(both).items() if key[1] == "none"} == scores(first)
+
+
+def test_requests_that_fail_are_counted_and_their_questions_not_scored(
+    options: RunOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither right nor wrong; said in the report and at the end. The next run asks them again, and them alone."""
+    whole = scores(run(dataclasses.replace(options, out=Path(options.suite).parent / "whole")))
+    read = executor.read_row
+
+    def read_with_nan(plan: RowPlan, *args: Any, **kwargs: Any) -> Readout:
+        readout = read(plan, *args, **kwargs)
+        for index, (_, request) in enumerate(plan.generators):
+            if request == 2:
+                readout.drawn.logprobs_N[index] = np.nan
+        return readout
+
+    with monkeypatch.context() as patches:
+        patches.setattr(executor, "read_row", read_with_nan)
+        done = run_suite(options, Silence())
+    found = scores(done.results)
+    assert len(whole.keys() - found.keys()) == done.results.settings[0].num_failed == 1
+    assert all(whole[key] == value for key, value in found.items()), "none is counted as wrong"
+    (note,) = done.results.notes
+    assert note.startswith("none: 1 of") and "the model's logits are not finite: the head makes" in note
+    assert "are not scored" in (done.page.parent / "report.md").read_text()
+    with pytest.raises(ResultsError, match=r"1 of .* requests failed"):
+        show(done, Console())
+    assert "Report:" in capsys.readouterr().out, "all is printed before"
+    again = run(options)
+    assert scores(again) == whole and again.notes == []
+    assert again.settings[0].num_resumed == again.settings[0].num_requests - 1
+
+
+def test_a_dataset_without_questions_is_named(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simple_scenarios.SimpleMCQAScenario, "get_instances", lambda self, output_path: [])
+    with pytest.raises(DataError, match=r"simple_mcqa.*they hold no questions"):
+        run(options)
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(2_000_000_000, -3600)
+    monkeypatch.setattr("time.time", lambda: float(next(now)))
+    results = run(options)
+    assert len(scores(results)) == 8
+    assert all(setting.elapsed_s > 0 and setting.load_s > 0 for setting in results.settings)
+    assert all(one.elapsed_s >= 0 for one in results.instances)
 
 
 def test_what_was_answered_survives_an_error(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from flexeval.backends.text import TextHalf
 from flexeval.distributions import NewRows
+from flexeval.errors import FailedRequestsError
 from flexeval.request import Completion, Request, TokenRequest, TokenResult
 
 
@@ -67,6 +68,15 @@ class Batch:
             distributions=None if rows is None else self._new_rows.of(rows),
             alternatives=tuple(map(self._with_new_rows, completion.alternatives)),
         )
+
+    def failures(self, error: FailedRequestsError) -> FailedRequestsError:
+        """What failed, by the requests that asked for it."""
+        reasons = {
+            place: reason
+            for index, reason in error.reasons.items()
+            for place in self._places[self._distinct[self._owner[index]]]
+        }
+        return FailedRequestsError(reasons)
 
     def completions(self) -> list[Completion]:
         """All completions, in the order of the requests."""

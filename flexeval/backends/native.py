@@ -22,6 +22,7 @@ from flexeval.backends.loading import (
     open_model,
     pick_device,
 )
+from flexeval.backends.memory import memory_named
 from flexeval.backends.options import read_limits, read_policy
 from flexeval.config import Limits, Setting
 from flexeval.engine.codecs.kv_format import make_format
@@ -31,14 +32,14 @@ from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.host_rate import host_attention_rate
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.engine.trace import Trace
-from flexeval.errors import CapacityError
+from flexeval.errors import CapacityError, FailedRequestsError
 from flexeval.meter import Gauge, PhasePlan
 from flexeval.models import ModelSource
 from flexeval.planning.summary import PlanSummary, summarize
 from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, check_sparse
-from flexeval.policy.search import check, search
+from flexeval.policy.search import check, choose
 from flexeval.policy.sweeps import plan_sweeps
 from flexeval.policy.work import Workload
 from flexeval.request import Completion, Request, TokenRequest
@@ -65,6 +66,7 @@ class Engine:
         gpu_memory: str | int | None = None,
         cpu_memory: str | int | None = None,
         disk: str | Path | None = None,
+        deterministic: bool = False,
     ) -> Engine:
         """Open a model. Its weights are placed when requests arrive, as the best policy for them demands.
 
@@ -78,6 +80,8 @@ class Engine:
             gpu_memory: GPU memory to use at most, such as `16GiB`; all that is free otherwise.
             cpu_memory: Host memory to use at most; what is free otherwise.
             disk: Folder (`DIR` or `DIR:SIZE`) for what fits nowhere else; none otherwise.
+            deterministic: Compute each request apart, so that its answer is the same to the bit whatever else is asked
+                and wherever data rest. Rows are of one sequence each, and nothing is shared: it is slower.
 
         Raises:
             FlexevalError: The model, a setting or an option is not usable; the message says how to mend it.
@@ -87,7 +91,8 @@ class Engine:
         chosen = Setting.parse(setting) if isinstance(setting, str) else setting
         if fixed is not None and chosen.sparsity is not None:
             check_sparse(fixed)
-        return cls(open_model(model, setting=chosen, device=device, dtype=dtype), fixed, limits)
+        opened = open_model(model, setting=chosen, device=device, dtype=dtype)
+        return cls(opened, fixed, limits, is_deterministic=deterministic)
 
     @staticmethod
     def check_options(
@@ -98,14 +103,17 @@ class Engine:
         gpu_memory: str | int | None = None,
         cpu_memory: str | int | None = None,
         disk: str | Path | None = None,
+        deterministic: bool = False,
     ) -> None:
         """Raise `ConfigError` for options of `load` that suit no model, before one is fetched for them."""
         read_policy(policy)
         check_gpu_limit(read_limits(gpu_memory, cpu_memory, disk), pick_device(device))
         check_dtype(dtype)
 
-    def __init__(self, opened: OpenModel, policy: Policy | None, limits: Limits):
+    def __init__(self, opened: OpenModel, policy: Policy | None, limits: Limits, *, is_deterministic: bool = False):
         """See `load`, which reads these from text."""
+        self.is_deterministic = is_deterministic
+        """Whether an answer depends on nothing else that is asked."""
         self._opened = opened
         self._fixed_policy = policy
         self._limits = limits
@@ -167,7 +175,7 @@ class Engine:
 
     def cost_model(self, requests: Sequence[Request]) -> CostModel:
         """What any policy would cost for these requests on this machine. Raises `RequestError`."""
-        workload = measure_workload(self.token_requests(requests))
+        workload = self._count(self.token_requests(requests))
         return CostModel(shape=self._shape, workload=workload, hardware=self._measure())
 
     def place(self, requests: Sequence[Request], *, on_layer: OnLayer = lambda done, layers: None) -> PlanSummary:
@@ -184,8 +192,8 @@ class Engine:
         """
         batch = Batch(self.text, requests)
         if requests:
-            self._ready(measure_workload(batch.token_requests), on_layer)
-        return summarize(batch.asked)
+            self._ready(self._count(batch.token_requests), on_layer)
+        return summarize(batch.asked, is_apart=self.is_deterministic)
 
     def generate(
         self, requests: Sequence[Request], *, on_completions: OnCompletions = lambda completions: None
@@ -199,17 +207,23 @@ class Engine:
         Raises:
             RequestError: A request cannot be answered as asked; nothing was computed.
             CapacityError: The work does not fit the memory given.
+            FailedRequestsError: The model's numbers were none for some requests; `on_completions` was told all others.
         """
         if not requests:
             return []
         batch = Batch(self.text, requests)
-        workload = measure_workload(batch.token_requests)
+        workload = self._count(batch.token_requests)
         executor = self._ready(workload, lambda num_done, num_layers: None)
         self._foretell(executor.policy, workload)
         self._first_sweep = executor.trace.num_sweeps
         before_j = gpu_energy_j(self._opened.device)
         try:
-            executor.execute(batch.token_requests, on_results=lambda results: on_completions(batch.collect(results)))
+            with memory_named(self._opened.device.type):
+                executor.execute(
+                    batch.token_requests, on_results=lambda results: on_completions(batch.collect(results))
+                )
+        except FailedRequestsError as error:
+            raise batch.failures(error) from error
         finally:
             after_j = gpu_energy_j(self._opened.device)
             self._energy_j = None if before_j is None or after_j is None else (self._energy_j or 0) + after_j - before_j
@@ -221,6 +235,9 @@ class Engine:
         if executor is None:
             return Gauge()
         return read_gauge(executor, self._first_sweep, num_layers, self._plan, self._planned_bytes)
+
+    def _count(self, requests: Sequence[TokenRequest]) -> Workload:
+        return measure_workload(requests, is_apart=self.is_deterministic)
 
     def usage(self) -> Usage:
         """What was used so far, by every placement of the weights."""
@@ -273,12 +290,18 @@ class Engine:
                 return self._executor
             except CapacityError:
                 self.close()
-        policy = self._fixed_policy or search(self._shape, workload, hardware)
-        check(policy, self._shape, workload, hardware)
+        fixed, is_apart = self._fixed_policy, self.is_deterministic
+        policy = choose(self._shape, workload, hardware, fixed=fixed, is_apart=is_apart)
         cap_gpu_memory(self._limits, opened.device)
         start = time.perf_counter()
-        disk_dir = self._limits.disk_dir
-        self._executor = Executor(
+        with memory_named(opened.device.type):
+            self._executor = self._load(policy, on_layer)
+        self._load_s = time.perf_counter() - start
+        return self._executor
+
+    def _load(self, policy: Policy, on_layer: OnLayer) -> Executor:
+        opened, disk_dir = self._opened, self._limits.disk_dir
+        executor = Executor(
             opened.anatomy,
             opened.checkpoint,
             policy,
@@ -289,8 +312,12 @@ class Engine:
             device=opened.device,
             disk_tier=DiskTier(disk_dir, limit_bytes=self._limits.disk_bytes) if disk_dir is not None else None,
             on_layer=lambda layer: on_layer(layer + 1, opened.anatomy.num_layers),
+            is_apart=self.is_deterministic,
         )
         if opened.setting.has_key_channels and opened.anatomy.keys is None:
-            self._executor.find_key_channels()
-        self._load_s = time.perf_counter() - start
-        return self._executor
+            try:
+                executor.find_key_channels()
+            except BaseException:
+                executor.close()
+                raise
+        return executor

@@ -75,7 +75,7 @@ class TextHalf:
             said = request.messages or [Message("user", str(request.prompt))]
             ids = chat_ids(self.tokenizer, said, where=where)
         elif isinstance(request.prompt, str):
-            ids = encode(self.tokenizer, request.prompt)
+            ids = encode(self.tokenizer, request.prompt, where=where)
         else:
             ids = request.prompt
         if not ids:

@@ -21,7 +21,16 @@ from flexeval.errors import ConfigError, DiskError, FlexevalError
 _INTERRUPTED = 130
 _is_debugging = False
 """Whether a mistake of the user's is shown with its traceback."""
-_OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG}
+_OUTSIDE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+}
 """Errors of files that are no bug of ours."""
 
 app = typer.Typer(

@@ -17,6 +17,7 @@ from rich.console import Console
 from flexeval.cli.options import (
     ChatTemplate,
     CpuMemory,
+    Deterministic,
     Device,
     Disk,
     Dtype,
@@ -53,6 +54,7 @@ def run(
     keep_top: KeepTop = 32,
     skip_missing: SkipMissing = False,
     chat_template: ChatTemplate = None,
+    deterministic: Deterministic = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Answer again what an earlier run has answered.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, as flexeval plan does.")] = False,
 ) -> None:
@@ -74,6 +76,7 @@ def run(
         keep_top=keep_top,
         skip_missing=skip_missing,
         chat_template=chat_template,
+        deterministic=deterministic,
         fresh=fresh,
         command=shlex.join(["flexeval", *sys.argv[1:]]),
     )
@@ -207,19 +210,27 @@ def report(
 
 
 def _evaluate(options: RunOptions) -> None:
-    from flexeval.pipeline import run_suite
+    from flexeval.pipeline import directory_of, is_begun, run_suite
     from flexeval.progress import choose_progress
 
     console = Console()
-    show(run_suite(options, choose_progress(console)), console)
+    try:
+        show(run_suite(options, choose_progress(console)), console)
+    except KeyboardInterrupt:
+        if is_begun(out := directory_of(options)):
+            hint = f"flexeval: what is answered is kept in {out}; flexeval resume {shlex.quote(str(out))} goes on"
+            print(hint, file=sys.stderr)
+        raise
 
 
 def show(done: Done, console: Console) -> None:
-    """Print what a run found. Raises `ResultsError` for tasks that were not scored, when all is printed."""
+    """Print what a run found. Raises `ResultsError` for what was not answered or not scored, when all is printed."""
     from flexeval.report.render.terminal import print_table
 
     print_table(done.results, console)
     console.print(f"Report: {done.page}", soft_wrap=True, highlight=False)
+    if done.failed_requests:
+        raise ResultsError(" ".join(done.failed_requests), mend="The same command asks them again")
     if done.failed:
         reasons = "; ".join(f"{task}: {reason}" for task, reason in done.failed.items())
         num_failed = f"{len(done.failed)} task{'s' if len(done.failed) > 1 else ''}"

@@ -20,6 +20,10 @@ ChatTemplate = Annotated[
         show_default="as the suite says",
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Compute each request apart, so that no answer depends on another; slower."),
+]
 KeepTop = Annotated[
     int,
     typer.Option(

@@ -13,6 +13,7 @@ from rich.console import Console
 from flexeval.cli.options import (
     ChatTemplate,
     CpuMemory,
+    Deterministic,
     Device,
     Disk,
     Dtype,
@@ -42,6 +43,7 @@ def plan(
     policy: Policy = "auto",
     skip_missing: SkipMissing = False,
     chat_template: ChatTemplate = None,
+    deterministic: Deterministic = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write every figure here.")] = None,
 ) -> None:
     """Say what a run would take on this machine, and where everything would rest, without loading weights."""
@@ -60,6 +62,7 @@ def plan(
         policy=policy,
         skip_missing=skip_missing,
         chat_template=chat_template,
+        deterministic=deterministic,
         command=shlex.join(["flexeval", *sys.argv[1:]]),
     )
     show_plan(options, out)

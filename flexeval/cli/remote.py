@@ -14,6 +14,7 @@ from flexeval.cli.evaluate import show
 from flexeval.cli.options import (
     ChatTemplate,
     CpuMemory,
+    Deterministic,
     Device,
     Disk,
     Dtype,
@@ -65,6 +66,7 @@ def execute(
     disk: Disk = None,
     policy: Policy = "auto",
     keep_top: KeepTop = 32,
+    deterministic: Deterministic = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Answer again what an earlier call has answered.")] = False,
 ) -> None:
     """Answer prompts from a file, without HELM or data; stopped, it goes on when it is called again."""
@@ -86,10 +88,12 @@ def execute(
             "cpu_memory": cpu_memory,
             "disk": disk,
             "policy": policy,
+            "deterministic": deterministic,
         },
         progress=choose_progress(console),
     )
-    words = f"{cost.num_requests} answers in {cost.elapsed_s:.1f} s, in {out}"
+    failed = f", {cost.num_failed} requests failed," if cost.num_failed else ""
+    words = f"{cost.num_requests} answers{failed} in {cost.elapsed_s:.1f} s, in {out}"
     console.print(f"Executed: {words}", soft_wrap=True, highlight=False)
 
 

@@ -31,6 +31,9 @@ class Answers:
         self._open = [stream.requests for stream in streams]
         self._max_tokens = [stream.max_tokens for stream in streams]
         self._prompts = PromptScores(tree)
+        self._broken: set[int] = set()  # streams that have drawn from logits that are none
+        self.failed: dict[int, tuple[int, ...]] = {}
+        """Requests without an answer, for logits were not finite; what they read, and drew before that."""
         self._elapsed_s = [0.0] * len(streams)  # of each request that is still open
         self._unassigned_s = 0.0
 
@@ -60,6 +63,9 @@ class Answers:
         ):
             self._ids[stream].append(token_id)
             self._logprobs[stream].append(logprob)
+        self._broken.update(
+            stream for stream, is_one in zip(streams, drawn.are_finite().tolist(), strict=True) if not is_one
+        )
         if drawn.top_ids_NK.size:
             for stream, top_logprobs in zip(streams, drawn.tops(), strict=True):
                 self._tops[stream].append(top_logprobs)
@@ -70,7 +76,7 @@ class Answers:
                 self._kept[stream].append(Kept(*columns))
 
     def finish_sweep(self, weights: Mapping[int, int], elapsed_s: float) -> list[tuple[int, TokenResult]]:
-        """End a sweep: share its time among the requests in it and answer those that are done.
+        """End a sweep: share its time among the requests in it; answer those that are done, or note that they failed.
 
         Args:
             weights: The streams that had a part in it, and the tokens computed for each.
@@ -86,14 +92,18 @@ class Answers:
         for stream in weights:
             reasons = [(request, self._reason(request, stream)) for request in self._open[stream]]
             if done := [(request, reason) for request, reason in reasons if reason is not None]:
-                results += [(request, self._result(request, stream, reason)) for request, reason in done]
+                for request, reason in done:
+                    if (result := self._result(request, stream, reason)) is not None:
+                        results.append((request, result))
+                    else:
+                        self.failed[request] = (*self._streams[stream].prompt_ids, *self._ids[stream][:-1])
                 self._close(stream, {request for request, _ in done})
         return results
 
     def _reason(self, request: int, stream: int) -> FinishReason | None:
         """Why a request is done, or None while it is not."""
         asked, ids = self._requests[request], self._ids[stream]
-        if asked.max_tokens == 0:
+        if asked.max_tokens == 0 or stream in self._broken:
             return FinishReason.LENGTH
         if ids[-1] in asked.eos_ids:
             return FinishReason.ENDOFTEXT
@@ -106,10 +116,13 @@ class Answers:
         left = self._open[stream] = tuple(request for request in self._open[stream] if request not in done)
         self._max_tokens[stream] = max((self._requests[request].max_tokens for request in left), default=0)
 
-    def _result(self, request: int, stream: int, reason: FinishReason) -> TokenResult:
+    def _result(self, request: int, stream: int, reason: FinishReason) -> TokenResult | None:
+        """The answer; None where a log-probability in it is none."""
         asked = self._requests[request]
         cut = asked.num_top_logprobs
         path = self._tree.path(self._leaf[stream]) if asked.score_prompt else []
+        if (asked.max_tokens and stream in self._broken) or not self._prompts.are_finite(path):
+            return None
         return TokenResult(
             token_ids=tuple(self._ids[stream]) if asked.max_tokens else (),
             logprobs=tuple(self._logprobs[stream]) if asked.max_tokens else (),

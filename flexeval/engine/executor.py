@@ -8,17 +8,21 @@ Knows how the parts work together; neither text nor the search for a policy.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 import torch
 
+from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.channels import KeyWatch, prompts_of_random_tokens
 from flexeval.engine.compute.keeping import make_keeper
 from flexeval.engine.compute.readout import read_row
 from flexeval.engine.compute.row import RowMaker
+from flexeval.engine.failures import MOST_EXPLAINED, MOST_WITHOUT_ANSWER, NOT_FINITE, WatchedHidden
+from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.parts import EngineParts
 from flexeval.engine.scheduler import Scheduler
+from flexeval.errors import FailedRequestsError
 from flexeval.planning.host_rows import host_rows
 from flexeval.planning.summary import PlanSummary
 from flexeval.request import TokenRequest, TokenResult
@@ -34,23 +38,50 @@ class Executor(EngineParts):
     def find_key_channels(self) -> None:
         """Look at keys of random tokens: from now on keys rest by channel. Takes a sweep, which counts as loading."""
         text, watch = self._anatomy.config.get_text_config(), KeyWatch()
-        prompts = prompts_of_random_tokens(text.vocab_size, self._anatomy.context_length)
-        scheduler = Scheduler([TokenRequest(prompt_ids=ids, max_tokens=0) for ids in prompts], self.policy)
-        maker, nowhere = RowMaker(self._device), [frozenset[int]()] * self._anatomy.num_layers
-        cache = self._make_cache(scheduler.log_capacities, coding=None)
         self._anatomy.keys = watch
+        try:
+            self._read(prompts_of_random_tokens(text.vocab_size, self._anatomy.context_length), coding=None)
+            self._anatomy.keys = watch.found()
+        except BaseException:
+            self._anatomy.keys = None  # so that they are looked for when the model is loaded again
+            raise
+
+    @torch.inference_mode()
+    def explain(self, failed: Mapping[int, Sequence[int]]) -> dict[int, str]:
+        """Why requests failed, and at which layer, for some of them; takes a sweep for each of those.
+
+        Args:
+            failed: By request, the tokens after which logits were not finite.
+        """
+        reasons = dict.fromkeys(failed, NOT_FINITE)
+        for request in sorted(failed)[:MOST_EXPLAINED]:
+            places = [hidden.first_broken() for hidden in self._read([failed[request]], coding=self._kv_coding)]
+            place = next((place for place in places if place is not None), "the head")
+            reasons[request] = f"{NOT_FINITE}: {place} makes numbers that are infinite or NaN"
+        return reasons
+
+    def _read(self, prompts: Sequence[Sequence[int]], *, coding: KVCoding | None) -> list[WatchedHidden]:
+        """Take prompts through all layers, and read nothing off; what was seen on the way, sweep by sweep."""
+        scheduler = Scheduler(
+            [TokenRequest(prompt_ids=tuple(ids), max_tokens=0) for ids in prompts], self.policy, is_apart=self._is_apart
+        )
+        maker, nowhere = RowMaker(self._device, is_apart=self._is_apart), [frozenset[int]()] * self._anatomy.num_layers
+        cache = self._make_cache(scheduler.log_capacities, coding=coding)
+        seen: list[WatchedHidden] = []
         try:
             while scheduler.has_work:
                 rows = self._make_rows(maker, scheduler.plan_sweep())
-                with closing(self._make_hidden(0, len(rows))) as hidden:
+                hidden = self._make_hidden(WatchedHidden, 0, len(rows))
+                seen.append(hidden)
+                with closing(hidden):
                     for _ in self._sweeper.sweep(
                         rows, cache, hidden, nowhere, for_later=maker.for_later, expects_more=scheduler.expects_more
                     ):
                         pass
                 scheduler.finish_sweep(0.0)
-            self._anatomy.keys = watch.found()
         finally:
             self._end_batch(cache)
+        return seen
 
     @torch.inference_mode()
     def execute(
@@ -64,12 +95,16 @@ class Executor(EngineParts):
         Args:
             requests: What to score or to continue.
             on_results: Told after each sweep which requests (by index) it finished, with their results.
+
+        Raises:
+            FailedRequestsError: For some, logits were not finite; they are named with the layer, all others answered.
+                Where many fail before the first is answered, the rest is not tried.
         """
         results: dict[int, TokenResult] = {}
         with self.trace.phase("plan"):
-            scheduler = Scheduler(requests, self.policy)
+            scheduler = Scheduler(requests, self.policy, is_apart=self._is_apart)
         self.plan = scheduler.summary
-        maker = RowMaker(self._device)
+        maker = RowMaker(self._device, is_apart=self._is_apart)
         sampled = {index: request for index, request in enumerate(requests) if request.temperature}
         num_top = max((request.num_top_logprobs for request in requests), default=0)
         vocab_size = self._anatomy.config.get_text_config().vocab_size
@@ -88,7 +123,7 @@ class Executor(EngineParts):
                 )
                 rows = self._make_rows(maker, plans)
                 num_fresh = sum(bool(plan.fresh) for plan in plans)
-                with closing(self._make_hidden(len(plans) - num_fresh, num_fresh)) as hidden:
+                with closing(self._make_hidden(HiddenStore, len(plans) - num_fresh, num_fresh)) as hidden:
                     outcomes = self._sweeper.sweep(
                         rows,
                         cache,
@@ -117,7 +152,11 @@ class Executor(EngineParts):
                 results.update(finished)
                 if finished:
                     on_results(finished)
+                elif not results and len(scheduler.failed) > MOST_WITHOUT_ANSWER:
+                    break
             cache.flush()
         finally:
             self._end_batch(cache)
+        if scheduler.failed:
+            raise FailedRequestsError(self.explain(scheduler.failed))
         return [results[index] for index in range(len(requests))]

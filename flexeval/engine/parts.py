@@ -6,7 +6,7 @@ Knows which part needs which; not in what order they work.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
@@ -37,6 +37,7 @@ from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.planning.rows import RowPlan
 from flexeval.policy.policy import Policy, check_sparse
 
+H = TypeVar("H", bound=HiddenStore)
 ROWS_AHEAD = 3
 """Rows with prompts, at a layer each, that the host may have enqueued and the device not done."""
 LANES = ("weights", "kv_in", "kv_out", "hidden", "host_attention")
@@ -59,6 +60,7 @@ class EngineParts:
         disk_tier: DiskTier | None,
         on_layer: Callable[[int], None] = lambda layer: None,
         overlap: bool | None = None,
+        is_apart: bool = False,
     ):
         """Load the weights to where the policy wants them.
 
@@ -74,6 +76,7 @@ class EngineParts:
             disk_tier: Room on disk; needed where the policy uses it. The executor closes it.
             on_layer: Told, for each layer that is loaded, how many were before it.
             overlap: Whether transfers run beside the computation; by default where there are any.
+            is_apart: Requests are computed apart, in shapes and by kernels that do not depend on each other.
         """
         if sparsity is not None:
             check_sparse(policy)
@@ -83,6 +86,7 @@ class EngineParts:
         self._device = device
         self._kv_coding = kv_coding
         self._is_sparse = sparsity is not None
+        self._is_apart = is_apart
         self._watch = Stopwatch(device)
         self.tiers = Tiers(device, disk_tier)
         self._resident_bytes = anatomy.resident_bytes(vocabulary_codec)
@@ -106,6 +110,7 @@ class EngineParts:
                 trace=self.trace,
                 watch=self._watch,
                 num_ahead=policy.slabs_ahead,
+                may_multiply_coded=not is_apart,
                 on_layer=on_layer,
             )
         except BaseException:
@@ -154,9 +159,9 @@ class EngineParts:
         return used
 
     def _make_replay(self) -> Replay | None:
-        """Recordings are of layers whose experts need not be fetched."""
+        """Recordings are of layers whose experts need not be fetched, and of rows that have come a few times."""
         has_experts = any(experts is not None for experts in self._anatomy.experts)
-        if self._device.type != "cuda" or has_experts:
+        if self._device.type != "cuda" or has_experts or self._is_apart:
             return None
         stream = torch.cuda.Stream(self._device)
         return Replay(self._anatomy, lambda: CudaTapes(stream), self._weights.bind_in_place)
@@ -204,7 +209,7 @@ class EngineParts:
             self.trace.settle(name, lane.watch.laps())
         self.trace.settle("compute", self._watch.laps())
 
-    def _make_hidden(self, num_decode: int, num_fresh: int) -> HiddenStore:
+    def _make_hidden(self, make: type[H], num_decode: int, num_fresh: int) -> H:
         """A sweep's rows, those that decode first: their few tokens would wait for larger copies, so they stay.
 
         A lone row's hidden states stay as well: they are the next layer's input at once.
@@ -212,7 +217,7 @@ class EngineParts:
         home = self.tiers.home
         is_lone = num_decode + num_fresh == 1
         fresh = [home] * num_fresh if is_lone else self.tiers.spread(self.policy.hidden, num_fresh)
-        return HiddenStore(
+        return make(
             [home] * num_decode + fresh,
             device=self._device,
             device_tier=home,

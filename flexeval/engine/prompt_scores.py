@@ -20,6 +20,7 @@ class PromptScores:
         """Nothing is scored yet."""
         self._bounds = tree.bounds().tolist()
         self._tokens: Tokens | None = None
+        self._finite: dict[int, bool] = {}
         self._logprobs: dict[int, list[float]] = {}
         self._tops: dict[int, list[TopLogprobs]] = {}
 
@@ -31,6 +32,13 @@ class PromptScores:
             self._tokens = Tokens.zeros(self._bounds[-1], scored.top_ids_NK.shape[1], scored.kept_ids_NC.shape[1])
         for values, new in zip(self._tokens, scored, strict=True):
             values[scores.places] = new
+
+    def are_finite(self, path: Sequence[int]) -> bool:
+        """Whether all log-probabilities on a path are finite numbers."""
+        for node in path:
+            if node not in self._finite:
+                self._finite[node] = bool(self._of(node).are_finite().all())
+        return all(self._finite[node] for node in path)
 
     def logprobs(self, path: Sequence[int]) -> tuple[float, ...]:
         """Of all tokens on a path; 0 for the very first."""

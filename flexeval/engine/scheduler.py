@@ -18,7 +18,7 @@ from flexeval.engine.answers import Answers
 from flexeval.engine.compute.readout import Readout
 from flexeval.planning.block import Block
 from flexeval.planning.logs import SharedLog, Step
-from flexeval.planning.prefix import build_tree
+from flexeval.planning.prefix import build_chains, build_tree
 from flexeval.planning.rowplans import Place, RowBuilder
 from flexeval.planning.rows import SHARED, Compaction, RowPlan
 from flexeval.planning.scores import ScoreTable
@@ -32,12 +32,20 @@ from flexeval.request import TokenRequest, TokenResult
 class Scheduler:
     """The state of one batch of requests."""
 
-    def __init__(self, requests: Sequence[TokenRequest], policy: Policy):
-        """Plan the whole batch; nothing is admitted yet."""
+    def __init__(self, requests: Sequence[TokenRequest], policy: Policy, *, is_apart: bool = False):
+        """Plan the whole batch; nothing is admitted yet.
+
+        Args:
+            requests: What is asked.
+            policy: How much is in flight.
+            is_apart: Nothing is computed together: a row is of one request, and cut as if there were no other.
+        """
+        assert not is_apart or policy.group_sequences == 1, policy
         self._requests = requests
         self._policy = policy
-        self._streams = make_streams(requests)
-        self.tree = build_tree(
+        self._is_apart = is_apart
+        self._streams = make_streams(requests, is_apart=is_apart)
+        self.tree = (build_chains if is_apart else build_tree)(
             [stream.prompt_ids for stream in self._streams],
             max_node_tokens=policy.row_tokens,
             # The longest first: what is short fills the seats at the end, and what only scores the sweeps.
@@ -99,6 +107,11 @@ class Scheduler:
         rows = [*self._decode_rows(compactions), *self._fresh_rows(entering, compactions)]
         assert rows and not compactions, (rows, compactions)
         return rows
+
+    @property
+    def failed(self) -> dict[int, tuple[int, ...]]:
+        """Requests that ended without an answer: see `Answers.failed`."""
+        return self._answers.failed
 
     def num_drawn(self, request: int) -> int:
         """Tokens that a request has drawn so far."""
@@ -215,7 +228,7 @@ class Scheduler:
         start, num_tokens = entering.start, 0
         for node in entering:
             num_tokens += self._usage.num_tokens[node]
-            is_last = node + 1 == entering.stop
+            is_last = self._is_apart or node + 1 == entering.stop
             if is_last or num_tokens + self._usage.num_tokens[node + 1] > self._policy.row_tokens:
                 first = [compactions.pop(log) for log in list(compactions)]
                 yield self._rows.fresh(range(start, node + 1), entering, first)

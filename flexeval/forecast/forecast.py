@@ -11,7 +11,7 @@ from flexeval.errors import CapacityError
 from flexeval.planning.summary import PlanSummary, summarize
 from flexeval.policy.cost import Cost, CostModel
 from flexeval.policy.policy import KINDS, Policy, Tier
-from flexeval.policy.search import check, search
+from flexeval.policy.search import choose, search
 from flexeval.request import Request
 
 GAIN_BYTES = 2**30
@@ -104,15 +104,15 @@ def forecast(
         CapacityError: The work does not fit the memory given.
     """
     model = engine.cost_model(requests)
-    policy = fixed or search(model.shape, model.workload, model.hardware)
-    check(policy, model.shape, model.workload, model.hardware)
+    is_apart = engine.is_deterministic
+    policy = choose(model.shape, model.workload, model.hardware, fixed=fixed, is_apart=is_apart)
     cost, counts = model.cost(policy), model.place(policy).counts
     item_bytes = model.room.item_bytes(policy)
     phase_s = {phase: max(lanes.values()) for phase, lanes in cost.lanes.items()}
     tiers = [tier for tier in Tier if model.hardware.capacity_bytes(tier)]
     return Forecast(
         setting=setting,
-        summary=summarize(engine.token_requests(requests)),
+        summary=summarize(engine.token_requests(requests), is_apart=is_apart),
         policy=policy,
         resting_bytes={str(tier): {kind: item_bytes[kind] * counts[kind][tier] for kind in KINDS} for tier in tiers},
         peak_bytes={str(tier): cost.peak_bytes[tier] for tier in tiers},
@@ -121,7 +121,7 @@ def forecast(
         phase_s=phase_s,
         lanes={phase: {str(lane): float(s) for lane, s in lanes.items()} for phase, lanes in cost.lanes.items()},
         tasks=_share(engine, tasks, phase_s),
-        gains={} if fixed else _gains(model, cost, tiers),
+        gains={} if fixed or is_apart else _gains(model, cost, tiers),
     )
 
 

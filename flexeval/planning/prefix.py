@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -82,22 +83,7 @@ def build_tree(
     shared = np.array([0, *(_common_length(arrays[a], arrays[b]) for a, b in pairwise(order))], dtype=np.int64)
     rank = np.array([0 if ranks is None else ranks[index] for index in order])
     nodes: list[Node] = []
-
-    def add(parent: int | None, first: int, tokens: Sequence[int], ending: Sequence[int]) -> int:
-        for start in range(0, len(tokens), max_node_tokens):
-            part = tuple(tokens[start : start + max_node_tokens])
-            is_last = start + max_node_tokens >= len(tokens)
-            nodes.append(
-                Node(
-                    parent=parent,
-                    first_position=first + start,
-                    token_ids=part,
-                    prompts=tuple(sorted(ending)) if is_last else (),
-                )
-            )
-            parent = len(nodes) - 1
-        assert parent is not None
-        return parent
+    add = partial(_add, nodes, max_node_tokens)
 
     # Each entry: prompts [low, high) in sorted order, which share their first `done` tokens, all in `parent`'s path.
     pending: list[tuple[int, int, int, int | None]] = [(0, len(ordered), 0, None)] if prompts else []
@@ -116,6 +102,42 @@ def build_tree(
             add(parent, done, ordered[low][done:common], [order[i] for i in range(low, low + num_ending)])
         pending.extend((a, b, done, parent) for a, b in reversed(branches))
     return PrefixTree(nodes=tuple(nodes), num_asked_tokens=sum(map(len, prompts)))
+
+
+def build_chains(
+    prompts: Sequence[Sequence[int]], *, max_node_tokens: int, ranks: Sequence[int] | None = None
+) -> PrefixTree:
+    """The same where nothing is shared: every prompt is a chain of nodes of its own, an equal one as well."""
+    assert all(prompts), "a prompt has at least one token"
+    nodes: list[Node] = []
+    for index in sorted(range(len(prompts)), key=lambda index: 0 if ranks is None else -ranks[index]):
+        _add(nodes, max_node_tokens, None, 0, prompts[index], [index])
+    return PrefixTree(nodes=tuple(nodes), num_asked_tokens=sum(map(len, prompts)))
+
+
+def _add(
+    nodes: list[Node],
+    max_node_tokens: int,
+    parent: int | None,
+    first: int,
+    tokens: Sequence[int],
+    ending: Sequence[int],
+) -> int:
+    """Add a run of tokens below `parent`, from position `first` on; the index of its last node."""
+    for start in range(0, len(tokens), max_node_tokens):
+        part = tuple(tokens[start : start + max_node_tokens])
+        is_last = start + max_node_tokens >= len(tokens)
+        nodes.append(
+            Node(
+                parent=parent,
+                first_position=first + start,
+                token_ids=part,
+                prompts=tuple(sorted(ending)) if is_last else (),
+            )
+        )
+        parent = len(nodes) - 1
+    assert parent is not None
+    return parent
 
 
 def _common_length(a: npt.NDArray[np.uint32], b: npt.NDArray[np.uint32]) -> int:

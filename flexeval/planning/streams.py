@@ -25,14 +25,17 @@ class Stream:
         return self.max_tokens > 1
 
 
-def make_streams(requests: Sequence[TokenRequest]) -> list[Stream]:
-    """All streams, in the order of their first requests.
+def make_streams(requests: Sequence[TokenRequest], *, is_apart: bool = False) -> list[Stream]:
+    """All streams, in the order of their first requests; each request is one of its own if they are kept `is_apart`.
 
     Greedy requests of one prompt draw the same tokens, whatever their lengths, stops and scores; others do where
     temperature, nucleus and seed are equal too.
     """
     members: dict[tuple[object, ...], list[int]] = {}
     for index, request in enumerate(requests):
+        if is_apart:
+            members[index,] = [index]
+            continue
         sampling = (request.temperature, request.top_p, request.seed) if request.temperature else ()
         members.setdefault((request.prompt_ids, *sampling), []).append(index)
     return [

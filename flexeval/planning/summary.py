@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexeval.planning.prefix import PrefixTree, build_tree
+from flexeval.planning.prefix import PrefixTree, build_chains, build_tree
 from flexeval.request import TokenRequest
 
 
@@ -34,12 +34,13 @@ class PlanSummary:
         lengths = {request.prompt_ids: len(request.prompt_ids) for request in requests}
         num_asked = sum(len(request.prompt_ids) for request in requests)
         num_distinct_tokens = sum(lengths.values())
+        num_again = max(0, tree.num_computed_tokens - num_distinct_tokens)  # of equal prompts that are kept apart
         return cls(
             num_requests=len(requests),
             num_distinct=len(lengths),
             num_asked_tokens=num_asked,
-            num_duplicate_tokens=num_asked - num_distinct_tokens,
-            num_shared_tokens=num_distinct_tokens - tree.num_computed_tokens,
+            num_duplicate_tokens=num_asked - num_distinct_tokens - num_again,
+            num_shared_tokens=num_distinct_tokens + num_again - tree.num_computed_tokens,
             num_computed_tokens=tree.num_computed_tokens,
             num_nodes=len(tree.nodes),
         )
@@ -57,7 +58,8 @@ class PlanSummary:
         )
 
 
-def summarize(requests: Sequence[TokenRequest]) -> PlanSummary:
-    """What a plan for these requests saves."""
+def summarize(requests: Sequence[TokenRequest], *, is_apart: bool = False) -> PlanSummary:
+    """What a plan for these requests saves; of those kept `is_apart`, equal ones alone are computed once."""
     prompts = list({request.prompt_ids: None for request in requests})
-    return PlanSummary.of(requests, build_tree(prompts, max_node_tokens=max(map(len, prompts), default=1)))
+    build = build_chains if is_apart else build_tree
+    return PlanSummary.of(requests, build(prompts, max_node_tokens=max(map(len, prompts), default=1)))

@@ -6,7 +6,7 @@ Plain numbers and JSON, no tensors. Knows neither what anything costs (`cost.py`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -180,6 +180,25 @@ class Policy:
         for share in shares.values():
             share.setdefault("cpu", max(0.0, 1 - sum(share.values())))
         return cls.from_json(cls().to_json() | sizes | shares, where="policy")
+
+
+APART_ROW_TOKENS = 512
+"""Prompt tokens of a row where requests are computed apart: the same for every batch, as roundings depend on it."""
+
+
+def apart(policy: Policy) -> Policy:
+    """The policy for requests that are computed apart from each other: data rest where they would, rows hold one each.
+
+    The CPU attends for no row: which ones it takes depends on the others.
+    """
+    return replace(
+        policy,
+        row_tokens=APART_ROW_TOKENS,
+        sweep_tokens=max(policy.sweep_tokens, APART_ROW_TOKENS),
+        group_sequences=1,
+        num_groups=policy.block_sequences,
+        host_attention=0.0,
+    )
 
 
 def check_sparse(policy: Policy) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from flexeval.config import format_size
 from flexeval.errors import CapacityError
 from flexeval.policy.cost import KERNELS_PER_CALL, CostModel
-from flexeval.policy.policy import Policy, Tier
+from flexeval.policy.policy import Policy, Tier, apart
 from flexeval.policy.program import best_placement, least_seconds, missing_bytes
 from flexeval.policy.work import ModelShape, Workload
 
@@ -60,6 +60,28 @@ def search(shape: ModelShape, workload: Workload, hardware: Hardware) -> Policy:
         raise _does_not_fit(model)
     check(best[1], shape, workload, hardware)
     return best[1]
+
+
+def choose(
+    shape: ModelShape, workload: Workload, hardware: Hardware, *, fixed: Policy | None = None, is_apart: bool = False
+) -> Policy:
+    """The policy that runs: a fixed one or the best, and for requests that are kept apart with rows of one each.
+
+    Raises `CapacityError` where it does not fit.
+    """
+    policy = fixed or search(shape, workload, hardware)
+    if not is_apart:
+        check(policy, shape, workload, hardware)
+        return policy
+    policy = apart(policy)
+    while True:
+        try:
+            check(policy, shape, workload, hardware)
+            return policy
+        except CapacityError:
+            if policy.num_groups == 1:
+                raise
+            policy = replace(policy, num_groups=policy.num_groups // 2)
 
 
 def check(policy: Policy, shape: ModelShape, workload: Workload, hardware: Hardware) -> None:

@@ -8,7 +8,7 @@ who answers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from helm.common.local_context import LocalContext
 
 from flexeval.benchmark.helm.convert import Batch, from_helm, to_helm
 from flexeval.benchmark.helm.metrics import Metrics
-from flexeval.errors import RequestError
+from flexeval.errors import RequestError, ResultsError
 from flexeval.files import write_text
 from flexeval.request import Completion, Request
 
@@ -52,6 +52,26 @@ class AdaptedRun:
     """The questions, and the requests made of them, without results."""
     requests: tuple[Request, ...]
     """The same requests in flexeval's words, in the order of `state.request_states`."""
+
+
+def without(run: AdaptedRun, failed: Collection[Request]) -> AdaptedRun:
+    """The run without the questions that a failed request belongs to: they are neither right nor wrong.
+
+    Raises `ResultsError` where no question is left.
+    """
+    pairs = list(zip(run.state.request_states, run.requests, strict=True))
+    lost = {_question(state) for state, request in pairs if request in failed}
+    if not lost:
+        return run
+    kept = [(state, request) for state, request in pairs if _question(state) not in lost]
+    if not kept:
+        raise ResultsError("every question has a request that failed", where=run.spec.name)
+    states, requests = zip(*kept, strict=True)
+    return replace(run, state=replace(run.state, request_states=list(states)), requests=requests)
+
+
+def _question(state: RequestState) -> tuple[str | None, int]:
+    return state.instance.id, state.train_trial_index
 
 
 class RunRoom:

@@ -29,7 +29,7 @@ from flexeval.benchmark.helm.log import helm_talks_to
 from flexeval.benchmark.helm.missing import MissingData, diagnose, missing_data_error
 from flexeval.benchmark.helm.models import ModelCard, register
 from flexeval.benchmark.helm.perturbations import perturbations_below
-from flexeval.benchmark.helm.runs import AdaptedRun, RunRoom
+from flexeval.benchmark.helm.runs import AdaptedRun, RunRoom, without
 from flexeval.benchmark.helm.schema import write_schema
 from flexeval.benchmark.network import impatient_downloads
 from flexeval.benchmark.resources import import_tasks
@@ -121,11 +121,14 @@ class HelmSuite:
         """By task, all that it asks; known after `collect`."""
         return {task: run.requests for task, run in self._runs.items()}
 
-    def score(self, completions: Sequence[Completion], *, on_task: OnTask = lambda num_done, num_tasks: None) -> Scored:
+    def score(
+        self, completions: Sequence[Completion | None], *, on_task: OnTask = lambda num_done, num_tasks: None
+    ) -> Scored:
         """Compute HELM's metrics and write its run directories.
 
         Args:
-            completions: The answer to each request that `collect` returned, in its order.
+            completions: The answer to each request that `collect` returned, in its order. None for one that failed:
+                what it belongs to is not scored.
             on_task: Told the progress.
 
         Raises:
@@ -133,17 +136,19 @@ class HelmSuite:
         """
         assert self._room is not None, "score comes after collect"
         uses = Counter(request for run in self._runs.values() for request in run.requests)
-        answers = dict(zip(uses, completions, strict=True))  # a Counter keeps the order of first use
-        batch = Batch.of(completions)
+        asked = dict(zip(uses, completions, strict=True))  # a Counter keeps the order of first use
+        answers = {request: answer for request, answer in asked.items() if answer is not None}
+        batch, failed = Batch.of(list(answers.values())), asked.keys() - answers.keys()
         # Questions that share a request share its time.
         shares = {
             request: replace(answer, elapsed_s=answer.elapsed_s / uses[request]) for request, answer in answers.items()
         }
         scored = Scored(tasks=[], instances=[])
         failures: list[ResultsError] = []
-        for num_done, (task, run) in enumerate(self._runs.items()):
+        for num_done, (task, whole) in enumerate(self._runs.items()):
             on_task(num_done, len(self._runs))
             try:
+                run = without(whole, failed)
                 with helm_talks_to(self._log), impatient_downloads():
                     stats = question_stats(self._room.score(run, [answers[request] for request in run.requests], batch))
                 headline = choose_headline(run, stats)

@@ -21,7 +21,6 @@ from torch import Tensor
 from flexeval.engine.compute.keeping import Keeper, KeptTensors
 from flexeval.engine.compute.positions import Chunk, Positions
 from flexeval.engine.compute.sampling import Sample, draw_tokens
-from flexeval.errors import ModelError
 from flexeval.planning.rows import Integers, RowPlan
 from flexeval.request import TokenRequest, TopLogprobs
 
@@ -55,6 +54,10 @@ class Tokens(NamedTuple):
             for array in (np.zeros(shape, np.int32), np.zeros(shape, np.float32))
         ]
         return cls._make(arrays)
+
+    def are_finite(self) -> npt.NDArray[np.bool_]:
+        """Of each, whether its log-probability is a finite number."""
+        return np.isfinite(self.logprobs_N)
 
     def part(self, which: slice) -> Tokens:
         """Some of them."""
@@ -101,12 +104,11 @@ def read_row(
         num_top_logprobs: The most that any request asks for.
         keeper: Keeps the distributions, if a request asks for that.
 
-    Raises:
-        ModelError: A log-probability is infinite or NaN.
+    Log-probabilities are infinite or NaN where the model's numbers are none: see `Tokens.are_finite`.
     """
     positions, num_top = Positions(plan), min(num_top_logprobs, vocab_size)
-    num_arrays = 1 if keeper is None else 2  # that many of a chunk's size, beside the logits
-    size = max(1, CHUNK_BYTES // (4 * vocab_size * num_arrays))
+    # Two arrays of a chunk's size, with a keeper or without: how logits are cut must not depend on what others ask.
+    size = max(1, CHUNK_BYTES // (4 * vocab_size * 2))
     chunks = positions.chunks(size, hidden_1TD.device, has_shifts=keeper is not None)
     readings = []
     for chunk in chunks:
@@ -118,8 +120,6 @@ def read_row(
         readings.append(_read(head(hidden_1TD[:, chunk.index_R])[0], chunk, samples, num_top, keeper))
     token_ids_G, scored_S, drawn_G, *columns = _fetch(readings)
     logprobs_N = np.concatenate([scored_S, drawn_G]).view(np.float32)
-    if not np.isfinite(logprobs_N).all():
-        raise ModelError("the model's logits are not finite", mend="Compute in float32 (--dtype float32)")
     num_wanted, num_kept = len(positions.wanted_W), 0 if keeper is None else keeper.num_columns
     shapes = ((num_wanted, num_top), (num_wanted, num_top), (num_wanted, num_kept), (num_wanted, num_kept))
     top_ids_WK, top_logprobs_WK, kept_ids_WC, kept_logprobs_WC = map(np.reshape, columns, shapes)

@@ -101,9 +101,10 @@ class Row:
 class RowMaker:
     """Makes the rows of one batch of requests, in the order in which they are computed."""
 
-    def __init__(self, device: torch.device):
-        """Rows are computed on `device`."""
+    def __init__(self, device: torch.device, *, is_apart: bool = False):
+        """Rows are computed on `device`; those of requests apart show no room that others have made for contexts."""
         self._device = device
+        self._is_apart = is_apart
         self._contexts: dict[int, Contexts] = {}
 
     def make(self, index: int, plan: RowPlan, *, replayed_size: int | None = None) -> Row:
@@ -155,7 +156,8 @@ class RowMaker:
     def _decode(self, span: DecodeSpan) -> DecodeBatch:
         if span.group not in self._contexts:
             self._contexts[span.group] = Contexts(self._device)
-        return self._contexts[span.group].batch(span)
+        batch = self._contexts[span.group].batch(span)
+        return replace(batch, room=batch.index_BS.shape[1]) if self._is_apart else batch
 
 
 def _move(values: Integers, device: torch.device) -> Tensor:

@@ -44,10 +44,10 @@ def load_layers(
 
     Raises:
         CapacityError: A tier is full. Nothing stays allocated.
-        ModelError: The checkpoint cannot be read, or a matrix not be coded.
+        ModelError: The checkpoint cannot be read, a matrix not be coded, or what was kept is damaged.
     """
     order = sorted(range(len(layouts)), key=lambda layer: tiers[layer].name is not TierName.DISK)
-    found = {layer: prepared.find(layer) if prepared else None for layer in order}
+    found = prepared.find(order) if prepared else dict.fromkeys(order)
     missing = [layer for layer in order if found[layer] is None]
     extents: dict[int, Extent] = {}
     packer = Packer(checkpoint, layouts, missing, layers_name=layers_name, device=device)

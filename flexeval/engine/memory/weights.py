@@ -58,12 +58,14 @@ class WeightStore:
         trace: Trace,
         watch: Stopwatch,
         num_ahead: int = 1,
+        may_multiply_coded: bool = True,
         on_layer: Callable[[int], None] = lambda layer: None,
     ):
         """Read the checkpoint layer by layer and put layer l's slab on `tiers[l]`.
 
         `device_tier` has the room for what is on its way, `num_ahead` slabs beside the one in use; on `disk_tier` slabs
         outlive the run, for the next one.
+        Rows of few tokens multiply coded matrices as they rest where that is faster, unless not `may_multiply_coded`.
         `watch` runs while layers are computed, and not while they wait for their experts.
         Raises `CapacityError` where a tier is full, and what the checkpoint raises.
         """
@@ -75,7 +77,7 @@ class WeightStore:
         self._device_tier = device_tier
         self._extents: list[Extent] = []
         self._rooms: list[Extent] = []
-        few_tokens = codec.few_tokens(device) if codec is not None else 0
+        few_tokens = codec.few_tokens(device) if codec is not None and may_multiply_coded else 0
         self._few_tokens = [
             few_tokens if layout.coded_names and layout.coded_names <= linear_weights else 0
             for layout, linear_weights in zip(self._layouts, anatomy.linear_weights, strict=True)
