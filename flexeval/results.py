@@ -233,4 +233,7 @@ def _checked(results: RunResults) -> RunResults:
         lengths = (len(one.kl_quantiles), len(one.probability_change_quantiles))
         if lengths[0] != len(QUANTILES) or lengths[1] not in (0, len(QUANTILES)):
             raise ValueError(f"fidelity has {max(lengths)} quantiles, not {len(QUANTILES)}")
+        of_text = (one.text_loss, one.loss_change, one.probability_change, one.probability_change_rms)
+        if one.num_text and (None in of_text or not lengths[1]):
+            raise ValueError(f"fidelity says nothing of its {one.num_text} positions of text")
     return results

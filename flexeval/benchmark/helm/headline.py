@@ -37,7 +37,8 @@ PREFERENCE = (
 )
 """Metrics tried in this order for a scenario that declares none, or one that HELM has not per question.
 
-Of a generated answer, `bits_per_byte` says how sure the model was of its own words: it stands for documents alone.
+Of a generated answer, `bits_per_byte` says how sure the model was of its own words: it stands for documents
+alone, or where a scenario declares it.
 """
 
 LOWER_IS_BETTER = frozenset(
@@ -101,10 +102,9 @@ def choose_headline(run: AdaptedRun, stats: Mapping[Question, Mapping[str, float
     wanted = declared.split if declared else TEST_SPLIT
     split = wanted if wanted in splits else splits.most_common(1)[0][0]
     computed = {name for values in stats.values() for name in values}
-    if run.spec.adapter_spec.method != ADAPT_LANGUAGE_MODELING:
-        computed.discard("bits_per_byte")
-    candidates = [declared.metric, *PREFERENCE] if declared else PREFERENCE
-    for metric in candidates:
+    is_document = run.spec.adapter_spec.method == ADAPT_LANGUAGE_MODELING
+    preferred = [metric for metric in PREFERENCE if is_document or metric != "bits_per_byte"]
+    for metric in [declared.metric, *preferred] if declared else preferred:
         if metric in computed:
             return Headline(metric=metric, split=split)
     raise ResultsError(
