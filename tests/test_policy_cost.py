@@ -6,6 +6,7 @@ import pytest
 from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_30B, OPT_125M, T4, generating, opt, scoring
 
 from flexeval.policy.cost import (
+    HOST_WAIT_SHARE,
     OPERATIONS_PER_HOST_ROW,
     OPERATIONS_PER_LOAD,
     OPERATIONS_PER_STEP,
@@ -81,6 +82,17 @@ def test_what_the_cpu_attends_to_does_not_cross_the_link():
         assert lanes[lane] == by_link.lanes["decode"][lane]
     one_more_slab = {Tier.GPU: OPT_30B.layer_bytes, Tier.CPU: 0, Tier.DISK: 0}
     assert {tier: peak - by_link.peak_bytes[tier] for tier, peak in shared.peak_bytes.items()} == one_more_slab
+
+
+def test_the_cpu_and_the_link_wait_for_each_other():
+    machine = replace(T4, host_attention_bytes_per_s=10e9)
+    half = replace(FLEXGEN_30B, kv=Split(gpu=0.5, cpu=0.5), host_attention=0.5)
+    cost = cost_of(half, OPT_30B, generating(144), machine)
+    lanes = cost.lanes["decode"]
+    link_s, host_s = lanes[Lane.TO_GPU], lanes[Lane.HOST_ATTENTION]
+    assert link_s == max(lanes.values()) and host_s > 0
+    assert cost.phase_s["decode"] == pytest.approx(link_s + HOST_WAIT_SHARE * host_s)
+    assert cost.total_s == sum(cost.phase_s.values())
 
 
 @pytest.mark.parametrize("machine", [T4, replace(LAPTOP, host_attention_bytes_per_s=10e9)])

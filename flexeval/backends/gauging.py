@@ -17,7 +17,7 @@ def phase_plans(cost: Cost, sweeps: Mapping[str, Sweep]) -> dict[str, PhasePlan]
         phase: PhasePlan(
             num_sweeps=sweep.num_sweeps,
             num_tokens=sweep.num_sweeps * sweep.num_tokens,
-            elapsed_s=float(max(cost.lanes[phase].values())),
+            elapsed_s=cost.phase_s[phase],
         )
         for phase, sweep in sweeps.items()
     }

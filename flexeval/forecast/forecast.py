@@ -55,7 +55,7 @@ class Forecast:
     num_layers: int
     """Of the model."""
     phase_s: Mapping[str, float]
-    """Phase (`prefill`, `decode`): seconds, those of its busiest lane."""
+    """Phase (`prefill`, `decode`): seconds, those of its busiest lane or a little more."""
     lanes: Mapping[str, Mapping[str, float]]
     """Phase, lane: busy seconds."""
     tasks: Mapping[str, TaskForecast]
@@ -108,7 +108,6 @@ def forecast(
     policy = choose(model.shape, model.workload, model.hardware, fixed=fixed, is_apart=is_apart)
     cost, counts = model.cost(policy), model.place(policy).counts
     item_bytes = model.room.item_bytes(policy)
-    phase_s = {phase: max(lanes.values()) for phase, lanes in cost.lanes.items()}
     tiers = [tier for tier in Tier if model.hardware.capacity_bytes(tier)]
     return Forecast(
         setting=setting,
@@ -118,9 +117,9 @@ def forecast(
         peak_bytes={str(tier): cost.peak_bytes[tier] for tier in tiers},
         usable_bytes={str(tier): model.hardware.capacity_bytes(tier) for tier in tiers},
         num_layers=model.shape.num_layers,
-        phase_s=phase_s,
+        phase_s=cost.phase_s,
         lanes={phase: {str(lane): float(s) for lane, s in lanes.items()} for phase, lanes in cost.lanes.items()},
-        tasks=_share(engine, tasks, phase_s),
+        tasks=_share(engine, tasks, cost.phase_s),
         gains={} if fixed or is_apart else _gains(model, cost, tiers),
     )
 

@@ -8,7 +8,7 @@ same code serves plain numbers and the variables of the linear program in `progr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -35,6 +35,9 @@ OPERATIONS_PER_LOAD = 400
 OPERATIONS_PER_HOST_ROW = 200
 """The same for a row that the CPU attends for at a layer, beside its reading: it waits for queries, the device for it.
 On an H100 with 16 cores about 5 ms: see docs/architecture.md."""
+HOST_WAIT_SHARE = 0.25
+"""Where the CPU and the link share attention, each waits for the other at rows' ends: a sweep takes as long as
+one of the two and this part of the other. On an H200 0.22 and 0.26 (OPT-30B, `none` and `kv4`), 0.40 (Qwen2.5-32B)."""
 LEAST_HOST_ROWS = 3
 """Rows of a sweep from which on the CPU and the link have work at the same time, at every layer."""
 KEEPING_RANKINGS, KEEPING_PASSES = 2, 3
@@ -63,7 +66,9 @@ class Cost:
     """What the model predicts for one policy."""
 
     total_s: float
-    """Seconds of the whole run: every phase takes as long as its busiest lane."""
+    """Seconds of the whole run."""
+    phase_s: Mapping[str, float]
+    """Seconds of each phase (`prefill`, `decode`): as long as its busiest lane, or a little longer."""
     objective_s: float
     """`total_s`, the exposed share of all lanes and the unfinished share of one sweep: what the search minimizes."""
     lanes: Mapping[str, Mapping[Lane, float]]
@@ -86,15 +91,26 @@ class CostModel:
     def cost(self, policy: Policy) -> Cost:
         """Seconds and bytes of `policy`, feasible or not."""
         placement = self.place(policy)
-        lanes = {}
-        total_s = objective_s = 0.0
+        lanes, phase_s = {}, {}
+        objective_s = 0.0
         for phase, sweep in plan_sweeps(policy, self.workload).items():
             seconds = self.lane_seconds(policy, sweep, placement)
             lanes[phase] = {lane: sweep.num_sweeps * seconds[lane] for lane in seconds}
-            total_s += sweep.num_sweeps * max(seconds.values())
-            objective_s += self.phase_objective(sweep, max(seconds.values()), seconds)
+            sweep_s = max(self.least_seconds(seconds))
+            phase_s[phase] = sweep.num_sweeps * sweep_s
+            objective_s += self.phase_objective(sweep, sweep_s, seconds)
         peak_bytes = self.peak_bytes(policy, placement)
-        return Cost(total_s=total_s, objective_s=objective_s, lanes=lanes, peak_bytes=peak_bytes)
+        return Cost(
+            total_s=sum(phase_s.values()), phase_s=phase_s, objective_s=objective_s, lanes=lanes, peak_bytes=peak_bytes
+        )
+
+    def least_seconds(self, lane_s: Mapping[Lane, Linear]) -> Iterator[Linear]:
+        """Seconds that a sweep takes at least whose lanes are busy for `lane_s`; it takes as long as the most."""
+        yield from lane_s.values()
+        if Lane.HOST_ATTENTION in lane_s:
+            link_s, host_s = lane_s[Lane.TO_GPU], lane_s[Lane.HOST_ATTENTION]
+            yield link_s + HOST_WAIT_SHARE * host_s
+            yield host_s + HOST_WAIT_SHARE * link_s
 
     def phase_objective(self, sweep: Sweep, sweep_s: Linear, lane_s: Mapping[Lane, Linear]) -> Linear:
         """What the search minimizes, for one phase whose sweeps take `sweep_s` and keep each lane busy `lane_s`."""
