@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from flexeval import typed
 from flexeval.answering import Answers, answer_all
+from flexeval.asked import ASKED_FILE, JOURNALS, RunOptions, directory_of, engine_options, remember
 from flexeval.backends.native import Engine
 from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
 from flexeval.benchmark.suites import Suite, load_suite
 from flexeval.config import Setting
 from flexeval.distributions import Answered, gather, request_key
 from flexeval.environment import describe_machine, describe_versions
-from flexeval.errors import ConfigError, ResultsError
-from flexeval.files import read_json, write_json
-from flexeval.models import DEFAULT_MODEL, ModelSource, fingerprint, resolve
+from flexeval.errors import ConfigError
+from flexeval.models import ModelSource, fingerprint, resolve
 from flexeval.outcomes import Outcome, collect, failed_requests, failed_tasks
 from flexeval.output import output_directory
 from flexeval.parquet import save
@@ -32,51 +30,6 @@ from flexeval.request import Completion, Request
 from flexeval.results import RunResults
 from flexeval.status import STATUS_FILE, Reporter
 from flexeval.tokenizer import has_chat_template, num_chat_tokens, open_tokenizer
-
-_JOURNALS = "journal"
-"""Folder of the journals in an output directory."""
-_ASKED = "run.json"
-"""What a run was asked for, in its output directory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """What `flexeval run` was asked for."""
-
-    suite: str
-    """Name of a suite, or path of its file."""
-    model: str = DEFAULT_MODEL
-    """Model REF."""
-    settings: Sequence[str] = ("none",)
-    """Names of the settings to compare, the baseline first."""
-    out: Path | None = None
-    """Directory of the report; `reports/<suite>` otherwise."""
-    max_eval_instances: int | None = None
-    """Questions per task at most; None leaves it to the suite."""
-    skip_missing: bool = False
-    """Run without the tasks whose data cannot be had."""
-    chat_template: bool | None = None
-    """Whether prompts that are answered stand in the model's chat template; None leaves it to the suite."""
-    keep_top: int = 32
-    """Most probable tokens to keep at each position, and as many others; 0 compares answers only."""
-    fresh: bool = False
-    """Answer everything again, whatever an earlier run in the same directory has answered."""
-    device: str = "auto"
-    """`auto`, `cpu` or `cuda`."""
-    dtype: str = "auto"
-    """Type of the arithmetic."""
-    policy: str = "auto"
-    """`auto`, a policy file, or shares and sizes as text."""
-    gpu_memory: str | None = None
-    """GPU memory at most."""
-    cpu_memory: str | None = None
-    """Host memory at most."""
-    disk: str | None = None
-    """Folder for offloaded data, with or without a size."""
-    deterministic: bool = False
-    """Compute each request apart from all others, so that its answer depends on none of them."""
-    command: str = ""
-    """The command line, for the report."""
 
 
 class Done(NamedTuple):
@@ -108,10 +61,10 @@ def run_suite(options: RunOptions, shown: LiveProgress) -> Done:
     out = directory_of(options)
     names = [setting.name for setting in settings]
     with (
-        output_directory(out, kept=f"{_JOURNALS}/*", notes=(_ASKED, STATUS_FILE)),
+        output_directory(out, kept=f"{JOURNALS}/*", notes=(ASKED_FILE, STATUS_FILE)),
         Reporter(shown, out, names) as progress,
     ):
-        _remember(options, out)
+        remember(options, out)
         with progress.activity(f"preparing {options.model}"):
             source = resolve(options.model)
         outcomes = [_run_setting(options, suite, source, setting, out, progress) for setting in settings]
@@ -130,36 +83,6 @@ def run_suite(options: RunOptions, shown: LiveProgress) -> Done:
         results.save(out)
         with progress.activity("writing the report"):
             return Done(results, write_report(results, out), failed_tasks(outcomes), failed_requests(outcomes))
-
-
-def directory_of(options: RunOptions) -> Path:
-    """Where a run writes. Raises `ConfigError` for a suite that there is not."""
-    return options.out or Path("reports") / load_suite(options.suite).name
-
-
-def _remember(options: RunOptions, out: Path) -> None:
-    asked = asdict(replace(options, out=None, fresh=False))
-    write_json(out / _ASKED, {"folder": str(Path.cwd()), "options": asked})
-
-
-def is_begun(out: Path) -> bool:
-    """Whether a directory holds answers of a run that can go on."""
-    return (out / _ASKED).is_file() and any((out / _JOURNALS).glob("*"))
-
-
-def recall(out: Path) -> tuple[RunOptions, Path]:
-    """What the run in a directory was asked for, and the folder that it was called in. Raises `ResultsError`."""
-    path = out / _ASKED
-    try:
-        asked = read_json(path)
-        if not isinstance(asked, dict) or not isinstance(asked.get("options"), dict):
-            raise ValueError("it holds no options")
-        told = {name: value for name, value in asked["options"].items() if name != "out"}
-        return typed.read(RunOptions, told, out=out.absolute()), Path(str(asked.get("folder")))
-    except (OSError, ValueError) as error:
-        what = error.strerror if isinstance(error, OSError) else str(error)
-        mend = "Name a directory that `flexeval run` wrote, or call `flexeval run` again"
-        raise ResultsError(f"cannot tell what was asked here: {what}", where=str(path), mend=mend) from error
 
 
 def _run_setting(
@@ -183,7 +106,7 @@ def _run_setting(
             source,
             setting,
             requests,
-            out / _JOURNALS,
+            out / JOURNALS,
             keep_top=options.keep_top,
             fresh=options.fresh,
             progress=progress,
@@ -278,9 +201,3 @@ def _answered(
         for one in (completion, *completion.alternatives):
             assert one.distributions is not None, request
             yield Answered(request_key(name), prompt_ids, name in right, one.distributions)
-
-
-def engine_options(options: RunOptions) -> dict[str, Any]:
-    """What of them `Engine.load` takes."""
-    names = ("policy", "device", "dtype", "gpu_memory", "cpu_memory", "disk", "deterministic")
-    return {name: getattr(options, name) for name in names}

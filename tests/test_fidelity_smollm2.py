@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
+from flexeval.asked import RunOptions
 from flexeval.backends.transformers import TransformersBackend
 from flexeval.models import ModelSource
-from flexeval.pipeline import RunOptions, run_suite
+from flexeval.pipeline import run_suite
 from flexeval.progress import LineProgress
 from flexeval.report.fidelity import perplexity_ratio
 from flexeval.results import QUANTILES

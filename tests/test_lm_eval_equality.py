@@ -12,7 +12,7 @@ from tiny_directory import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexeval import pipeline
-from flexeval.pipeline import RunOptions
+from flexeval.asked import RunOptions
 from flexeval.progress import LineProgress
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'flexeval[dev]'")

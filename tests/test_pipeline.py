@@ -21,6 +21,7 @@ from rich.console import Console
 from tiny_directory import write_tiny_model
 
 import flexeval
+from flexeval.asked import RunOptions, recall
 from flexeval.backends.native import Engine
 from flexeval.benchmark.helm import metrics
 from flexeval.benchmark.helm.metrics import Metrics
@@ -31,7 +32,7 @@ from flexeval.engine.compute.readout import Readout
 from flexeval.errors import CapacityError, ConfigError, DataError, DiskError, FlexevalError, ResultsError
 from flexeval.output import output_directory
 from flexeval.parquet import load
-from flexeval.pipeline import RunOptions, recall, run_suite
+from flexeval.pipeline import run_suite
 from flexeval.planning.rows import RowPlan
 from flexeval.progress import Update, View
 from flexeval.results import RunResults

@@ -14,8 +14,9 @@ from test_pipeline import ENTRIES, Silence
 from tiny_directory import write_tiny_model
 
 from flexeval import remote
+from flexeval.asked import RunOptions
 from flexeval.errors import FlexevalError, ResultsError
-from flexeval.pipeline import RunOptions, run_suite
+from flexeval.pipeline import run_suite
 from flexeval.portable import read_answers, read_prompts, write_prompts
 from flexeval.request import Request
 from flexeval.results import RunResults

@@ -10,11 +10,11 @@ from helm_support import build_card, build_suite, run_suite
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexeval import pipeline
+from flexeval.asked import RunOptions
 from flexeval.benchmark.helm import HelmSuite
 from flexeval.benchmark.resources import import_tasks
 from flexeval.errors import DataError
 from flexeval.models import ModelSource
-from flexeval.pipeline import RunOptions
 from flexeval.progress import LineProgress
 
 TEXT = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater — mit seinem Kind;\n\n" * 40

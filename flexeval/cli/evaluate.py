@@ -34,7 +34,8 @@ from flexeval.cli.plan import show_plan
 from flexeval.errors import ConfigError, ResultsError
 
 if TYPE_CHECKING:  # opening it would import torch
-    from flexeval.pipeline import Done, RunOptions
+    from flexeval.asked import RunOptions
+    from flexeval.pipeline import Done
 
 
 def run(
@@ -59,7 +60,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, as flexeval plan does.")] = False,
 ) -> None:
     """Evaluate a model on a suite, once per setting, and write a report."""
-    from flexeval.pipeline import RunOptions
+    from flexeval.asked import RunOptions
 
     options = RunOptions(
         suite=suite,
@@ -90,7 +91,7 @@ def resume(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `flexeval run` began.")],
 ) -> None:
     """Go on with a run where it stopped, with the options it was begun with."""
-    from flexeval.pipeline import recall
+    from flexeval.asked import recall
 
     options, folder = recall(directory)
     try:
@@ -125,7 +126,7 @@ def compare(
     ] = False,
 ) -> None:
     """Compare runs question by question; the first one's `none` is the baseline."""
-    from flexeval.pipeline import RunOptions
+    from flexeval.asked import RunOptions
 
     if settings is not None or models is not None:
         if directories:
@@ -210,7 +211,8 @@ def report(
 
 
 def _evaluate(options: RunOptions) -> None:
-    from flexeval.pipeline import directory_of, is_begun, run_suite
+    from flexeval.asked import directory_of, is_begun
+    from flexeval.pipeline import run_suite
     from flexeval.progress import choose_progress
 
     console = Console()

@@ -27,7 +27,7 @@ from flexeval.cli.options import (
 )
 
 if TYPE_CHECKING:  # opening it would import torch
-    from flexeval.pipeline import RunOptions
+    from flexeval.asked import RunOptions
 
 
 def plan(
@@ -47,7 +47,7 @@ def plan(
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write every figure here.")] = None,
 ) -> None:
     """Say what a run would take on this machine, and where everything would rest, without loading weights."""
-    from flexeval.pipeline import RunOptions
+    from flexeval.asked import RunOptions
 
     options = RunOptions(
         suite=suite,

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from flexeval.asked import RunOptions, engine_options
 from flexeval.backends.native import Engine
 from flexeval.backends.options import read_policy
 from flexeval.benchmark.suites import load_suite
 from flexeval.config import Setting
 from flexeval.forecast.forecast import Forecast, forecast
 from flexeval.models import resolve
-from flexeval.pipeline import RunOptions, ask, engine_options, is_asked_in_chat
+from flexeval.pipeline import ask, is_asked_in_chat
 from flexeval.progress import Progress
 
 
