@@ -58,7 +58,7 @@ def test_nothing_grows(num_blocks: int, tmp_path: Path) -> None:
                 first = use(disk)
         last = use(disk)
     print(f"\nafter {num_first} blocks {first}, after {num_blocks} {last}")
-    assert last[:3] == first[:3]
+    assert all(now <= before for now, before in zip(last[:3], first[:3], strict=True)), (first, last)
     # The journal holds every answer, and the trace a line a sweep: some kilobytes a block.
     assert last.num_memory_bytes - first.num_memory_bytes < 2**25 + num_blocks * 2**13
     assert [path.name for path in disk.iterdir()] == ["prepared"], "what is kept for later runs, and nothing else"
@@ -81,5 +81,5 @@ def test_engines_leave_nothing_behind(num_engines: int, tmp_path: Path) -> None:
         if not number:
             first = use(disk)
     last = use(disk)
-    assert last[:3] == first[:3]
+    assert all(now <= before for now, before in zip(last[:3], first[:3], strict=True)), (first, last)
     assert last.num_memory_bytes - first.num_memory_bytes < 2**26
