@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from policy_cases import LAPTOP
 from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
 
@@ -348,19 +351,85 @@ SMALL_BLOCKS = {
 @pytest.mark.parametrize("sizes", SMALL_BLOCKS)
 def test_no_tier_holds_more_than_the_cost_model_promised(sizes: str, num_steps: int, tmp_path: Path) -> None:
     requests = coming_and_going(num_steps=num_steps)
-    shape, work = model_shape(Anatomy(tiny_config("llama"), torch.float32), None, CPU), measure_workload(requests)
     for places in (
         {},
         {"kv": Split(disk=1.0), "hidden": Split(disk=1.0)},
         {"kv": Split(cpu=0.5, disk=0.5)},
         {"kv": Split(cpu=0.5, disk=0.5), "host_attention": 0.7},
     ):
-        policy = dataclasses.replace(SMALL_BLOCKS[sizes], **places)
-        promised = CostModel(shape=shape, workload=work, hardware=LAPTOP).cost(policy).peak_bytes
-        with loaded(policy, tmp_path) as executor:
-            executor.execute(requests)
-            used = executor.peak_bytes()
-        assert all(used.get(str(tier), 0) <= promised[tier] for tier in TierName), (policy, used, promised)
+        assert_promise_is_kept(requests, dataclasses.replace(SMALL_BLOCKS[sizes], **places), None, tmp_path)
+
+
+def assert_promise_is_kept(
+    requests: list[TokenRequest], policy: Policy, coding: KVCoding | None, folder: Path
+) -> list[TokenResult]:
+    shape = model_shape(Anatomy(tiny_config("llama"), torch.float32), None, CPU, kv_coding=coding)
+    model = CostModel(shape=shape, workload=measure_workload(requests), hardware=LAPTOP)
+    promised = model.cost(policy).peak_bytes
+    with loaded(policy, folder, kv_coding=coding) as executor:
+        results = executor.execute(requests)
+        used = executor.peak_bytes()
+    assert all(used.get(str(tier), 0) <= promised[tier] for tier in TierName), (policy, used, promised)
+    return results
+
+
+PROMPTS = st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(1, 60))
+SPLITS = st.sampled_from([Split(cpu=1.0), Split(disk=1.0), Split(cpu=0.5, disk=0.5), Split(cpu=0.75, disk=0.25)])
+
+
+@st.composite
+def ragged_work(draw: st.DrawFn) -> list[TokenRequest]:
+    """Prompts of any length, some behind parts of common headers; scored, or continued up to any length."""
+    rng = random.Random(draw(st.integers(0, 99)))
+    headers = [rng.choices(range(5, 200), k=30) for _ in range(3)]
+    requests = []
+    for header, num_shared, num_own in draw(st.lists(PROMPTS, min_size=1, max_size=20)):
+        most = draw(st.integers(0, 9))
+        length = draw(st.integers(1, 9))
+        requests.append(
+            TokenRequest(
+                prompt_ids=(*headers[header][:num_shared], *rng.choices(range(5, 200), k=num_own)),
+                max_tokens=most,
+                score_prompt=not most or draw(st.booleans()),
+                is_stopped=lambda ids, length=length: len(ids) == length,
+            )
+        )
+    return requests
+
+
+POLICIES = st.builds(
+    Policy,
+    weights=SPLITS,
+    kv=SPLITS,
+    hidden=SPLITS,
+    row_tokens=st.integers(8, 100),
+    sweep_tokens=st.integers(8, 300),
+    group_sequences=st.integers(1, 6),
+    num_groups=st.integers(1, 3),
+    host_attention=st.sampled_from([0.0, 0.5]),
+)
+
+
+@settings(deadline=None, max_examples=20)
+@given(requests=ragged_work(), policy=POLICIES, coding=st.sampled_from([None, KVCoding(4, 64)]))
+def test_no_tier_holds_more_than_promised_whatever_the_work(
+    requests: list[TokenRequest], policy: Policy, coding: KVCoding | None
+) -> None:
+    with TemporaryDirectory() as folder:
+        assert_promise_is_kept(requests, policy, coding, Path(folder))
+
+
+def test_a_log_that_is_full_is_compacted_where_it_is_read(tmp_path: Path) -> None:
+    """It holds as many tokens as fit, so that the next ones find room only when those that nobody needs are gone."""
+    requests = [
+        TokenRequest(prompt_ids=tuple(range(5 + number, 11 + number)), max_tokens=(2, 5, 6)[number % 3])
+        for number in range(8)
+    ]
+    on_disk, in_memory = (
+        Policy(row_tokens=64, sweep_tokens=64, group_sequences=3, kv=kv) for kv in (Split(disk=1.0), Split(cpu=1.0))
+    )
+    expected = assert_promise_is_kept(requests, in_memory, None, tmp_path)
+    assert_equal_results(assert_promise_is_kept(requests, on_disk, None, tmp_path), expected)
 
 
 @pytest.mark.parametrize(

@@ -176,9 +176,10 @@ class KVCache:
         if log.last_write is not None:
             log.last_write.wait()
         token_bytes = log.format.token_bytes
-        num_bytes = (num_tokens + room) * token_bytes
+        num_bytes = num_tokens * token_bytes
         most_bytes = log.extent.num_bytes - start * token_bytes if room else num_bytes  # a log that grows
-        buffer = self._buffers.take(num_bytes, most_bytes=most_bytes)
+        # No log grows beyond its extent: one that is full is compacted, and has its room then.
+        buffer = self._buffers.take(min(num_bytes + room * token_bytes, most_bytes), most_bytes=most_bytes)
         log.extent.read(buffer[: num_tokens * token_bytes], start * token_bytes)
         self._trace.moved("kv_in", num_tokens * token_bytes)
         return log.tokens(buffer)
