@@ -151,6 +151,8 @@ def _cost(
         planned_bytes=total.planned_bytes,
         energy_j=total.energy_j,
         num_resumed=num_resumed,
+        splits=total.splits,
+        lost_s=total.lost_s,
     )
 
 

@@ -80,9 +80,21 @@ class FailedRequestsError(ModelError):
 
 
 class CapacityError(FlexevalError):
-    """The work does not fit in the memory given."""
+    """The work does not fit in the memory given.
+
+    Args:
+        what: As of every `FlexevalError`.
+        where: Likewise.
+        mend: Likewise.
+        tier: The memory (`gpu`, `cpu`, `disk`) that was full when room in it was asked for; None where a plan says that
+            it would be.
+    """
 
     code = "capacity"
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None, tier: str | None = None):
+        super().__init__(what, where=where, mend=mend)
+        self.tier = tier
 
 
 class DiskError(FlexevalError):

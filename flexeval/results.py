@@ -103,6 +103,10 @@ class SettingResult:
     """Requests answered from the journal of an earlier run rather than by the engine."""
     num_failed: int = 0
     """Requests without an answer, for the model's numbers were none: their questions are not scored."""
+    splits: list[str] = field(default_factory=list)
+    """For each time that memory ran out: what was made smaller so that the run could go on."""
+    lost_s: float = 0.0
+    """Seconds of work that had to be done again then; `elapsed_s` leaves them out."""
 
 
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)

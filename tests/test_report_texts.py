@@ -83,6 +83,27 @@ def test_a_metric_that_a_good_model_makes_small_is_named_with_its_direction():
     assert r"| setting | quality (bits\_per\_byte, lower is better) |" in summary(compare(results))
 
 
+@pytest.mark.parametrize(
+    ("splits", "says"),
+    [
+        (
+            ["rows of 1,024 tokens, not 2,048"],
+            "once; the batch was split: rows of 1,024 tokens, not 2,048. ",
+        ),
+        (["groups of 8", "groups of 4"], "2 times; the batch was split: groups of 8; groups of 4. "),
+    ],
+)
+def test_a_batch_that_was_split_is_a_caveat_everywhere(splits, says):
+    results = synthetic(settings=["none", "w4"], num_questions=2)
+    split = replace(results.settings[1], splits=splits, lost_s=12.0)
+    results = replace(results, settings=[results.settings[0], split])
+    console = Console(width=300, file=io.StringIO(), force_terminal=False)
+    print_table(results, console)
+    told = f"w4: memory ran out {says}{show.seconds(12.0)} of work were done again, which its engine time leaves out."
+    for text in (console.file.getvalue(), summary(compare(results)), page(compare(results))):
+        assert told in text and "none: memory" not in text
+
+
 @pytest.fixture
 def compared(tmp_path):
     random = np.random.default_rng(0)

@@ -39,6 +39,10 @@ class Usage:
     """Joules that the GPU used while it answered, by its own counter; None where nothing tells."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Of each memory tier, the most that the plan allowed for."""
+    splits: list[str] = field(default_factory=list)
+    """For each time that memory ran out: what was made smaller so that work could go on."""
+    lost_s: float = 0.0
+    """Seconds of work that had to be done again then; in no answer's share."""
 
 
 def add_up(usages: Sequence[Usage]) -> Usage:
@@ -61,6 +65,8 @@ def add_up(usages: Sequence[Usage]) -> Usage:
         predicted_s=sum(usage.predicted_s for usage in usages),
         energy_j=_sum_if_known([usage.energy_j for usage in usages]),
         planned_bytes=_highest([usage.planned_bytes for usage in usages]),
+        splits=[words for usage in usages for words in usage.splits],
+        lost_s=sum(usage.lost_s for usage in usages),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from flexeval.backends.backend import OnCompletions
 from flexeval.backends.text import TextHalf
 from flexeval.distributions import NewRows
 from flexeval.errors import FailedRequestsError
@@ -33,12 +34,24 @@ class Batch:
             self._owner += [owner] * len(parts)
         self._completions: dict[int, Completion] = {}
         self._new_rows = NewRows()
+        self.listener_error: Exception | None = None
+        """What a listener raised: none of the engine's business."""
 
     @property
     def asked(self) -> list[TokenRequest]:
         """`token_requests`, each as often as it was asked for."""
         owners = zip(self.token_requests, self._owner, strict=True)
         return [one for one, owner in owners for _ in self._places[self._distinct[owner]]]
+
+    @property
+    def unanswered(self) -> list[int]:
+        """Indices of the `token_requests` without a result."""
+        answered = object()
+        return [
+            index
+            for index, owner in enumerate(self._owner)
+            if self._waiting[owner].get(index, answered) is None  # those of a whole completion were cleared
+        ]
 
     def collect(self, results: Sequence[tuple[int, TokenResult]]) -> list[tuple[int, Completion]]:
         """Take results; return the completions that are whole now, for every request that asked for them."""
@@ -59,6 +72,14 @@ class Batch:
                 finished += [(place, completion) for place in places]
         self._completions.update(finished)
         return finished
+
+    def tell(self, results: Sequence[tuple[int, TokenResult]], on_completions: OnCompletions) -> None:
+        """Take results, and hand on the completions that are whole now."""
+        try:
+            on_completions(self.collect(results))
+        except Exception as error:
+            self.listener_error = error
+            raise
 
     def _with_new_rows(self, completion: Completion) -> Completion:
         """The completion without rows that another one of the batch has: shared beginnings would fill the memory."""

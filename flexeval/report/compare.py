@@ -6,12 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from flexeval.report import format as show
 from flexeval.report.averaging import averaged_tasks, task_weights
 from flexeval.report.merge import baseline_index
 from flexeval.report.pairing import Question, pair
 from flexeval.report.statistics import holm, mean, paired_difference, sign_flip_p, weighted_sum
 from flexeval.report.tables import Cell, Comparison, Difference, Flips, SettingRow, TaskRow
-from flexeval.results import Fidelity, RunResults, TaskInfo
+from flexeval.results import Fidelity, RunResults, SettingResult, TaskInfo
 
 
 def compare(results: RunResults) -> Comparison:
@@ -225,4 +226,15 @@ def _caveats(results: RunResults, tasks: Sequence[TaskRow], averaged: Sequence[T
                 f"{setting.setting}: {setting.num_resumed} of {setting.num_requests} requests were answered from the "
                 "journal of an earlier run; its speed counts the engine seconds of the run that answered them."
             )
+        if setting.splits:
+            caveats.append(f"{setting.setting}: {_splits(setting)}")
     return caveats
+
+
+def _splits(setting: SettingResult) -> str:
+    num = len(setting.splits)
+    times = "once" if num == 1 else f"{num} times"
+    return (
+        f"memory ran out {times}; the batch was split: {'; '.join(setting.splits)}. "
+        f"{show.seconds(setting.lost_s)} of work were done again, which its engine time leaves out."
+    )

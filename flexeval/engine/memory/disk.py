@@ -64,6 +64,7 @@ class DiskTier(Meter):
                 f"no room for {format_size(num_bytes)} on disk: {error.strerror}",
                 where=str(path.parent),
                 mend="Free some room, or name another folder with --disk",
+                tier=self.name,
             ) from error
         self.take(num_bytes)
         return DiskExtent(self, path, num_bytes, is_kept=False)

@@ -128,6 +128,7 @@ class MemoryTier(Meter):
                 f"no room for {format_size(num_bytes)} more in {self.name} memory",
                 where=f"{format_size(self.used_bytes)} in use",
                 mend="Move more of the model to another tier (--disk DIR), or choose a smaller setting such as w4",
+                tier=self.name,
             ) from error
         if self.is_pinned and num_bytes:
             pin(buffer)
@@ -219,4 +220,5 @@ def _check_cuda(status: object) -> None:
         raise CapacityError(
             f"the host memory could not be page-locked (CUDA error {status})",
             mend="Raise the limit on locked memory (ulimit -l), or use less host memory (--cpu-memory)",
+            tier=TierName.CPU,
         )

@@ -1,0 +1,131 @@
+"""Where a model's weights are placed for the work at hand, and placed anew when it changes or memory runs out.
+
+Joins the search for a policy to the engine that obeys it; knows no request.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from flexeval.backends.backend import Usage, add_up
+from flexeval.backends.loading import OpenModel, cap_gpu_memory
+from flexeval.backends.placed import OnLayer, Placed, place_weights
+from flexeval.backends.shortage import cannot_split, does_not_load, full_tier
+from flexeval.config import Limits
+from flexeval.engine.codecs.kv_format import make_format
+from flexeval.engine.memory.host_rate import host_attention_rate
+from flexeval.engine.sizes import model_shape
+from flexeval.errors import CapacityError
+from flexeval.policy.cost import CostModel
+from flexeval.policy.hardware import Hardware, detect
+from flexeval.policy.policy import Policy, Tier
+from flexeval.policy.search import check, choose
+from flexeval.policy.splitting import split, tell_split
+from flexeval.policy.work import Workload
+
+
+class Placements:
+    """The placements of one model's weights, one after another."""
+
+    def __init__(self, opened: OpenModel, policy: Policy | None, limits: Limits, *, is_apart: bool):
+        """None yet. Without a `policy`, one is searched for each workload; `is_apart` keeps requests apart."""
+        self._is_apart = is_apart
+        self.at_hand: Placed | None = None
+        """The present one."""
+        self._past: list[Usage] = []
+        self._opened = opened
+        self._fixed_policy = policy
+        self._limits = limits
+        self._shape = model_shape(
+            opened.anatomy,
+            opened.codec,
+            opened.device,
+            kv_coding=opened.kv_coding,
+            sparsity=opened.sparsity,
+            vocabulary_codec=opened.vocabulary_codec,
+        )
+        self._hardware: Hardware | None = None
+
+    def close(self) -> None:
+        """Give back memory, threads and files."""
+        if self.at_hand is not None:
+            self._past.append(self.at_hand.usage())
+            self.at_hand.executor.close()
+            self.at_hand = None
+
+    def usage(self) -> Usage:
+        """What all of them have used."""
+        return add_up([*self._past, *([self.at_hand.usage()] if self.at_hand is not None else [])])
+
+    def cost_model(self, workload: Workload) -> CostModel:
+        """What any policy would cost for a workload on this machine."""
+        return CostModel(shape=self._shape, workload=workload, hardware=self._measure())
+
+    def ready(self, workload: Workload, policy: Policy | None, on_layer: OnLayer) -> Placed:
+        """The weights placed for this workload, and placed anew where their old place is too small.
+
+        Args:
+            workload: What is to be answered.
+            policy: How, where that is known.
+            on_layer: Told how far loading is.
+        """
+        opened, hardware = self._opened, self._measure()
+        if self.at_hand is not None:
+            try:
+                check(self.at_hand.executor.policy, self._shape, workload, hardware)
+                return self.at_hand
+            except CapacityError:
+                self.close()
+        fixed = policy or self._fixed_policy
+        policy = choose(self._shape, workload, hardware, fixed=fixed, is_apart=self._is_apart)
+        cap_gpu_memory(self._limits, opened.device)
+        start = time.perf_counter()
+        executor = place_weights(opened, policy, self._limits, on_layer, is_apart=self._is_apart)
+        self.at_hand = Placed(executor, opened.anatomy.num_layers)
+        if opened.setting.has_key_channels and opened.anatomy.keys is None:
+            self.at_hand.executor.find_key_channels()
+        self.at_hand.load_s = time.perf_counter() - start
+        return self.at_hand
+
+    def split(self, error: Exception, workload: Workload) -> Policy:
+        """Give everything back where memory ran out; the policy to go on with.
+
+        A policy that was set by hand is split for good.
+
+        Args:
+            error: What was raised; raised again, where it is about anything else.
+            workload: At which it was raised.
+
+        Raises:
+            CapacityError: Weights alone do not fit, or nothing is left to split.
+        """
+        placed = self.at_hand
+        full = full_tier(error, Tier.GPU if self._opened.device.type == "cuda" else Tier.CPU)
+        if full is None:
+            raise error
+        if placed is None:
+            raise error if isinstance(error, CapacityError) else does_not_load(error, full) from error
+        policy = placed.executor.policy
+        smaller = split(policy, self.cost_model(workload), full)
+        if smaller is not None:
+            placed.split(tell_split(policy, smaller))
+        self.close()
+        if smaller is None:
+            raise cannot_split(error, full, policy) from error
+        if self._fixed_policy is not None:
+            self._fixed_policy = smaller
+        return smaller
+
+    def _measure(self) -> Hardware:
+        """The machine, measured once: before the engine itself fills the memory."""
+        if self._hardware is None:
+            opened, is_gpu = self._opened, self._opened.device.type == "cuda"
+            self._hardware = detect("cuda" if is_gpu else "cpu", self._limits, opened.anatomy.dtype)
+            fixed = self._fixed_policy
+            may_attend_on_host = opened.sparsity is None if fixed is None else fixed.host_attention > 0
+            if is_gpu and may_attend_on_host:
+                form = make_format(opened.anatomy.kv_shape(0), opened.anatomy.dtype, opened.kv_coding)
+                rate = host_attention_rate(form, self._shape.num_query_heads, is_link_busy=True)
+                self._hardware = replace(self._hardware, host_attention_bytes_per_s=rate)
+        return self._hardware
