@@ -419,6 +419,29 @@ def test_no_tier_holds_more_than_promised_whatever_the_work(
         assert_promise_is_kept(requests, policy, coding, Path(folder))
 
 
+@pytest.mark.parametrize(
+    ("policy", "coding"),
+    [
+        pytest.param(
+            Policy(weights=Split(cpu=0.75, disk=0.25), kv=Split(disk=1.0), row_tokens=27, group_sequences=5),
+            KVCoding(4, 64),
+            id="what passes through host memory",
+        ),
+        pytest.param(
+            Policy(kv=Split(disk=1.0), row_tokens=44, sweep_tokens=21), None, id="scored prompts in several sweeps"
+        ),
+    ],
+)
+def test_no_tier_holds_more_than_promised_in_a_corner(policy: Policy, coding: KVCoding | None, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    scored, continued = (tuple(rng.choices(range(5, 200), k=num)) for num in (51, 41))
+    requests = [
+        TokenRequest(prompt_ids=continued, max_tokens=3),
+        TokenRequest(prompt_ids=scored, max_tokens=1, score_prompt=True),
+    ]
+    assert_promise_is_kept(requests, policy, coding, tmp_path)
+
+
 def test_a_log_that_is_full_is_compacted_where_it_is_read(tmp_path: Path) -> None:
     """It holds as many tokens as fit, so that the next ones find room only when those that nobody needs are gone."""
     requests = [

@@ -107,12 +107,15 @@ def test_a_batch_is_split_where_memory_runs_out(
         assert listen.told == dict.fromkeys(range(len(MANY)), 1)
         assert len(usage.splits) == 1 and " instead of " in usage.splits[0]
         assert usage.lost_s > 0
+        foretold_s = engine.cost_model(MANY).cost(Policy.parse(disk.get("policy", POLICY))).total_s
+        assert usage.predicted_s == pytest.approx(foretold_s), "once, before the first request"
         assert 0 < engine.trace.num_prompt_tokens <= usage.num_prompt_tokens
         before, after = Policy.parse(POLICY), Policy.from_json(usage.policy)
         sizes = [(policy.row_tokens, policy.group_sequences, policy.num_groups) for policy in (after, before)]
         assert sizes[0] < sizes[1] or sizes[0][1:] < sizes[1][1:]
+        engine.close()
         engine.generate(MANY[:1])
-        assert engine.usage().splits == usage.splits, "a policy that was set by hand stays split"
+        assert engine.usage().policy == usage.policy, "what was set by hand stays split"
 
 
 def test_a_full_tier_splits_the_batch_too(model: str, expected: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from flexeval.directio import CHUNK_BYTES, QUEUE_DEPTH, round_up
 from flexeval.policy.placement import Linear, Placement
 from flexeval.policy.policy import KINDS, Policy, Tier
 from flexeval.policy.sparse import sparse_workspace_bytes
 from flexeval.policy.work import ModelShape, Workload
 
+STAGED_CHUNKS = QUEUE_DEPTH + 4
+"""Chunks of host memory that files pass through, at most: `NUM_BUFFERS` of engine/memory/staging.py."""
 NUM_BUFFERS = 2
 """Staging buffers of anything that streams: one is used while the next is filled."""
 ATTENTION_COPIES = 8
@@ -52,13 +55,20 @@ class RoomModel:
         """New tokens of the largest sweep."""
         return min(policy.sweep_tokens, self.workload.num_prompt_tokens)
 
+    def shared_tokens(self, policy: Policy) -> int:
+        """Tokens of KV in the log of shared nodes: shared prefixes, and scored prompts that take several sweeps."""
+        work = self.workload
+        is_in_parts = work.max_prompt_tokens > policy.sweep_tokens
+        in_parts = min(work.num_scoring_tokens, 2 * work.max_prompt_tokens) if is_in_parts else 0
+        return work.num_shared_tokens + in_parts
+
     def item_bytes(self, policy: Policy) -> dict[str, float]:
         """Bytes of one item of each kind: a layer's weights, a layer's KV of a block, a row's hidden states."""
         work, shape = self.workload, self.shape
         block = min(policy.block_sequences, work.num_generating_sequences)
         return {
             "weights": shape.layer_bytes,
-            "kv": (block * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token,
+            "kv": (block * work.max_own_tokens + self.shared_tokens(policy)) * shape.kv_bytes_per_token,
             "hidden": self.sweep_tokens(policy) * shape.hidden_bytes_per_token / self.num_items(policy)["hidden"],
         }
 
@@ -70,7 +80,7 @@ class RoomModel:
         block = min(policy.block_sequences, num_generating)
         item_bytes = self.item_bytes(policy)
         group = min(policy.group_sequences, num_generating)
-        group_kv = (group * work.max_own_tokens + work.num_shared_tokens) * shape.kv_bytes_per_token
+        group_kv = (group * work.max_own_tokens + self.shared_tokens(policy)) * shape.kv_bytes_per_token
         row_bytes = row_tokens * shape.hidden_bytes_per_token
         buffer_bytes = {"weights": shape.layer_bytes, "kv": group_kv, "hidden": row_bytes}
 
@@ -82,6 +92,8 @@ class RoomModel:
         if home is Tier.GPU:  # what streams from disk passes through host memory
             peak[Tier.CPU] += NUM_BUFFERS * sum(buffer_bytes[kind] * placement.on_disk[kind] for kind in KINDS)
             peak[Tier.CPU] += row_bytes * placement.streams["hidden"]
+        else:
+            peak[Tier.CPU] += sum(_staged_bytes(buffer_bytes[kind]) * placement.on_disk[kind] for kind in KINDS)
         peak[Tier.DISK] += row_bytes * placement.on_disk["hidden"]
         return peak
 
@@ -112,3 +124,8 @@ class RoomModel:
             + kv_bytes
             + LOGITS_COPIES * logits_bytes
         )
+
+
+def _staged_bytes(file_bytes: float) -> int:
+    """Host memory that files of that length pass through: of a chunk's buffer, only what they use."""
+    return STAGED_CHUNKS * min(CHUNK_BYTES, round_up(ceil(file_bytes)))

@@ -49,7 +49,9 @@ def _halves(policy: Policy, model: CostModel) -> Iterator[Policy]:
     """The policy with one of its sizes half of what the work makes use of."""
     work = model.workload
     row_tokens = max(min(policy.row_tokens, LEAST_ROW_TOKENS), _half(policy.row_tokens, work.num_prompt_tokens))
-    sweep_tokens = max(min(policy.sweep_tokens, row_tokens), _half(policy.sweep_tokens, work.num_prompt_tokens))
+    # Of a prompt that takes several sweeps, keys and values would have to be kept between them.
+    least_tokens = min(policy.sweep_tokens, max(row_tokens, work.max_prompt_tokens))
+    sweep_tokens = max(least_tokens, _half(policy.sweep_tokens, work.num_prompt_tokens))
     smaller = replace(policy, row_tokens=row_tokens, sweep_tokens=sweep_tokens)
     if smaller != policy:
         yield smaller
