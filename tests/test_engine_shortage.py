@@ -142,11 +142,9 @@ def test_what_never_fits_ends_in_one_line(model: str, tmp_path: Path, monkeypatc
     listen = Listener()
     with load(model, disk=str(tmp_path), policy=f"{POLICY},disk-weights=1") as engine:
         fail_at(monkeypatch, Anatomy, "run_layer", CUDA, lambda call: call > 40)
-        with pytest.raises(
-            CapacityError, match="memory runs out also with the smallest batch: CUDA out of memory"
-        ) as e:
+        with pytest.raises(CapacityError, match="cpu memory ran out: CUDA out of memory") as e:
             engine.generate(MANY, on_completions=listen)
-        assert e.value.where == "cpu memory, rows of 16 tokens, 1 sequences at once" and e.value.mend
+        assert e.value.where == "the smallest batch: rows of 16 tokens, 1 sequences at once" and e.value.mend
         assert 0 < len(listen.told) < num_done and set(listen.told.values()) == {1}
         assert 3 < len(engine.usage().splits) < 20
         assert [path.name for path in tmp_path.iterdir()] == ["prepared"], "all is given back"
@@ -177,7 +175,7 @@ def test_other_errors_pass(error: Exception, model: str, monkeypatch: pytest.Mon
 def test_weights_that_do_not_load_are_not_split(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(model) as engine:
         fail_at(monkeypatch, WeightStore, "__init__", CUDA, lambda call: True)
-        with pytest.raises(CapacityError, match="memory ran out while weights were loaded: CUDA out of memory"):
+        with pytest.raises(CapacityError, match=r"CUDA out of memory.*while weights were loaded"):
             engine.generate(MANY)
         assert engine.usage().splits == []
     monkeypatch.undo()

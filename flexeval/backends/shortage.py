@@ -8,6 +8,7 @@ import torch
 
 from flexeval.errors import CapacityError, FlexevalError
 from flexeval.policy.policy import Policy, Tier
+from flexeval.policy.search import OPTION
 
 _ON_HOST = ("can't allocate memory",)
 """Of torch's allocator for host memory, which has no error of its own."""
@@ -52,15 +53,15 @@ def release(device: torch.device) -> None:
 def does_not_load(error: BaseException, full: Tier) -> CapacityError:
     """Memory ran out before anything could be answered."""
     return CapacityError(
-        f"memory ran out while weights were loaded: {_reason(error)}", where=f"{full} memory", mend=_mend(full)
+        f"{full} memory ran out: {_reason(error)}", where="while weights were loaded", mend=_mend(full)
     )
 
 
 def cannot_split(error: BaseException, full: Tier, policy: Policy) -> CapacityError:
     """Memory ran out with as little in flight as there can be."""
     return CapacityError(
-        f"memory runs out also with the smallest batch: {_reason(error)}",
-        where=f"{full} memory, rows of {policy.row_tokens} tokens, {policy.block_sequences} sequences at once",
+        f"{full} memory ran out: {_reason(error)}",
+        where=f"the smallest batch: rows of {policy.row_tokens} tokens, {policy.block_sequences} sequences at once",
         mend=_mend(full),
     )
 
@@ -73,4 +74,4 @@ def _reason(error: BaseException) -> str:
 
 def _mend(full: Tier) -> str:
     other = "free some room on it" if full is Tier.DISK else "end what else uses it"
-    return f"Choose a smaller setting such as w4, shorter contexts or a policy with less on {full}, or {other}"
+    return f"Choose a smaller setting such as w4, plan with less by {OPTION[full]}, or {other}; then run again to go on"
