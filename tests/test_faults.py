@@ -14,7 +14,6 @@ import torch
 from tiny_directory import write_tiny_model
 from torch import Tensor
 
-from flexeval.backends.memory import memory_named
 from flexeval.backends.native import Engine
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.weights import WeightStore
@@ -123,21 +122,3 @@ def test_memory_that_runs_out_is_said_with_the_option(
         with pytest.raises(CapacityError, match=r"cpu memory ran out: .*allocate.*--cpu-memory"):
             engine.generate(REQUESTS)
     assert texts(engine.generate(REQUESTS)) == texts(expected)
-
-
-@pytest.mark.parametrize(
-    ("error", "device", "words"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "cuda", "gpu memory.*--gpu-memory"),
-        (RuntimeError("CUDA error: out of memory"), "cuda", "gpu memory.*--gpu-memory"),
-        (MemoryError(), "cuda", "cpu memory ran out: MemoryError.*--cpu-memory"),
-    ],
-)
-def test_each_allocator_s_words_are_known(error: Exception, device: str, words: str) -> None:
-    with pytest.raises(CapacityError, match=words), memory_named(device):
-        raise error
-
-
-def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), memory_named("cpu"):
-        raise RuntimeError("shapes do not match")

@@ -95,3 +95,12 @@ def test_a_policy_that_was_searched_splits_as_well() -> None:
     policy = search(work.shape, work.workload, work.hardware)
     smaller = split(policy, work, Tier.GPU)
     assert smaller is not None and work.cost(smaller).peak_bytes[Tier.GPU] < work.cost(policy).peak_bytes[Tier.GPU]
+
+
+def test_rows_that_answers_depend_on_stay_as_they_are() -> None:
+    policy, states = replace(POLICY, row_tokens=512), []
+    while (smaller := split(policy, model(generating(1000)), Tier.GPU, keeps_rows=True)) is not None:
+        states.append(smaller)
+        policy = smaller
+    assert {one.row_tokens for one in states} == {512}
+    assert states[-1].block_sequences == 1 and states[-1].sweep_tokens == 512

@@ -107,7 +107,7 @@ class Placements:
         if placed is None:
             raise error if isinstance(error, CapacityError) else does_not_load(error, full) from error
         policy = placed.executor.policy
-        smaller = split(policy, self.cost_model(workload), full)
+        smaller = split(policy, self.cost_model(workload), full, keeps_rows=self._is_apart)
         if smaller is not None:
             placed.split(tell_split(policy, smaller))
         self.close()

@@ -10,8 +10,8 @@ from flexeval.errors import CapacityError, FlexevalError
 from flexeval.policy.policy import Policy, Tier
 from flexeval.policy.search import OPTION
 
-_ON_HOST = ("can't allocate memory",)
-"""Of torch's allocator for host memory, which has no error of its own."""
+_ON_HOST = ("can't allocate memory", "Cannot allocate memory")
+"""Of torch's allocator for host memory, which has no error of its own, and of the system."""
 _ON_DEVICE = ("out of memory", "ALLOC_FAILED")
 """Of the CUDA driver, and of libraries that allocate by themselves."""
 

@@ -15,7 +15,7 @@ LEAST_ROW_TOKENS = 16
 """Rows are not made shorter than this: a layer's weights then outweigh all that is computed with them."""
 
 
-def split(policy: Policy, model: CostModel, full: Tier) -> Policy | None:
+def split(policy: Policy, model: CostModel, full: Tier, *, keeps_rows: bool = False) -> Policy | None:
     """The policy with less in flight at once; its placement stays. None where nothing is left to halve.
 
     Either rows and sweeps get half of their tokens, or groups half of their sequences, or half as many groups are in
@@ -25,13 +25,14 @@ def split(policy: Policy, model: CostModel, full: Tier) -> Policy | None:
         policy: Under which memory ran out.
         model: Knows what is still to be answered.
         full: The tier that had no room.
+        keeps_rows: Whether rows stay as long as they are, as answers may depend on it to the bit.
     """
 
     def rank(smaller: Policy) -> tuple[float, float]:
         cost = model.cost(smaller)
         return float(cost.peak_bytes[full]), cost.objective_s
 
-    return min(_halves(policy, model), key=rank, default=None)
+    return min(_halves(policy, model, keeps_rows), key=rank, default=None)
 
 
 def tell_split(before: Policy, after: Policy) -> str:
@@ -45,10 +46,11 @@ def tell_split(before: Policy, after: Policy) -> str:
     return ", ".join(f"{words.format(f'{now:,}')} instead of {was:,}" for words, was, now in changes if now != was)
 
 
-def _halves(policy: Policy, model: CostModel) -> Iterator[Policy]:
+def _halves(policy: Policy, model: CostModel, keeps_rows: bool) -> Iterator[Policy]:
     """The policy with one of its sizes half of what the work makes use of."""
     work = model.workload
-    row_tokens = max(min(policy.row_tokens, LEAST_ROW_TOKENS), _half(policy.row_tokens, work.num_prompt_tokens))
+    least_row = policy.row_tokens if keeps_rows else min(policy.row_tokens, LEAST_ROW_TOKENS)
+    row_tokens = max(least_row, _half(policy.row_tokens, work.num_prompt_tokens))
     # Of a prompt that takes several sweeps, keys and values would have to be kept between them.
     least_tokens = min(policy.sweep_tokens, max(row_tokens, work.max_prompt_tokens))
     sweep_tokens = max(least_tokens, _half(policy.sweep_tokens, work.num_prompt_tokens))
