@@ -33,7 +33,11 @@ BANS = (
     Ban("flexeval/benchmark/*", ("torch", "flexeval.engine", "flexeval.backends")),
     Ban("flexeval/report/*", ("torch", "transformers", "flexeval.engine", "flexeval.backends")),
     Ban("flexeval/planning/*", ("torch", "transformers")),
-    Ban("flexeval/policy/*", ("torch", "transformers"), unless=("flexeval/policy/hardware.py",)),
+    Ban(
+        "flexeval/policy/*",
+        ("torch", "transformers"),
+        unless=("flexeval/policy/hardware.py", "flexeval/policy/rates.py"),
+    ),
     Ban("flexeval/engine/*", ("tokenizers", "flexeval.benchmark", "flexeval.report", "flexeval.models")),
     Ban("flexeval/engine/compute/*", ("flexeval.engine.memory",)),
     Ban("tasks/*", ("torch", "flexeval.engine", "flexeval.backends")),

@@ -24,8 +24,9 @@ def profile(
     """Measure this machine at leisure: later runs plan with these figures, not with those of one second."""
     from flexeval.backends.loading import dtypes_of, pick_device
     from flexeval.backends.options import read_limits
-    from flexeval.policy.hardware import machine_of, measure
+    from flexeval.policy.hardware import machine_of
     from flexeval.policy.profile import path_of, save, summarize
+    from flexeval.policy.rates import measure
     from flexeval.progress import choose_progress
 
     console = Console()
