@@ -380,7 +380,10 @@ def test_what_happens_outside_is_said_in_one_line(
     words: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where there are no reports of earlier runs
+
     def fail(*arguments: object) -> None:
         raise error
 
