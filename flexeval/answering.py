@@ -67,18 +67,18 @@ def answer_all(
     """
     asked = [replace(request, keep_top=keep_top) for request in requests]
     with Journal(folder / f"{setting.name}-{_journal_key(source, engine)}.jsonl", fresh=fresh) as journal:
-        resumed = [place for place, request in enumerate(asked) if journal.has_answer(request)]
-        num_resumed = len(resumed)
+        waiting = [place for place, request in enumerate(asked) if not journal.has_answer(request)]
+        num_resumed = len(asked) - len(waiting)
         if num_resumed:
             progress.say(f"{setting.name}: {num_resumed} of {len(asked)} were answered by an earlier run")
         meter = Meter(
             setting.name,
             [request.max_tokens for request in asked],
             _places_of_tasks(requests, tasks),
-            resumed=resumed,
+            resumed=set(range(len(asked))) - set(waiting),
             read_gauge=engine.gauge,
         )
-        reasons = _answer(engine, asked, journal, setting, meter, progress) if num_resumed < len(asked) else {}
+        reasons = _answer(engine, asked, waiting, journal, setting, meter, progress) if waiting else {}
         completions = [None if place in reasons else journal[request] for place, request in enumerate(asked)]
         cost = _cost(engine, setting, [one for one in completions if one is not None], journal, num_resumed)
         told = {requests[place].content_hash(): reason for place, reason in reasons.items()}
@@ -86,15 +86,20 @@ def answer_all(
 
 
 def _answer(
-    engine: Engine, asked: Sequence[Request], journal: Journal, setting: Setting, meter: Meter, progress: LiveProgress
+    engine: Engine,
+    asked: Sequence[Request],
+    places: Sequence[int],
+    journal: Journal,
+    setting: Setting,
+    meter: Meter,
+    progress: LiveProgress,
 ) -> dict[int, str]:
-    """Answer what the journal has not, into it: each sweep's answers are durable before the next begins.
+    """Answer the requests at some places into the journal: each sweep's answers are durable before the next begins.
 
     Returns:
         Why some have no answer, by their place. Raises `FailedRequestsError` where none has one, those of earlier runs
         included, or the engine has given up.
     """
-    places = [place for place, request in enumerate(asked) if not journal.has_answer(request)]
     requests = [asked[place] for place in places]
     with progress.activity(f"{setting.name}: preparing layers") as update:
         plan = engine.place(requests, on_layer=update)

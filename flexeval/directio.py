@@ -23,6 +23,8 @@ CHUNK_BYTES = 16 * 2**20
 """Bytes of one transfer at most: large enough for the disk's full rate, small enough to overlap with the next hop."""
 QUEUE_DEPTH = 4
 """Transfers in flight at once; the rate of one NVMe disk grows up to about there."""
+STAGED_CHUNKS = QUEUE_DEPTH + 4
+"""Chunks of host memory that files pass through: a full queue of transfers, and as many on the other hop."""
 
 
 def round_down(num_bytes: int) -> int:

@@ -94,7 +94,7 @@ class Meter:
         self,
         setting: str,
         max_tokens: Sequence[int],
-        tasks: Mapping[str, Iterable[int]],
+        tasks: Mapping[str, Sequence[int]],
         *,
         resumed: Iterable[int],
         read_gauge: Callable[[], Gauge],
@@ -114,10 +114,7 @@ class Meter:
         for name, indices in tasks.items():
             for index in indices:
                 self._tasks_of[index].append(name)
-        self._num_requests = {name: 0 for name in tasks}
-        for names in self._tasks_of:
-            for name in names:
-                self._num_requests[name] += 1
+        self._num_requests = {name: len(indices) for name, indices in tasks.items()}
         self._num_done = dict.fromkeys(tasks, 0)
         self._done = set[int]()
         self._num_allowed = sum(self._num_steps)  # to those unanswered

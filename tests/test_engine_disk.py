@@ -79,7 +79,7 @@ def test_any_range_is_written_and_read(device: str, is_direct: bool, is_aligned:
 def test_many_lanes_share_the_staging_buffers(device: str, tmp_path: Path) -> None:
     """More lanes than buffers, each with more chunks than there are buffers: nobody waits for ever, no byte is lost."""
     tier = DiskTier(tmp_path)
-    extents = [tier.allocate(NUM_BYTES) for _ in range(staging.NUM_BUFFERS + 2)]
+    extents = [tier.allocate(NUM_BYTES) for _ in range(staging.STAGED_CHUNKS + 2)]
     right: list[int] = []
 
     def work(index: int) -> None:
@@ -97,7 +97,7 @@ def test_many_lanes_share_the_staging_buffers(device: str, tmp_path: Path) -> No
     for thread in threads:
         thread.join(timeout=60)
     assert sorted(right) == list(range(len(extents)))
-    assert 0 < tier.staging.num_bytes <= staging.NUM_BUFFERS * SMALL_CHUNK
+    assert 0 < tier.staging.num_bytes <= staging.STAGED_CHUNKS * SMALL_CHUNK
     tier.close()
 
 

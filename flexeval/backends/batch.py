@@ -46,12 +46,7 @@ class Batch:
     @property
     def unanswered(self) -> list[int]:
         """Indices of the `token_requests` without a result."""
-        answered = object()
-        return [
-            index
-            for index, owner in enumerate(self._owner)
-            if self._waiting[owner].get(index, answered) is None  # those of a whole completion were cleared
-        ]
+        return [index for parts in self._waiting for index, result in parts.items() if result is None]
 
     def collect(self, results: Sequence[tuple[int, TokenResult]]) -> list[tuple[int, Completion]]:
         """Take results; return the completions that are whole now, for every request that asked for them."""

@@ -108,11 +108,11 @@ class Placements:
             raise error if isinstance(error, CapacityError) else does_not_load(error, full) from error
         policy = placed.executor.policy
         smaller = split(policy, self.cost_model(workload), full, keeps_rows=self._is_apart)
-        if smaller is not None:
-            placed.split(tell_split(policy, smaller))
-        self.close()
         if smaller is None:
+            self.close()
             raise cannot_split(error, full, policy) from error
+        placed.split(tell_split(policy, smaller))
+        self.close()
         if self._fixed_policy is not None:
             self._fixed_policy = smaller
         return smaller

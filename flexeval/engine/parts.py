@@ -146,17 +146,16 @@ class EngineParts:
 
     def peak_bytes(self) -> dict[str, int]:
         """The most that was used of each tier: on a GPU everything, elsewhere what the engine's stores hold."""
-        peak = self.tiers.peak_bytes()
-        if self._device.type != "cuda":
-            peak[self.tiers.home.name] += self._resident_bytes
-        return peak
+        return self._with_resident(self.tiers.peak_bytes())
 
     def used_bytes(self) -> dict[str, int]:
         """What is in use of each tier now, as `peak_bytes` counts it."""
-        used = self.tiers.used_bytes()
-        if self._device.type != "cuda":
-            used[self.tiers.home.name] += self._resident_bytes
-        return used
+        return self._with_resident(self.tiers.used_bytes())
+
+    def _with_resident(self, num_bytes: dict[str, int]) -> dict[str, int]:
+        if self._device.type != "cuda":  # a GPU's allocator has counted them
+            num_bytes[self.tiers.home.name] += self._resident_bytes
+        return num_bytes
 
     def _make_replay(self) -> Replay | None:
         """Recordings are of layers whose experts need not be fetched, and of rows that have come a few times."""

@@ -18,7 +18,7 @@ from flexeval.engine.answers import Answers
 from flexeval.engine.compute.readout import Readout
 from flexeval.planning.block import Block
 from flexeval.planning.logs import SharedLog, Step
-from flexeval.planning.prefix import build_chains, build_tree
+from flexeval.planning.prefix import build_tree
 from flexeval.planning.rowplans import Place, RowBuilder
 from flexeval.planning.rows import SHARED, Compaction, RowPlan
 from flexeval.planning.scores import ScoreTable
@@ -45,11 +45,12 @@ class Scheduler:
         self._policy = policy
         self._is_apart = is_apart
         self._streams = make_streams(requests, is_apart=is_apart)
-        self.tree = (build_chains if is_apart else build_tree)(
+        self.tree = build_tree(
             [stream.prompt_ids for stream in self._streams],
             max_node_tokens=policy.row_tokens,
             # The longest first: what is short fills the seats at the end, and what only scores the sweeps.
             ranks=[stream.max_tokens for stream in self._streams],
+            is_apart=is_apart,
         )
         self._usage = NodeUsage(self.tree, is_generating=[stream.is_generating for stream in self._streams])
         self.summary = PlanSummary.of(requests, self.tree)

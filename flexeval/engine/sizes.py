@@ -16,7 +16,7 @@ from flexeval.engine.compute.elementwise import results_per_token
 from flexeval.engine.compute.experts import experts_per_token
 from flexeval.engine.compute.vocabulary import PART_VALUES
 from flexeval.engine.memory.slab import SlabLayout
-from flexeval.planning.prefix import build_chains, build_tree
+from flexeval.planning.prefix import build_tree
 from flexeval.planning.streams import make_streams
 from flexeval.planning.usage import NodeUsage
 from flexeval.policy.work import ModelShape, Workload
@@ -97,9 +97,7 @@ def measure_workload(requests: Sequence[TokenRequest], *, is_apart: bool = False
     """Count a batch of at least one request; what several share counts once, unless they are kept `is_apart`."""
     streams = make_streams(requests, is_apart=is_apart)
     longest = max(len(stream.prompt_ids) for stream in streams)
-    tree = (build_chains if is_apart else build_tree)(
-        [stream.prompt_ids for stream in streams], max_node_tokens=longest
-    )
+    tree = build_tree([stream.prompt_ids for stream in streams], max_node_tokens=longest, is_apart=is_apart)
     usage = NodeUsage(tree, is_generating=[stream.is_generating for stream in streams])
     is_scored = usage.mark(
         {i for i, stream in enumerate(streams) if any(requests[index].score_prompt for index in stream.requests)}

@@ -66,6 +66,7 @@ def build_tree(
     max_node_tokens: int,
     min_saved_tokens: int = MIN_SAVED_TOKENS,
     ranks: Sequence[int] | None = None,
+    is_apart: bool = False,
 ) -> PrefixTree:
     """The prefix tree of `prompts` (each of at least one token).
 
@@ -74,8 +75,11 @@ def build_tree(
         max_node_tokens: A longer run becomes a chain of nodes, so that any one fits a row.
         min_saved_tokens: What a shared run must save at least.
         ranks: Of each prompt; of the branches of a node, the one that holds the highest rank comes first.
+        is_apart: Nothing is shared: every prompt is a chain of nodes of its own, an equal one as well.
     """
     assert all(prompts), "a prompt has at least one token"
+    if is_apart:
+        return _chains(prompts, max_node_tokens, ranks)
     arrays = [np.array(prompt, dtype=np.uint32) for prompt in prompts]
     keys = [array.astype(">u4").tobytes() for array in arrays]  # bytes sort as the tokens do
     order = sorted(range(len(prompts)), key=keys.__getitem__)
@@ -104,11 +108,7 @@ def build_tree(
     return PrefixTree(nodes=tuple(nodes), num_asked_tokens=sum(map(len, prompts)))
 
 
-def build_chains(
-    prompts: Sequence[Sequence[int]], *, max_node_tokens: int, ranks: Sequence[int] | None = None
-) -> PrefixTree:
-    """The same where nothing is shared: every prompt is a chain of nodes of its own, an equal one as well."""
-    assert all(prompts), "a prompt has at least one token"
+def _chains(prompts: Sequence[Sequence[int]], max_node_tokens: int, ranks: Sequence[int] | None) -> PrefixTree:
     nodes: list[Node] = []
     for index in sorted(range(len(prompts)), key=lambda index: 0 if ranks is None else -ranks[index]):
         _add(nodes, max_node_tokens, None, 0, prompts[index], [index])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexeval.planning.prefix import PrefixTree, build_chains, build_tree
+from flexeval.planning.prefix import PrefixTree, build_tree
 from flexeval.request import TokenRequest
 
 
@@ -61,5 +61,5 @@ class PlanSummary:
 def summarize(requests: Sequence[TokenRequest], *, is_apart: bool = False) -> PlanSummary:
     """What a plan for these requests saves; of those kept `is_apart`, equal ones alone are computed once."""
     prompts = list({request.prompt_ids: None for request in requests})
-    build = build_chains if is_apart else build_tree
-    return PlanSummary.of(requests, build(prompts, max_node_tokens=max(map(len, prompts), default=1)))
+    longest = max(map(len, prompts), default=1)
+    return PlanSummary.of(requests, build_tree(prompts, max_node_tokens=longest, is_apart=is_apart))

@@ -96,7 +96,7 @@ class CostModel:
         for phase, sweep in plan_sweeps(policy, self.workload).items():
             seconds = self.lane_seconds(policy, sweep, placement)
             lanes[phase] = {lane: sweep.num_sweeps * seconds[lane] for lane in seconds}
-            sweep_s = max(self.least_seconds(seconds))
+            sweep_s = max(self.sweep_bounds(seconds))
             phase_s[phase] = sweep.num_sweeps * sweep_s
             objective_s += self.phase_objective(sweep, sweep_s, seconds)
         peak_bytes = self.peak_bytes(policy, placement)
@@ -104,7 +104,7 @@ class CostModel:
             total_s=sum(phase_s.values()), phase_s=phase_s, objective_s=objective_s, lanes=lanes, peak_bytes=peak_bytes
         )
 
-    def least_seconds(self, lane_s: Mapping[Lane, Linear]) -> Iterator[Linear]:
+    def sweep_bounds(self, lane_s: Mapping[Lane, Linear]) -> Iterator[Linear]:
         """Seconds that a sweep takes at least whose lanes are busy for `lane_s`; it takes as long as the most."""
         yield from lane_s.values()
         if Lane.HOST_ATTENTION in lane_s:

@@ -73,14 +73,14 @@ def _split(counts: Mapping[Tier, pulp.LpVariable]) -> Split:
 
 
 def _timed(model: CostModel, sizes: Policy) -> tuple[pulp.LpProblem, Placement]:
-    """The program of least `objective_s`: a sweep takes as long as the most of `least_seconds`."""
+    """The program of least `objective_s`: a sweep takes as long as the most of its bounds."""
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
     placement = _constrain(problem, model, sizes, added={})
     objective_s: Linear = 0
     for phase, sweep in plan_sweeps(sizes, model.workload).items():
         lane_s = model.lane_seconds(sizes, sweep, placement)
         sweep_ms = problem.add_variable(f"{phase}_ms", 0)
-        for seconds in model.least_seconds(lane_s):
+        for seconds in model.sweep_bounds(lane_s):
             problem += sweep_ms >= MS * seconds
         objective_s += model.phase_objective(sweep, sweep_ms / MS, lane_s)
     problem.setObjective(MS * objective_s + STREAMING_COST_MS * pulp.lpSum(placement.streams.values()))

@@ -8,14 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from flexeval.directio import CHUNK_BYTES, QUEUE_DEPTH, round_up
+from flexeval.directio import CHUNK_BYTES, STAGED_CHUNKS, round_up
 from flexeval.policy.placement import Linear, Placement
 from flexeval.policy.policy import KINDS, Policy, Tier
 from flexeval.policy.sparse import sparse_workspace_bytes
 from flexeval.policy.work import ModelShape, Workload
 
-STAGED_CHUNKS = QUEUE_DEPTH + 4
-"""Chunks of host memory that files pass through, at most: `NUM_BUFFERS` of engine/memory/staging.py."""
 NUM_BUFFERS = 2
 """Staging buffers of anything that streams: one is used while the next is filled."""
 ATTENTION_COPIES = 8

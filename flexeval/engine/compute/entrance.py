@@ -2,7 +2,7 @@
 
 Knows the model's beginning; neither its layers nor when a row comes.
 
-Shapes: T tokens of a row, filled up; D model.
+Shapes: T tokens of a row, filled up.
 """
 
 from __future__ import annotations

@@ -12,11 +12,8 @@ from threading import Condition
 import torch
 from torch import Tensor
 
-from flexeval.directio import CHUNK_BYTES, QUEUE_DEPTH
+from flexeval.directio import CHUNK_BYTES, STAGED_CHUNKS
 from flexeval.engine.memory.tier import page_aligned, pin, unpin
-
-NUM_BUFFERS = QUEUE_DEPTH + 4
-"""A full queue of transfers, and as many chunks again on the other hop."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +36,7 @@ class StagingBuffer:
 
 
 class Staging:
-    """At most `NUM_BUFFERS` buffers, made when they are needed."""
+    """At most `STAGED_CHUNKS` buffers, made when they are needed."""
 
     def __init__(self) -> None:
         self._buffers: list[StagingBuffer] = []
@@ -84,7 +81,7 @@ class Staging:
         """The idle buffer that was given back first; else a new one; None where there are as many as there may be."""
         if self._idle:
             return self._idle.popleft()
-        if len(self._buffers) == NUM_BUFFERS:
+        if len(self._buffers) == STAGED_CHUNKS:
             return None
         self._buffers.append(StagingBuffer(page_aligned(CHUNK_BYTES)))
         return self._buffers[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -61,21 +61,22 @@ class Tiers(Mapping[TierName, Tier]):
 
     def peak_bytes(self) -> dict[str, int]:
         """The most that was used of each: on a GPU everything, elsewhere what was handed out."""
-        peak = {str(name): tier.peak_bytes for name, tier in self._tiers.items()}
-        if self.disk is not None:
-            peak[TierName.CPU] += self.disk.staging.num_bytes
-        if self._device.type == "cuda":
-            peak[TierName.GPU] = torch.cuda.max_memory_allocated(self._device)
-        return peak
+        handed_out = {name: tier.peak_bytes for name, tier in self._tiers.items()}
+        return self._with_all(handed_out, torch.cuda.max_memory_allocated)
 
     def used_bytes(self) -> dict[str, int]:
         """What is in use of each now, as `peak_bytes` counts it."""
-        used = {str(name): tier.used_bytes for name, tier in self._tiers.items()}
+        handed_out = {name: tier.used_bytes for name, tier in self._tiers.items()}
+        return self._with_all(handed_out, torch.cuda.memory_allocated)
+
+    def _with_all(self, handed_out: Mapping[TierName, int], on_gpu: Callable[[torch.device], int]) -> dict[str, int]:
+        """With what files pass through; of a GPU all that its allocator says."""
+        num_bytes = {str(name): count for name, count in handed_out.items()}
         if self.disk is not None:
-            used[TierName.CPU] += self.disk.staging.num_bytes
+            num_bytes[TierName.CPU] += self.disk.staging.num_bytes
         if self._device.type == "cuda":
-            used[TierName.GPU] = torch.cuda.memory_allocated(self._device)
-        return used
+            num_bytes[TierName.GPU] = on_gpu(self._device)
+        return num_bytes
 
     def close(self) -> None:
         """Give everything back."""
