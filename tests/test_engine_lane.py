@@ -92,7 +92,7 @@ def test_busy_seconds_are_counted(lane: Lane) -> None:
     lane.submit(time.sleep, 0.02).wait()
     drain(lane)
     before, *others = lane.watch.laps()
-    assert 0.02 <= before < SOON_S and not others
+    assert 0.019 <= before < SOON_S and not others
 
 
 @every_lane

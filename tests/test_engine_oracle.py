@@ -67,6 +67,12 @@ GPU_PLACEMENTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def spare_in_short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer leaves tokens out that nothing is read off, however few they are."""
+    monkeypatch.setattr("flexeval.engine.compute.row.LEAST_SPARED", 1)
+
+
 def run(
     family: str,
     policy: Policy,
@@ -101,6 +107,26 @@ def run(
 def test_equals_transformers(family: str, placement: str, tmp_path: Path) -> None:
     case = tiny_case(family)
     assert_equal_results(run(family, PLACEMENTS[placement], case.requests, tmp_path), case.expected)
+
+
+def test_the_last_layer_goes_on_with_needed_tokens_alone() -> None:
+    num_tokens = [0, 0]
+    anatomy, case = Anatomy(tiny_config("llama"), torch.float32), tiny_case("llama")
+    for place in (0, 1):
+
+        def count(module: Any, args: tuple[torch.Tensor], output: Any, place: int = place) -> None:
+            num_tokens[place] += args[0].shape[1]
+
+        anatomy.layers[place - 2].mlp.register_forward_hook(count)
+    checkpoint = StateDictCheckpoint(anatomy, tiny_model("llama").state_dict())
+    requests = [
+        TokenRequest(prompt_ids=case.requests[0].prompt_ids[:1] + tuple(range(5, 30)), max_tokens=1),
+        TokenRequest(prompt_ids=tuple(range(40, 90)), max_tokens=0, score_prompt=True),
+        TokenRequest(prompt_ids=tuple(range(90, 120)), max_tokens=1),
+    ]
+    with Executor(anatomy, checkpoint, Policy(row_tokens=50), codec=None, device=CPU, disk_tier=None) as executor:
+        executor.execute(requests)
+    assert num_tokens == [26 + 50 + 30, 1 + 50 + 1]
 
 
 @pytest.mark.gpu

@@ -75,12 +75,12 @@ def test_sweeps_add_up_to_the_batch(family: str, device: str, overlap: bool, on_
     assert trace.lanes["host_attention"].num_bytes == 0
     num_streamed = 2 if (device, on_disk) == ("cpu", 0.5) else 4  # of four layers; the first rests in host memory then
     num_moved = [num_streamed] * half
-    if num_streamed == 4:  # each sweep sends for the first layer of the next, if there is one
-        num_moved[0], num_moved[-1] = 5, 3
+    num_moved[0] += 1  # each sweep sends for the first layer that comes in the next, if there is one
+    num_moved[-1] -= 1
     assert [sweep.lanes["weights"].num_bytes for sweep in trace.sweeps] == [n * layer_bytes for n in num_moved * 2]
     for lane, total in trace.lanes.items():
         assert sum(sweep.lanes[lane].num_bytes for sweep in trace.sweeps) == total.num_bytes, lane
-        if lane != "host_attention":  # which has nothing to do
+        if lane not in ("host_attention", "disk"):  # which have nothing to do, or little
             busy_s = sum(sweep.lanes[lane].busy_s for sweep in trace.sweeps)
             assert busy_s == pytest.approx(total.busy_s, rel=0.01), lane
     assert trace.lanes["kv_out"].num_bytes > 0

@@ -36,11 +36,12 @@ from flexeval.engine.sweep import Sweeper
 from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.planning.rows import RowPlan
 from flexeval.policy.policy import Policy, check_sparse
+from flexeval.policy.policy import Tier as TierName
 
 H = TypeVar("H", bound=HiddenStore)
 ROWS_AHEAD = 3
 """Rows with prompts, at a layer each, that the host may have enqueued and the device not done."""
-LANES = ("weights", "kv_in", "kv_out", "hidden", "host_attention")
+LANES = ("weights", "disk", "kv_in", "kv_out", "hidden", "host_attention")
 
 
 class EngineParts:
@@ -105,8 +106,10 @@ class EngineParts:
                 codec=codec,
                 device=device,
                 device_tier=self.tiers.home,
+                host_tier=self.tiers[TierName.CPU],
                 disk_tier=disk_tier,
                 lane=self._lanes["weights"],
+                disk_lane=self._lanes["disk"],
                 trace=self.trace,
                 watch=self._watch,
                 num_ahead=policy.slabs_ahead,

@@ -17,7 +17,7 @@ from flexeval.engine.compute.attention import Attention
 from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.port import Attend, AttentionOptions
 from flexeval.engine.compute.replay import LayerWeights, Replay
-from flexeval.engine.compute.row import Row
+from flexeval.engine.compute.row import Needed, Row
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv_context import Cache
@@ -142,7 +142,22 @@ class Sweeper:
                 assert self.replay is not None
                 return self.replay.run(layer, row, attend, weights)
             weights.bind()
+            if layer + 1 == self.anatomy.num_layers and row.needed is not None:
+                return self._run_for_needed(layer, row.needed, hidden_1TD, call, attend)
             return self.anatomy.run_layer(layer, hidden_1TD, call, attend)
+
+    def _run_for_needed(
+        self, layer: int, needed: Needed, hidden_1TD: Tensor, call: LayerCall, attend: Attend
+    ) -> Tensor:
+        """The last layer: keys and values of all tokens, and what follows attention of the needed ones alone.
+
+        The other tokens' hidden states stay what they were: nobody reads them.
+        """
+        attended_TNW = attend(*self.anatomy.run_to_attention(layer, hidden_1TD, call))
+        call = self.anatomy.embed(needed.ids_1W, needed.positions_1W).calls[layer]
+        needed_1WD = hidden_1TD[:, needed.index_W]
+        needed_1WD = self.anatomy.run_layer(layer, needed_1WD, call, lambda *_: attended_TNW[needed.index_W])
+        return hidden_1TD.index_copy(1, needed.index_W, needed_1WD)
 
     def _set_out(
         self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: Cache, weights: LayerWeights

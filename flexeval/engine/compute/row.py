@@ -2,7 +2,7 @@
 
 Knows indices; not the tensors of any layer.
 
-Shapes: T tokens of the row, B sequences, L longest of them, S longest context.
+Shapes: T tokens of the row, W of them needed, B sequences, L longest of them, S longest context.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 
 from flexeval.engine.compute.contexts import Contexts, DecodeBatch
+from flexeval.engine.compute.positions import Positions
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, Integers, RowPlan
 
 PADDING_LIMIT = 1.25
 """Fresh spans share a padded batch while the longest is at most this times the shortest ..."""
 PADDING_TOKENS = 16
 """... or at most this many tokens longer."""
+NEEDED_SHARE, LEAST_SPARED = 0.5, 256
+"""In the last layer only needed tokens go on after attention where they are at most this share of a row's, and at least
+so many others are spared: keys and values of the needed ones are computed once more, and Python takes its time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,17 @@ class FreshBatch:
     """Tokens of the row that the batch holds, without padding ..."""
     place_M: Tensor
     """... and where each lies in the flattened `[B * L]` batch."""
+
+
+class Needed(NamedTuple):
+    """The tokens of a row that are read off after the last layer, where most are not."""
+
+    index_W: Tensor
+    """Which of the row's, in ascending order."""
+    ids_1W: Tensor
+    """Theirs."""
+    positions_1W: Tensor
+    """Position of each in its sequence."""
 
 
 class Runs(NamedTuple):
@@ -79,6 +94,8 @@ class Row:
     """Sequences that generate."""
     compactions: tuple[CompactionBatch, ...]
     """Logs to rewrite first."""
+    needed: Needed | None
+    """What the last layer is to go on with after its attention; None is all tokens."""
 
     @property
     def ancestors(self) -> tuple[AncestorSpan, ...]:
@@ -127,6 +144,18 @@ class RowMaker:
                 )
                 for compaction in plan.compactions
             ),
+            needed=self._needed(plan) if plan.fresh else None,
+        )
+
+    def _needed(self, plan: RowPlan) -> Needed | None:
+        wanted_W = Positions(plan).wanted_W
+        num_wanted, num_spared = len(wanted_W), plan.num_tokens - len(wanted_W)
+        if not 0 < num_wanted <= NEEDED_SHARE * plan.num_tokens or num_spared < LEAST_SPARED:
+            return None
+        return Needed(
+            index_W=_move(wanted_W, self._device),
+            ids_1W=_move(plan.token_ids[None, wanted_W], self._device),
+            positions_1W=_move(plan.positions[None, wanted_W], self._device),
         )
 
     def _fresh(self, spans: Sequence[FreshSpan]) -> FreshBatch:

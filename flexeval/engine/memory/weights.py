@@ -6,11 +6,9 @@ are chosen, into the places where they would lie anyway.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +20,9 @@ from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.memory.loading import load_layers
 from flexeval.engine.memory.prepared import PreparedLayers
+from flexeval.engine.memory.read_ahead import ReadAhead
 from flexeval.engine.memory.slab import SlabLayout
+from flexeval.engine.memory.slab_queue import SlabQueue
 from flexeval.engine.memory.tier import Extent, Tier
 from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.trace import Trace
@@ -32,13 +32,6 @@ from flexeval.policy.experts import is_by_need
 class _Bound(Enum):
     AS_IT_RESTS = "as it rests"
     UNPACKED = "unpacked"
-
-
-class _Coming(NamedTuple):
-    """A slab on its way."""
-
-    layer: int
-    slab: Transfer[Tensor]
 
 
 class WeightStore:
@@ -53,8 +46,10 @@ class WeightStore:
         codec: Codec | None,
         device: torch.device,
         device_tier: Tier,
+        host_tier: Tier,
         disk_tier: DiskTier | None,
         lane: Lane,
+        disk_lane: Lane,
         trace: Trace,
         watch: Stopwatch,
         num_ahead: int = 1,
@@ -63,8 +58,9 @@ class WeightStore:
     ):
         """Read the checkpoint layer by layer and put layer l's slab on `tiers[l]`.
 
-        `device_tier` has the room for what is on its way, `num_ahead` slabs beside the one in use; on `disk_tier` slabs
-        outlive the run, for the next one.
+        `device_tier` has the room for what is on its way, `num_ahead` slabs beside the one in use; where that is not
+        `host_tier`, slabs come from disk by way of the latter, on `disk_lane`. On `disk_tier` slabs outlive the run,
+        for the next one.
         Rows of few tokens multiply coded matrices as they rest where that is faster, unless not `may_multiply_coded`.
         `watch` runs while layers are computed, and not while they wait for their experts.
         Raises `CapacityError` where a tier is full, and what the checkpoint raises.
@@ -84,12 +80,10 @@ class WeightStore:
         ]
         """Per layer, up to how many tokens of a row it computes with its matrices as they rest."""
         self._is_bound = [False] * anatomy.num_layers
-        self._coming: deque[_Coming] = deque()
-        self._num_ahead = num_ahead
-        self._next_layer, self._is_next_sweep = 0, False  # what to send for next, and whether this sweep's are all sent
-        self._sweep_tokens, self._expects_more = 0, False
+        self._sweep_tokens = 0
         self._bound: tuple[int, _Bound] | None = None  # a layer of this sweep, and how its rows were computed last
         self._prepared: PreparedLayers | None = None
+        self._read_ahead: ReadAhead | None = None
         if disk_tier is not None and checkpoint.identity is not None:
             self._prepared = PreparedLayers(disk_tier, checkpoint.identity, self._layouts)
         try:
@@ -104,6 +98,13 @@ class WeightStore:
             )
             streamed = max((extent.num_bytes for extent in self._extents if extent.view() is None), default=0)
             self._buffers = [self._room(streamed) for _ in range(1 + num_ahead)]
+            has_experts = [layout.num_experts > 0 for layout in self._layouts]
+            if device_tier is not host_tier and disk_tier in tiers:
+                # Of layers with experts, parts are read in turn, by need.
+                is_read = [tier is disk_tier and not has for tier, has in zip(tiers, has_experts, strict=True)]
+                self._read_ahead = ReadAhead(
+                    self._extents, is_read=is_read, host_tier=host_tier, lane=disk_lane, device=device, trace=trace
+                )
             types = {layout.coded_dtype for layout in self._layouts if layout.num_coded_values}
             coded = max(layout.num_coded_values for layout in self._layouts)
             self._workspace = self._room(coded * (dtype := types.pop()).itemsize).view(dtype) if types else None
@@ -111,6 +112,13 @@ class WeightStore:
             self.close()
             raise
         self._num_loads = 0
+        # A load takes its buffer in turn: `Lane.submit` orders it behind the use of the slab that was there.
+        self._queue = SlabQueue(
+            self._send,
+            takes_room=[extent.view() is None for extent in self._extents],
+            num_rooms=len(self._buffers),
+            waits_for_sweep=has_experts,  # which experts it will want is not known yet
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -122,46 +130,33 @@ class WeightStore:
         return [0 if extent.view() is not None else extent.num_bytes for extent in self._extents]
 
     def begin_sweep(self, num_tokens: int, *, expects_more: bool) -> None:
-        """A sweep of so many tokens begins: its first slabs are on their way, from the sweep before or from now on.
-
-        Where another sweep is expected, its first slabs are sent for behind the last ones of this sweep: which experts
-        it will want is not known yet, so a layer with experts is not.
-        """
-        self._sweep_tokens, self._expects_more, self._is_next_sweep = num_tokens, expects_more, False
-        self._bound = None
-        if self._coming and (self._coming[0].layer or any(self._layouts[c.layer].num_experts for c in self._coming)):
-            self._coming.clear()  # left by a sweep that failed
-        if not self._coming:
-            self._next_layer = 0
-        while len(self._coming) < self._num_ahead and self._next_layer < len(self._extents):
-            self._send()
+        """A sweep of so many tokens begins: its first slabs are on their way, from the sweep before or from now on."""
+        self._sweep_tokens, self._bound = num_tokens, None
+        self._queue.begin_sweep(expects_more=expects_more)
+        if self._read_ahead is not None:
+            self._read_ahead.begin_sweep(expects_more=expects_more, next_layer=self._queue.next_layer)
+        self._queue.send()
 
     def take(self, layer: int) -> Tensor:
         """The slab of the next layer in order, on the compute device."""
-        coming = self._coming.popleft()
-        assert coming.layer == layer, (layer, coming)
-        return coming.slab.wait()
+        return self._queue.take(layer).wait()
 
     def send_for_next(self) -> None:
-        """The layer before the one in use is done, so that another slab may take its buffer."""
-        if self._next_layer == len(self._extents) and self._expects_more:
-            self._next_layer, self._is_next_sweep = 0, True
-        is_known = self._next_layer < len(self._extents)
-        if is_known and not (self._is_next_sweep and self._layouts[self._next_layer].num_experts):
-            self._send()
+        """The layer before the one in use is done, so that other slabs may take its buffer."""
+        self._queue.send()
 
-    def _send(self) -> None:
-        layer = self._next_layer
-        self._coming.append(_Coming(layer, self.lane.submit(self.load, layer, self._sweep_tokens)))
-        self._next_layer += 1
+    def _send(self, layer: int) -> Transfer[Tensor]:
+        if self._read_ahead is None or (slab := self._read_ahead.take(layer)) is None:
+            return self.lane.submit(self.load, layer, self._sweep_tokens)
+        coming = self.lane.submit(self.load, layer, self._sweep_tokens, slab)
+        self._read_ahead.read_by(coming)
+        return coming
 
-    def load(self, layer: int, sweep_tokens: int) -> Tensor:
+    def load(self, layer: int, sweep_tokens: int, read: Transfer[Extent] | None = None) -> Tensor:
         """A layer's slab on the compute device for a sweep of so many tokens; runs on the weights' lane.
 
-        Where experts are fetched by need, their part of it holds nothing yet.
-
-        There is a buffer for each slab that is in use or on its way. `Lane.submit` orders a load behind the use of the
-        one whose buffer it takes.
+        It comes from where it rests, or from where it has been `read` ahead. Where experts are fetched by need, their
+        part of it holds nothing yet.
         """
         extent = self._extents[layer]
         if (view := extent.view()) is not None:
@@ -169,7 +164,8 @@ class WeightStore:
         buffer = self._buffers[self._num_loads % len(self._buffers)][: extent.num_bytes]
         self._num_loads += 1
         is_by_need = self._is_by_need(layer, sweep_tokens)
-        self._read(extent, buffer, [slice(0, self._layouts[layer].num_dense_bytes if is_by_need else extent.num_bytes)])
+        part = slice(0, self._layouts[layer].num_dense_bytes if is_by_need else extent.num_bytes)
+        self._read(extent if read is None else read.wait(), buffer, [part])
         return buffer
 
     def bind(self, layer: int, slab: Tensor, *, row_tokens: int, sweep_tokens: int) -> bool:
@@ -242,6 +238,8 @@ class WeightStore:
         for extent in [*self._extents, *self._rooms]:
             extent.free()
         self._extents, self._rooms = [], []
+        if self._read_ahead is not None:
+            self._read_ahead.close()
         if self._prepared is not None:
             self._prepared.close()
 
