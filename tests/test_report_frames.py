@@ -1,17 +1,22 @@
 """Results as pandas reads them, and the page that says what each name means."""
 
+import io
 import re
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image, ImageChops, ImageColor
 from synthetic_results import HOSTILE, changed, synthetic
 
 import flexeval
 from flexeval.errors import ResultsError
 from flexeval.report.compare import compare
 from flexeval.report.frames import frames
+from flexeval.report.render import chart
+from flexeval.report.render.bitmap import SCALE, bitmap
+from flexeval.report.render.environment import source
 from flexeval.report.render.picture import picture
 from flexeval.report.write import write_report
 from flexeval.results import Fidelity, InstanceResult, RunResults, SettingResult, TaskInfo
@@ -64,10 +69,12 @@ def test_bare_results_are_tables_too(tmp_path):
     bare = replace(results.settings[0], lanes={}, peak_bytes={}, planned_bytes={}, elapsed_s=0.0)
     results = replace(results, settings=[bare])
     assert len(frames(compare(results)).lanes) == 0
-    (tmp_path / "quality-speed.svg").write_text("an earlier run's")
+    pictures = [tmp_path / "quality-speed.svg", tmp_path / "quality-speed.png"]
+    for one in pictures:
+        one.write_text("an earlier run's")
     write_report(results, tmp_path)
     assert len(pd.read_parquet(tmp_path / "results.parquet")) == 6
-    assert not (tmp_path / "quality-speed.svg").exists()
+    assert not any(one.exists() for one in pictures)
     with pytest.raises(ResultsError, match="no results here"):
         flexeval.load_results(tmp_path)
 
@@ -81,6 +88,34 @@ def test_the_picture_stands_alone():
     instances = [replace(one, setting=HOSTILE) if one.setting == "w4" else one for one in hostile.instances]
     text = picture(compare(replace(hostile, settings=[hostile.settings[0], named], instances=instances)))
     assert "<img" not in text and "<script" not in text and "&lt;img" in text
+
+
+def test_the_picture_is_a_bitmap_too(run):
+    """Each mark stands in its colour where the SVG has it, and nothing is cut off."""
+    drawn = chart.trade_off(compare(RunResults.load(run)))
+    with Image.open(run / "quality-speed.png") as image:
+        assert image.format == "PNG" and image.size == (chart.WIDTH * SCALE, chart.HEIGHT * SCALE)
+        assert "questions per second" in image.text["Title"]
+        pixels = image.convert("RGB")
+    colors = dict(re.findall(r"--(\w+): (#\w+)", source("report.css").partition("@media")[0]))
+    for mark in drawn.marks:
+        found = pixels.getpixel((round(mark.x * SCALE), round(mark.y * SCALE)))
+        assert found == ImageColor.getrgb(colors[f"s{mark.series}"]), mark.label
+        label = pixels.crop([round(edge * SCALE) for edge in mark.box])
+        assert label.convert("L").getextrema()[0] < 60, f"no ink for {mark.label}"
+    background = Image.new("RGB", pixels.size, colors["ground"])
+    left, top, right, bottom = ImageChops.difference(pixels, background).getbbox()
+    assert left > 0 and top > 0 and right < pixels.width and bottom < pixels.height
+
+
+def test_without_fonts_the_bitmap_has_plain_letters(monkeypatch):
+    monkeypatch.setattr("flexeval.report.render.bitmap._FONTS", dict.fromkeys((False, True), "there-is-none.ttf"))
+    results = synthetic(settings=["none", "w4"], num_questions=2)
+    named = replace(results.settings[1], setting=HOSTILE)
+    instances = [replace(one, setting=HOSTILE) if one.setting == "w4" else one for one in results.instances]
+    data = bitmap(compare(replace(results, settings=[results.settings[0], named], instances=instances)))
+    with Image.open(io.BytesIO(data)) as image:
+        assert len(image.convert("RGB").getcolors(2**20)) > 50
 
 
 def test_every_field_and_column_is_explained(run):

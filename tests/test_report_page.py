@@ -19,6 +19,7 @@ from flexeval.report.compare import compare
 from flexeval.report.merge import merge
 from flexeval.report.render import chart, questions
 from flexeval.report.render.html import page
+from flexeval.report.render.labels import Box
 from flexeval.report.render.markdown import summary
 from flexeval.report.verdict import Kind
 from flexeval.report.write import write_report
@@ -70,6 +71,7 @@ def test_the_report_is_a_few_files_and_the_page_is_small(tmp_path):
         "results.parquet",
         "questions.parquet",
         "quality-speed.svg",
+        "quality-speed.png",
     }
     assert path.stat().st_size < 200_000
 
@@ -289,8 +291,8 @@ def test_labels_do_not_cover_each_other():
     marks = chart.trade_off(compare(merge(once))).marks
     boxes = [mark.box for mark in marks]
     assert len(boxes) == 12
-    dots = [chart.Box(mark.x - 7, mark.y - 7, mark.x + 7, mark.y + 7) for mark in marks]
-    hits = [(one, two) for one in boxes for two in (*boxes, *dots) if one is not two and chart._overlap(one, two)]
+    dots = [Box(mark.x - 7, mark.y - 7, mark.x + 7, mark.y + 7) for mark in marks]
+    hits = [(one, two) for one in boxes for two in (*boxes, *dots) if one is not two and one.overlaps(two)]
     assert not hits
     apart = [mark for mark in marks if mark.leader]
     assert 0 < len(apart) < len(marks)

@@ -7,6 +7,7 @@ from pathlib import Path
 from flexeval.files import replacing, write_text
 from flexeval.report.compare import compare
 from flexeval.report.frames import frames
+from flexeval.report.render.bitmap import bitmap
 from flexeval.report.render.html import page
 from flexeval.report.render.markdown import summary
 from flexeval.report.render.picture import picture
@@ -19,6 +20,7 @@ TABLE_FILE = "results.csv"
 PARQUET_FILE = "results.parquet"
 QUESTIONS_FILE = "questions.parquet"
 PICTURE_FILE = "quality-speed.svg"
+BITMAP_FILE = "quality-speed.png"
 
 
 def write_report(results: RunResults, directory: Path) -> Path:
@@ -33,10 +35,13 @@ def write_report(results: RunResults, directory: Path) -> Path:
     for name, frame in {PARQUET_FILE: tables.tasks, QUESTIONS_FILE: tables.questions}.items():
         with replacing(directory / name) as path:
             frame.to_parquet(path, index=False)
-    if (drawn := picture(comparison)) is not None:
+    if (drawn := picture(comparison)) is not None and (dots := bitmap(comparison)) is not None:
         write_text(directory / PICTURE_FILE, drawn)
-    else:
-        (directory / PICTURE_FILE).unlink(missing_ok=True)  # an earlier run's
+        with replacing(directory / BITMAP_FILE) as path:
+            path.write_bytes(dots)
+    else:  # those there may be are an earlier run's
+        for name in (PICTURE_FILE, BITMAP_FILE):
+            (directory / name).unlink(missing_ok=True)
     write_text(directory / SUMMARY_FILE, summary(comparison))
     write_text(directory / PAGE_FILE, page(comparison))
     return directory / PAGE_FILE

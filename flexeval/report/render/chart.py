@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flexeval.report import format as show
+from flexeval.report.render.labels import LINE_HEIGHT, Box, leader, place_labels
 from flexeval.report.statistics import Estimate
 from flexeval.report.tables import Comparison
 from flexeval.report.verdict import scale
 
 WIDTH, HEIGHT = 520, 340
 LEFT, TOP, RIGHT, BOTTOM = 64, 12, WIDTH - 34, HEIGHT - 46
-_LABEL_GAP = 11
-_CHARACTER_WIDTH = 8.8
-_LINE_HEIGHT = 15
-_FARTHEST = 8
-"""Lines that a label may stand above or below its mark."""
+_UNITS = {"s": "second", "min": "minute", "h": "hour"}
+_ROOM = Box(LEFT, TOP - LINE_HEIGHT / 2, WIDTH, BOTTOM)
+"""Where labels may stand."""
 _LONGEST_LABEL = 24
 
 
@@ -31,15 +30,6 @@ class Tick(NamedTuple):
 
     position: float
     text: str
-
-
-class Box(NamedTuple):
-    """A rectangle on the canvas."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +54,8 @@ class Mark:
     @property
     def leader(self) -> tuple[float, float] | None:
         """Where a line from the mark to its label ends; None where the label stands beside the mark."""
-        middle = (self.box.top + self.box.bottom) / 2
-        if abs(middle - self.y) < 1.5 * _LINE_HEIGHT:
-            return None
-        return (self.box.left - 2 if self.anchor == "start" else self.box.right + 2), middle
+        line = leader((self.x, self.y), self.box)
+        return None if line is None else (line.x2, line.y2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +131,7 @@ def trade_off(comparison: Comparison) -> Chart | None:
             f"({show.interval(quality, in_points=comparison.in_points)}), {show.digits(speed * per)} questions/{unit}",
         )
         for (index, row, quality, speed), (x, y), name, box in zip(
-            rows, places, names, _label_boxes(places, names, bars), strict=True
+            rows, places, names, place_labels(places, names, bars, _ROOM), strict=True
         )
     ]
     front = sorted((mark.x, mark.y) for mark, (_, row, _, _) in zip(marks, rows, strict=True) if row.is_best_trade)
@@ -152,7 +140,7 @@ def trade_off(comparison: Comparison) -> Chart | None:
         front=tuple(front) if len(front) > 1 else (),
         x_ticks=x_axis.ticks(),
         y_ticks=y_axis.ticks(),
-        x_label=f"questions per {unit}",
+        x_label=f"questions per {_UNITS[unit]}",
         y_label=f"quality, {scale(comparison)}",
     )
 
@@ -163,33 +151,3 @@ def _bounds(estimate: Estimate) -> tuple[float, float] | None:
 
 def _cut(name: str) -> str:
     return name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def _label_boxes(places: Sequence[tuple[float, float]], names: Sequence[str], bars: Sequence[Box]) -> list[Box]:
-    """A place for each mark's label: the nearest that stays on the canvas, hits no mark or label, and few bars."""
-    taken = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in places]
-    boxes = []
-    for (x, y), name in zip(places, names, strict=True):
-        width = len(name) * _CHARACTER_WIDTH
-        candidates = [
-            Box(left, middle - _LINE_HEIGHT / 2, left + width, middle + _LINE_HEIGHT / 2)
-            for rise in sorted(range(-_FARTHEST, _FARTHEST + 1), key=abs)
-            for middle in [y + rise * _LINE_HEIGHT]
-            for left in (x + _LABEL_GAP, x - _LABEL_GAP - width)
-        ]
-        on_canvas = [box for box in candidates if _is_on_canvas(box)] or candidates
-        box = min(
-            on_canvas,
-            key=lambda box: (sum(_overlap(box, one) for one in taken), sum(_overlap(box, bar) for bar in bars)),
-        )
-        taken.append(box)
-        boxes.append(box)
-    return boxes
-
-
-def _is_on_canvas(box: Box) -> bool:
-    return box.left >= LEFT and box.right <= WIDTH and box.top >= TOP - _LINE_HEIGHT / 2 and box.bottom <= BOTTOM
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return one.left < other.right and other.left < one.right and one.top < other.bottom and other.top < one.bottom
