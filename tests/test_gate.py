@@ -118,6 +118,41 @@ def test_few_questions_cannot_decide_unless_nothing_changed() -> None:
     assert outcome.exit_code == 2 and "too few" in lines(outcome)[-1]
 
 
+def test_trials_of_a_question_are_one_sample() -> None:
+    """What is no evidence once is none three times over."""
+    before, now = (synthetic(**CHOSEN, tasks=TASKS[1:2], num_questions=8) for _ in range(2))
+    now = replace(now, instances=[replace(one, score=0.0) for one in now.instances])
+    before = replace(
+        before, instances=[replace(one, score=float(int(one.instance_id[2:]) < 4)) for one in before.instances]
+    )
+
+    def thrice(results: RunResults) -> RunResults:
+        trials = [
+            replace(one, instance_id=f"{one.instance_id}-trial{number}")
+            for one in results.instances
+            for number in range(3)
+        ]
+        return replace(results, instances=trials)
+
+    assert [one.status for one in found(before, now).findings] == [Status.OPEN] * 2
+    again = found(thrice(before), thrice(now)).findings
+    assert [one.status for one in again] == [Status.OPEN] * 2
+    assert all(len(one.lost) == 12 for one in again), "each trial is named"
+
+
+def test_a_task_that_is_lost_altogether_is_shown_among_hundreds() -> None:
+    """Graded scores: p values by resampling alone end at 1 in 10,000, which hundreds of comparisons use up."""
+    tasks = [replace(TASKS[0], name=f"qa {number}", group=f"qa {number}") for number in range(300)]
+    before = synthetic(settings=("none",), tasks=tasks, num_questions=20)
+    before = replace(
+        before, instances=[replace(one, score=0.5 + int(one.instance_id[2:]) / 100) for one in before.instances]
+    )
+    now = replace(
+        before, instances=[replace(one, score=0.0) if one.task == "qa 7" else one for one in before.instances]
+    )
+    assert [one.subject for one in found(before, now).regressions] == ["qa 7"]
+
+
 def test_what_stays_open_is_an_answer_unless_one_is_strict() -> None:
     assert found(RUN, worse(30)).exit_code == 0
     strict = found(RUN, worse(30), is_strict=True)

@@ -119,6 +119,33 @@ def test_per_task_p_values_are_corrected_together():
     assert all(cell.difference.corrected_p >= cell.difference.p_value for cell in cells)
 
 
+def test_trials_of_a_question_are_one_sample():
+    """Three trials that all go alike say no more than one, of intervals, p values and numbers of questions."""
+    once = run({"none": {"a": [1, 1, 1, 1, 0, 1], "b": [0, 1]}, "w4": {"a": [0, 0, 1, 1, 0, 1], "b": [1, 1]}})
+    trials = [
+        replace(one, instance_id=f"{one.instance_id}-trial{trial}") for one in once.instances for trial in range(3)
+    ]
+    thrice, single = compare(replace(once, instances=trials)), compare(once)
+    for ours, theirs in zip(thrice.settings, single.settings, strict=True):
+        assert ours.quality == theirs.quality
+    ours, theirs = (one.settings[1].difference for one in (thrice, single))
+    assert (ours.estimate, ours.p_value, ours.bootstrap) == (theirs.estimate, theirs.p_value, theirs.bootstrap)
+    for row, other in zip(thrice.tasks, single.tasks, strict=True):
+        ours, theirs = row.cells[1], other.cells[1]
+        assert (ours.score, ours.difference.estimate) == (theirs.score, theirs.difference.estimate)
+        assert ours.difference.p_value == theirs.difference.p_value
+        assert ours.difference.num_worse == 3 * theirs.difference.num_worse
+
+
+def test_trials_that_differ_are_a_mean():
+    results = run({"none": {"a": [1, 0, 1, 1]}, "w4": {"a": [0, 0, 1, 0]}})
+    names = ["q-trial0", "q-trial1", "r-trial0", "r-trial1"] * 2
+    instances = [replace(one, instance_id=name) for one, name in zip(results.instances, names, strict=True)]
+    cell = compare(replace(results, instances=instances)).tasks[0].cells[1]
+    assert cell.difference.estimate.value == -0.5 and cell.difference.estimate.num == 2
+    assert cell.difference.p_value == 0.5, "two questions got worse by as much"
+
+
 def test_overall_p_values_are_corrected_for_the_number_of_settings():
     rows = [row.difference for row in compare(synthetic()).settings if row.difference]
     ranked = sorted(rows, key=lambda difference: difference.p_value)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from flexeval.report.resampling import bootstrap, sign_flip_p
 from flexeval.report.statistics import (
     Estimate,
     Z,
@@ -15,7 +16,6 @@ from flexeval.report.statistics import (
     mean,
     paired_difference,
     questions_to_settle,
-    sign_flip_p,
     smallest_seen,
     weighted_sum,
 )
@@ -111,6 +111,45 @@ def test_changes_of_one_size_are_mcnemars_exact_test(gained, lost):
     num = gained + lost
     tail = sum(math.comb(num, k) for k in range(min(gained, lost) + 1)) / 2**num
     assert sign_flip_p([0.02] * gained + [-0.02] * lost + [0.0] * 7) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_p_values_smaller_than_resampling_can_tell_are_bounded_by_hoeffding():
+    """Of many comparisons one that is beyond doubt must stay so after a correction for all of them."""
+    changes = list(np.random.default_rng(5).uniform(0.2, 0.9, 60))
+    for alternative, exact in (("two-sided", 2.0**-59), ("greater", 2.0**-60)):
+        p_value = sign_flip_p(changes, alternative)
+        assert exact <= p_value < 1e-9
+    assert sign_flip_p([-change for change in changes], "greater") == pytest.approx(1)
+    for seed in range(20):  # a bound is never below what it bounds
+        few = list(np.random.default_rng(seed).normal(0.8, 0.6, 12))
+        assert sign_flip_p(few) >= brute_force_p(few) - 1e-12
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bootstrap_is_that_of_scipy(seed):
+    differences = np.random.default_rng(seed).choice([-1.0, 0.0, 0.25, 1.0], size=80)
+    theirs = stats.bootstrap((differences,), np.mean, method="percentile", rng=np.random.default_rng(1))
+    low, high = bootstrap([list(differences)], [1.0])
+    step = 1 / 80
+    assert (low, high) == pytest.approx(tuple(theirs.confidence_interval), abs=1.1 * step)
+
+
+def test_the_bootstrap_draws_each_task_apart_and_weighs_it():
+    strata = [list(np.random.default_rng(6).normal(0.1, 0.3, size)) for size in (300, 40)]
+    low, high = bootstrap(strata, [0.25, 0.75])
+    error = math.hypot(0.25 * np.std(strata[0]) / math.sqrt(300), 0.75 * np.std(strata[1]) / math.sqrt(40))
+    center = 0.25 * np.mean(strata[0]) + 0.75 * np.mean(strata[1])
+    assert (low, high) == pytest.approx((center - Z * error, center + Z * error), rel=0.1)
+    assert bootstrap(strata, [0.25, 0.75]) == (low, high)
+    assert math.isnan(bootstrap([[1.0]], [1.0]).low)
+
+
+def test_a_bootstrap_of_few_changes_is_too_short_and_the_interval_of_verdicts_is_not():
+    random = np.random.default_rng(8)
+    draws = random.choice([-1.0, 0.0, 1.0], p=[0.05, 0.93, 0.02], size=(300, 40))
+    drawn = [bootstrap([list(draw)], [1.0]) for draw in draws]
+    assert np.mean([low <= -0.03 <= high for low, high in drawn]) < 0.9
+    assert coverage([paired_difference([list(draw)], [1.0], in_unit=True) for draw in draws], -0.03) >= 0.94
 
 
 def test_no_change_is_no_evidence():
@@ -254,6 +293,18 @@ def test_a_drop_of_the_smallest_size_that_is_seen_is_detected_four_times_out_of_
     outcomes = random.choice([1.0, -1.0, 0.0], size=(400, num), p=[gain - drop / 2, gain + drop / 2, 1 - 2 * gain])
     detected = np.mean([sign_flip_p(list(one)) < 0.05 for one in outcomes])
     assert 0.7 < detected < 0.86
+
+
+def test_one_of_many_comparisons_is_detected_four_times_out_of_five_at_a_larger_drop():
+    random = np.random.default_rng(6)
+    num, gain, num_others = 400, 0.08, 9
+    quiet = [0.0] * (num - 64) + [1.0] * 32 + [-1.0] * 32
+    loss = paired_difference([quiet], [1.0], in_unit=True)
+    drop = smallest_seen(loss, 1 + num_others)
+    outcomes = random.choice([1.0, -1.0, 0.0], size=(400, num), p=[gain - drop / 2, gain + drop / 2, 1 - 2 * gain])
+    detected = np.mean([holm([sign_flip_p(list(one)), *[0.5] * num_others])[0] < 0.05 for one in outcomes])
+    assert drop > 1.2 * smallest_seen(loss)
+    assert 0.7 < detected < 0.88
 
 
 def test_of_an_unknown_spread_it_is_not_known_what_is_seen():

@@ -268,12 +268,13 @@ def test_what_was_not_detected_says_what_would_not_have_been_seen_and_what_it_ta
     of_kind = {
         one.setting: one.unseen for one in verdicts(judged(w4=(1, 1, *UNSETTLED), w8=(1, 1, *SAFE), w3=(1, 1, *WORSE)))
     }
-    # The interval is 11.5 points wide: (1.960 + 0.842) standard errors of 11.5 / 3.920.
+    # The interval is 11.5 points wide: (2.394 + 0.842) standard errors of 11.5 / 3.920, at one
+    # level of 2.5 % for three settings.
     assert of_kind["w4"] == (
-        "No detectable difference; with n = 375 a drop of less than 8.2 points would not be seen; "
+        "No detectable difference; with n = 375 a drop of less than 9.5 points would not be seen; "
         "about 1,100 questions would settle whether it loses 5 points."
     )
-    assert of_kind["w8"] == "No detectable difference; with n = 375 a drop of less than 1.6 points would not be seen."
+    assert of_kind["w8"] == "No detectable difference; with n = 375 a drop of less than 1.8 points would not be seen."
     assert of_kind["w3"] == of_kind["none"] == ""
     unknown = {one.setting: one.unseen for one in verdicts(judged(w4=(1, 1, *UNKNOWN)))}
     assert unknown["w4"] == "No detectable difference; with n = 375 it is not known which one would be seen."

@@ -28,6 +28,7 @@ from flexeval.gate.detectable import detectable_drop
 from flexeval.gate.findings import Finding, Kind, Status
 from flexeval.report import format as show
 from flexeval.report.averaging import averaged_tasks, task_weights
+from flexeval.report.pairing import over_trials
 from flexeval.report.statistics import SIGNIFICANT, beyond_margin_p, holm, paired_difference
 from flexeval.results import TaskInfo
 
@@ -55,8 +56,13 @@ class PairedTask:
 
     @property
     def losses(self) -> list[float]:
-        """How much worse each question is answered now."""
+        """How much worse each question is answered now, by trial where it has several."""
         return list(self.before - self.now if self.task.higher_is_better else self.now - self.before)
+
+    @property
+    def samples(self) -> list[float]:
+        """How much worse each question is answered now, all its trials together."""
+        return over_trials(self.ids, self.losses)
 
 
 class _Comparison(NamedTuple):
@@ -122,14 +128,14 @@ def _compared(setting: str, subject: str, tasks: Sequence[PairedTask], tolerance
     weights = task_weights(tasks)
     in_points = all(one.in_points for one in tasks)
     margin = tolerance if in_points else tolerance * abs(_mean([one.before for one in tasks], weights))
-    p_value = beyond_margin_p([one.losses for one in tasks], weights, margin=margin, in_unit=in_points)
+    p_value = beyond_margin_p([one.samples for one in tasks], weights, margin=margin, in_unit=in_points)
     return _Comparison(setting, subject, tasks, weights, margin, p_value)
 
 
 def _finding(one: _Comparison, p_value: float, alpha: float, *, decides: bool, is_strict: bool) -> Finding:
     in_points = all(task.in_points for task in one.tasks)
-    losses = [task.losses for task in one.tasks]
-    flat = [loss for task in losses for loss in task]
+    samples = [task.samples for task in one.tasks]
+    flat = [loss for task in one.tasks for loss in task.losses]
     lost = tuple(
         name if one.subject != OVERALL else f"{task.task.name}/{name}"
         for task in one.tasks
@@ -142,13 +148,13 @@ def _finding(one: _Comparison, p_value: float, alpha: float, *, decides: bool, i
         status, why = Status.PASS, f"all {show.count(len(flat))} scores are the same"
     elif p_value < SIGNIFICANT:
         status, why = Status.REGRESSION, f"{beyond} is shown ({show.p_value(p_value)})"
-    elif paired_difference(losses, one.weights, in_unit=in_points).high <= one.margin:
+    elif paired_difference(samples, one.weights, in_unit=in_points).high <= one.margin:
         status, why = Status.PASS, f"{beyond} is ruled out"
     else:
         status, why = Status.OPEN, f"{beyond} is not shown"
     least = math.nan
     if status is Status.OPEN or (status is Status.PASS and decides):
-        least = detectable_drop(losses, one.weights, margin=one.margin, alpha=alpha, in_unit=in_points)
+        least = detectable_drop(samples, one.weights, margin=one.margin, alpha=alpha, in_unit=in_points)
         why += f"; {_power_words(least, len(flat), in_points)}"
     before, now = (_mean([getattr(task, name) for task in one.tasks], one.weights) for name in ("before", "now"))
     change = "" if not any(flat) else f", {len(lost)} worse and {num_gained} better of {show.count(len(flat))}"

@@ -9,8 +9,9 @@ from dataclasses import replace
 from flexeval.report import format as show
 from flexeval.report.averaging import averaged_tasks, task_weights
 from flexeval.report.merge import baseline_index
-from flexeval.report.pairing import Question, pair
-from flexeval.report.statistics import holm, mean, paired_difference, sign_flip_p, weighted_sum
+from flexeval.report.pairing import Question, over_trials, pair
+from flexeval.report.resampling import bootstrap, sign_flip_p
+from flexeval.report.statistics import holm, mean, paired_difference, weighted_sum
 from flexeval.report.tables import Cell, Comparison, Difference, Flips, SettingRow, TaskRow
 from flexeval.results import Fidelity, RunResults, SettingResult, TaskInfo
 
@@ -76,7 +77,10 @@ def _cell(task: TaskInfo, questions: Sequence[Question], index: int, baseline: i
     answers = [question.answers[index] for question in questions]
     return Cell(
         setting=answers[0].setting,
-        score=mean([answer.score for answer in answers], in_unit=in_points),
+        score=mean(
+            over_trials([question.instance_id for question in questions], [answer.score for answer in answers]),
+            in_unit=in_points,
+        ),
         difference=None if index == baseline else _difference(task, questions, index, baseline, in_points=in_points),
         num_prompt_tokens=sum(answer.num_prompt_tokens for answer in answers),
         num_generated_tokens=sum(answer.num_generated_tokens for answer in answers),
@@ -100,9 +104,13 @@ def _difference(
     pairs = [(question.answers[index], question.answers[baseline]) for question in questions]
     changes = _changes(questions, index, baseline)
     p_value = sign_flip_p(changes)
-    num_up, num_down = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+    num_up, num_down = (
+        sum(ours.score > theirs.score for ours, theirs in pairs),
+        sum(ours.score < theirs.score for ours, theirs in pairs),
+    )
     return Difference(
         estimate=paired_difference([changes], [1.0], in_unit=in_points),
+        bootstrap=bootstrap([changes], [1.0]),
         p_value=p_value,
         corrected_p=p_value,
         num_better=num_up if task.higher_is_better else num_down,
@@ -112,7 +120,12 @@ def _difference(
 
 
 def _changes(questions: Iterable[Question], index: int, baseline: int) -> list[float]:
-    return [question.answers[index].score - question.answers[baseline].score for question in questions]
+    """One a question, over its trials: setting minus baseline."""
+    pairs = [
+        (question.instance_id, question.answers[index].score - question.answers[baseline].score)
+        for question in questions
+    ]
+    return over_trials(*zip(*pairs, strict=True))
 
 
 def _correct(tasks: Sequence[TaskRow]) -> list[TaskRow]:
@@ -177,6 +190,7 @@ def _overall(
     )
     return Difference(
         estimate=paired_difference(strata, weights, in_unit=all(row.in_points for row in averaged)),
+        bootstrap=bootstrap(strata, weights),
         p_value=p_value,
         corrected_p=p_value,
         num_better=sum(part.num_better for part in parts),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from flexeval.errors import ResultsError
 from flexeval.results import InstanceResult, RunResults
+
+_TRIAL = re.compile(r"-trial\d+$")
+"""What tells a question's train trials apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +33,17 @@ class Pairing(NamedTuple):
 
     questions: list[Question]
     notes: list[str]
+
+
+def over_trials(instance_ids: Iterable[str], values: Iterable[float]) -> list[float]:
+    """One value a question: the mean over its train trials, in the order of the questions.
+
+    A question that is asked again behind other examples is answered much alike: its trials are one sample, not several.
+    """
+    by_question: dict[str, list[float]] = defaultdict(list)
+    for instance_id, value in zip(instance_ids, values, strict=True):
+        by_question[_TRIAL.sub("", instance_id)].append(value)
+    return [sum(trials) / len(trials) for trials in by_question.values()]
 
 
 def pair(results: RunResults) -> Pairing:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
+from flexeval.report.resampling import LEVEL, sign_flip_p
+
 Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
 SIGNIFICANT = 0.05
 """Differences with a p value below this are called detected."""
 POWER = 0.8
 """How often a difference of the size that is called seen is detected."""
-_NUM_RESAMPLES = 9_999
-_BATCH_NUMBERS = 4_000_000
-_SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,32 +126,6 @@ def beyond_margin_p(
     return max(chance, float(stats.t.sf((pooled.center - margin) / math.sqrt(pooled.variance), pooled.freedom)))
 
 
-def sign_flip_p(differences: Sequence[float], alternative: Literal["two-sided", "greater"] = "two-sided") -> float:
-    """P value of "the sign of every difference is a coin toss"; `greater`: against a sum above 0 alone.
-
-    The randomization test for paired data (Fisher 1935, "The Design of Experiments", section 21). Where all changes are
-    of one size it is McNemar's exact test (McNemar 1947, Psychometrika 12), a binomial. Otherwise all sign patterns are
-    tried if there are few, and 9,999 random ones, always the same, if there are many.
-    """
-    changes = np.asarray(differences, dtype=float)
-    changes = changes[changes != 0]
-    if not changes.size:
-        return 1.0
-    if np.allclose(np.abs(changes), abs(changes[0]), rtol=1e-9, atol=0):
-        return float(stats.binomtest(int((changes > 0).sum()), changes.size, alternative=alternative).pvalue)
-    test = stats.permutation_test(
-        (changes,),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        alternative=alternative,
-        n_resamples=_NUM_RESAMPLES,
-        batch=max(1, _BATCH_NUMBERS // changes.size),
-        rng=np.random.default_rng(_SEED),
-    )
-    return float(test.pvalue)
-
-
 def weighted_sum(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
     """Sum of independent estimates times positive weights, such as a mean over tasks.
 
@@ -195,14 +167,16 @@ def questions_to_settle(loss: Estimate, margin: float) -> float:
     return loss.num * shrinkage**2
 
 
-def smallest_seen(loss: Estimate) -> float:
+def smallest_seen(loss: Estimate, num_comparisons: int = 1) -> float:
     """The true loss that so many questions detect four times out of five; smaller ones mostly go unseen.
 
-    (z_0.975 + z_0.8) standard errors (Lachin 1981, "Introduction to sample size determination and power analysis for
-    clinical trials", Controlled Clinical Trials 2), where the standard error is the one behind the interval of `loss`.
-    NaN where that is unknown.
+    (z_(1 - 0.025 / m) + z_0.8) standard errors (Lachin 1981, "Introduction to sample size determination and power
+    analysis for clinical trials", Controlled Clinical Trials 2). The standard error is the one behind the interval of
+    `loss`; m is the number of comparisons, for Holm's correction asks that much of the first one that is detected. NaN
+    where the standard error is unknown.
     """
-    return (Z + float(stats.norm.ppf(POWER))) * (loss.high - loss.low) / (2 * Z)
+    detected = float(stats.norm.isf((1 - LEVEL) / 2 / num_comparisons))
+    return (detected + float(stats.norm.ppf(POWER))) * (loss.high - loss.low) / (2 * Z)
 
 
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> MeanWithError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexeval.report.pairing import Question
+from flexeval.report.resampling import Bounds
 from flexeval.report.statistics import Estimate
 from flexeval.results import Fidelity, RunResults, SettingResult, TaskInfo
 
@@ -15,6 +16,8 @@ class Difference:
 
     estimate: Estimate
     """Mean of setting minus baseline."""
+    bootstrap: Bounds
+    """Its interval by the paired bootstrap, to hold the other one against: too short where few answers changed."""
     p_value: float
     """Of the sign-flip test, for this comparison alone."""
     corrected_p: float

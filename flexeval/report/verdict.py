@@ -129,7 +129,7 @@ def _quality(comparison: Comparison, row: SettingRow) -> str:
 def _unseen(comparison: Comparison, row: SettingRow) -> str:
     """What no detected difference leaves possible, in plain words."""
     lost = loss(comparison, row)
-    smallest, needed = smallest_seen(lost), show.count(lost.num)
+    smallest, needed = smallest_seen(lost, len(comparison.settings) - 1), show.count(lost.num)
     if math.isnan(smallest):
         return f"No detectable difference; with n = {needed} it is not known which one would be seen."
     words = (

@@ -79,6 +79,8 @@ def _difference(difference: Difference | None, baseline: str) -> dict[str, objec
         "difference": difference.estimate.value if difference else None,
         "difference_low": difference.estimate.low if difference else None,
         "difference_high": difference.estimate.high if difference else None,
+        "bootstrap_low": difference.bootstrap.low if difference else None,
+        "bootstrap_high": difference.bootstrap.high if difference else None,
         "p_value": difference.p_value if difference else None,
         "corrected_p_value": difference.corrected_p if difference else None,
         "num_better": difference.num_better if difference else None,
