@@ -45,20 +45,25 @@ def show(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
+def is_amount(name: str) -> bool:
+    """Whether a value of this name is never below 0: a count, bytes or seconds."""
+    return bool(_COUNT.search(name) or _SECONDS.search(name))
+
+
 def _dataclass(kind: type[T], data: object, where: str, given: Mapping[str, Any]) -> T:
     if not isinstance(data, dict):
         raise ValueError(f"{where or 'it'} is {show(data)}, not an object")
-    hints = _hints(kind, frozenset(given))  # type: ignore[arg-type]
+    wants = hints(kind, frozenset(given))  # type: ignore[arg-type]
     wanted = {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}  # type: ignore[arg-type]
-    if unknown := data.keys() - hints.keys():
+    if unknown := data.keys() - wants.keys():
         raise ValueError(f"{_inside(where, min(unknown))} is unknown")
     if missing := wanted - data.keys() - given.keys():
         raise ValueError(f"{_inside(where, min(missing))} is missing")
-    return kind(**{name: _value(hints[name], value, _inside(where, name)) for name, value in data.items()}, **given)
+    return kind(**{name: _value(wants[name], value, _inside(where, name)) for name, value in data.items()}, **given)
 
 
 @cache
-def _hints(kind: type, given: frozenset[str]) -> dict[str, Any]:
+def hints(kind: type, given: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The types of a dataclass's fields; those given may have annotations that only a type checker can read."""
     read = {field.name: field.type for field in fields(kind) if field.name not in given}
     return get_type_hints(type("Fields", (), {"__annotations__": read}), vars(sys.modules[kind.__module__]))
@@ -122,7 +127,7 @@ def _check_scalars(kind: type, values: Sequence[Any], where: str) -> None:
         raise ValueError(f"{where} is too large a number")
     if _SECONDS.search(where) and not all(abs(value) < _MOST_SECONDS for value in values):
         raise ValueError(f"{where} is no number of seconds")
-    if least < 0 and (_COUNT.search(where) or _SECONDS.search(where)):
+    if least < 0 and is_amount(where):
         raise ValueError(f"{where} is {show(least)}, less than 0")
 
 

@@ -358,6 +358,7 @@ def test_options_stay_what_they_are() -> None:
         "score": ["--out", "-o", "answers", "prompts"],
         "prepare-model": ["--device", "--dtype", "--model", "--out", "--setting"],
         "report": ["directory"],
+        "schema": ["file"],
     }
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import flexeval
-from flexeval.cli import bench, check, data, evaluate, new_task, plan, prepare, profile, remote, status
+from flexeval.cli import bench, check, data, evaluate, new_task, plan, prepare, profile, remote, schema, status
 from flexeval.errors import ConfigError, DiskError, FlexevalError
 
 _INTERRUPTED = 130
@@ -56,6 +56,7 @@ for command in (
     bench.bench,
     prepare.prepare_model,
     new_task.new_task,
+    schema.schema,
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")
