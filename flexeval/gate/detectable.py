@@ -26,7 +26,9 @@ def detectable_drop(
 
     Exact for one task of right-or-wrong scores: all outcomes are counted. Otherwise normal: the drop, the same at every
     task, exceeds `margin` by (z_(1 - alpha) + z_0.8) standard errors (Julious 2004, "Sample sizes for clinical trials
-    with Normal data", Statistics in Medicine 23).
+    with Normal data", Statistics in Medicine 23). The spread of graded scores is known from a sample alone: Student's
+    quantiles stand for normal ones, and the upper end of an 80 % interval for the variance (Browne 1995, "On the use of
+    a pilot sample for sample size determination", Statistics in Medicine 14).
 
     Args:
         losses: Scores before minus scores now, question by question, of each task.
@@ -47,12 +49,16 @@ def detectable_drop(
     if len(arrays) == 1 and whole[0] and num <= _MOST_EXACT:
         least = _least_losses(num, margin, alpha)
         return _smallest(lambda drop: _power(least, num, gains[0], drop) - POWER, margin, 1 - gains[0])
-    distance = float(stats.norm.isf(alpha) + stats.norm.ppf(POWER))
-    spread = sum(
-        weight**2 * float(array.var(ddof=1)) / array.size
+    terms = [
+        (weight**2 * float(array.var(ddof=1)) / array.size, array.size - 1)
         for array, weight, is_whole in zip(arrays, weights, whole, strict=True)
         if array.size > 1 and not is_whole
-    )
+    ]
+    spread = sum(term for term, _ in terms)
+    freedom = spread**2 / sum(term**2 / freedom for term, freedom in terms) if spread else math.inf
+    if spread:
+        spread *= freedom / float(stats.chi2.ppf(1 - POWER, freedom))
+    distance = float(stats.t.isf(alpha, freedom) + stats.t.ppf(POWER, freedom))
     if not in_unit:
         return margin + distance * math.sqrt(spread) if spread else math.nan
 
