@@ -193,13 +193,13 @@ def test_the_drop_stated_for_graded_scores_is_caught():
     drop = detectable_drop([list(noise - noise.mean())], [1.0], margin=0.01, alpha=0.05, in_unit=False)
     runs = drop + rng.normal(0, 0.2, (2_000, 200))
     p_values = stats.ttest_1samp(runs, 0.01, axis=1, alternative="greater").pvalue
-    assert (p_values < 0.05).mean() == pytest.approx(0.8, abs=0.04)
+    assert 0.8 <= (p_values < 0.05).mean() <= 0.9
 
 
 def test_a_drop_of_the_size_stated_for_graded_scores_is_caught_four_times_out_of_five():
     """The spread is known from twelve questions alone, in each run from other ones."""
     rng, margin, caught = np.random.default_rng(3), 0.008, []
-    for _ in range(150):
+    for _ in range(100):
         pilot, noise = rng.normal(0, 0.01, (2, 12))
         drop = detectable_drop([list(pilot)], [1.0], margin=margin, alpha=SIGNIFICANT, in_unit=False)
         caught.append(beyond_margin_p([list(noise + drop)], [1.0], margin=margin, in_unit=False) < SIGNIFICANT)

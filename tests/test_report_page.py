@@ -14,14 +14,14 @@ from test_report_fidelity import run_with_rows
 
 from flexeval.config import format_size
 from flexeval.report import format as show
-from flexeval.report.answer import answer
+from flexeval.report.answer import answer, choice
 from flexeval.report.compare import compare
 from flexeval.report.merge import merge
 from flexeval.report.render import chart, questions
 from flexeval.report.render.html import page
 from flexeval.report.render.labels import Box
 from flexeval.report.render.markdown import summary
-from flexeval.report.verdict import Kind
+from flexeval.report.verdict import Kind, verdicts
 from flexeval.report.write import write_report
 
 
@@ -116,6 +116,24 @@ def test_the_page_shows_every_score_cost_and_caveat(four):
         "load_weights",
     ):
         assert fact in seen
+
+
+def test_each_setting_has_a_row_with_its_change_and_the_chosen_one_is_marked(four):
+    text = page(four)
+    rows = re.findall(r'<tr class="s\d( chosen)?">(.*?)</tr>', text, re.DOTALL)
+    assert len(rows) == 4
+    seen = [(bool(mark), " ".join(Reader(row).text.split())) for mark, row in rows]
+    picked = choice(four)
+    for (is_chosen, words), row, verdict in zip(seen, four.settings, verdicts(four), strict=True):
+        assert is_chosen == (row is picked.row) == (picked.words in words)
+        assert row.result.setting in words and verdict.kind.value in words and verdict.unseen in words
+        assert show.interval(row.quality, in_points=True) in words and format_size(row.memory_bytes) in words
+        if row.difference:
+            assert show.interval(row.difference.estimate, in_points=True, signed=True) in words
+            assert f"{show.ratio(row.speedup)}{show.digits(row.questions_per_s)} questions/s" in words
+            assert show.ratio(1 / row.memory_ratio) in words
+            bounds = [show.change(end, in_points=True) for end in row.difference.bootstrap]
+            assert " to ".join(bounds) in Reader(text).text
 
 
 def test_every_kind_of_verdict_has_its_mark_and_the_method_names_the_margin(four):
@@ -221,7 +239,7 @@ def test_bare_results_make_a_whole_report():
     assert chart.trade_off(comparison) is None
     seen = Reader(page(comparison)).text
     assert "foretold" not in seen and "planned" not in seen
-    assert "No policy was recorded" in seen and "of unknown speed" in seen and "nan" not in seen
+    assert "No policy was recorded" in seen and "not measured" in seen and "nan" not in seen
     assert "nan" not in summary(comparison)
 
 

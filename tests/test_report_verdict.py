@@ -10,7 +10,7 @@ import pytest
 from synthetic_results import TASKS, synthetic
 
 from flexeval.report import format as show
-from flexeval.report.answer import answer
+from flexeval.report.answer import answer, choice
 from flexeval.report.compare import compare
 from flexeval.report.merge import merge
 from flexeval.report.statistics import Estimate, paired_difference, sign_flip_p
@@ -262,6 +262,51 @@ def test_a_true_loss_of_six_points_is_hardly_ever_recommended(num_questions, num
 )
 def test_numbers_are_shown_as_people_read_them(text, expected):
     assert text == expected
+
+
+def test_the_setting_that_the_answer_names_is_the_chosen_one():
+    def chosen(**settings):
+        found = choice(judged(**settings))
+        return found and (found.row.result.setting, found.words)
+
+    assert chosen(w4=(3.0, 1.5, *SAFE), w8=(1.5, 2.0, *SAFE)) == ("w4", "use this")
+    assert chosen(w4=(0.5, 1.5, *SAFE)) == ("w4", "if memory is short")
+    assert chosen(w4=(3.0, 1.5, *UNSETTLED)) == chosen(w4=(3.0, 1.5, *WORSE)) == ("none", "stay with this")
+    assert chosen(w4=(3.0, 1.5, *SLIGHT)) is None, "whether to accept a small loss is for the reader to say"
+    assert choice(blank(1)) is None
+
+
+def test_a_task_at_which_the_recommended_setting_loses_is_named():
+    """Though it is on another scale, and so no part of the overall quality."""
+    comparison = judged(w4=(3.0, 1.5, *SAFE))
+    row = comparison.tasks[0]
+    base, cell = row.cells[:2]
+
+    def told(change, p_value, **info):
+        estimate = Estimate(value=change, low=change - 0.01, high=change + 0.01, num=40)
+        difference = replace(cell.difference, estimate=estimate, corrected_p=p_value)
+        task = replace(
+            row, task=replace(row.task, **info), in_points=False, cells=(base, replace(cell, difference=difference))
+        )
+        return answer(replace(comparison, tasks=(*comparison.tasks[1:], task)))[2:]
+
+    prose = {"name": "prose", "metric": "bits_per_byte", "higher_is_better": False}
+    assert told(0.0309, 0.001, **prose) == [
+        "But a loss is detected at prose (+0.0309 bits_per_byte): see whether that matters to you."
+    ]
+    assert told(-0.0309, 0.001, **prose) == told(0.0309, 0.2, **prose) == []
+    assert told(-0.1, 0.001, name="qa", metric="f1")[0].startswith(f"But a loss is detected at qa ({MINUS}0.1 f1)")
+
+
+def test_a_difference_that_is_lost_among_many_comparisons_is_not_called_none():
+    comparison = judged(w4=(1, 1, *UNSETTLED), w8=(1, 1, *SAFE))
+    rows = [
+        replace(row, difference=replace(row.difference, p_value=p_value)) if row.difference else row
+        for row, p_value in zip(comparison.settings, (1, 0.04, 0.9), strict=True)
+    ]
+    found = {one.setting: one.unseen for one in verdicts(replace(comparison, settings=tuple(rows)))}
+    assert found["w4"].startswith("Alone it would count as detected (p = 0.040), among 2 comparisons it may be chance;")
+    assert found["w8"].startswith("No detectable difference;")
 
 
 def test_what_was_not_detected_says_what_would_not_have_been_seen_and_what_it_takes():

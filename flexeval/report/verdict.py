@@ -132,14 +132,25 @@ def _unseen(comparison: Comparison, row: SettingRow) -> str:
     smallest, needed = smallest_seen(lost, len(comparison.settings) - 1), show.count(lost.num)
     if math.isnan(smallest):
         return f"No detectable difference; with n = {needed} it is not known which one would be seen."
+    change = "drop" if comparison.higher_is_better else "rise"
     words = (
-        f"No detectable difference; with n = {needed} a {'drop' if comparison.higher_is_better else 'rise'} of less "
-        f"than {_amount(comparison, smallest)} would not be seen"
+        f"{_undetected(comparison, row)}; with n = {needed} a {change} of less than {_amount(comparison, smallest)} "
+        "would not be seen"
     )
     num = questions_to_settle(lost, margin(comparison))
     if num > lost.num:
         words += f"; about {show.rough_count(num)} questions would settle whether it loses {tolerated(comparison)}"
     return f"{words}."
+
+
+def _undetected(comparison: Comparison, row: SettingRow) -> str:
+    """What to say of a difference that is not detected, though its own interval may leave zero out."""
+    assert row.difference is not None, row.result.setting
+    num = len(comparison.settings) - 1
+    if row.difference.p_value < SIGNIFICANT < row.difference.corrected_p and num > 1:
+        alone = show.p_value(row.difference.p_value)
+        return f"Alone it would count as detected ({alone}), among {num} comparisons it may be chance"
+    return "No detectable difference"
 
 
 def _amount(comparison: Comparison, value: float, *, signed: bool = False) -> str:

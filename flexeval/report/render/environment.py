@@ -40,6 +40,7 @@ def environment() -> Environment:
         exp=_exp,
         digits=show.digits,
         count=show.count,
+        ratio=show.ratio,
         seconds=show.seconds,
         size=format_size,
         pretty=_pretty,

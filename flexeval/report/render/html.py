@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jinja2.utils import htmlsafe_json_dumps
 
 from flexeval.report import format as show
-from flexeval.report.answer import CLEARLY, answer
+from flexeval.report.answer import CLEARLY, answer, choice
 from flexeval.report.render import chart
 from flexeval.report.render.environment import environment, source
 from flexeval.report.render.questions import drill_down
@@ -37,6 +37,7 @@ def page(comparison: Comparison) -> str:
         c=comparison,
         verdicts=verdicts(comparison),
         answer=answer(comparison),
+        chosen=choice(comparison),
         through_cache=scored_through(row.result.setting for row in comparison.settings),
         tolerated=tolerated(comparison) if comparison.averaged else "",
         clearly=CLEARLY,
@@ -60,6 +61,7 @@ def page(comparison: Comparison) -> str:
         task_scales=_task_scales(comparison),
         tiers=list(dict.fromkeys(tier for row in comparison.settings for tier in row.result.peak_bytes)),
         is_foretold=any(row.result.predicted_s for row in comparison.settings),
+        is_text=any(row.fidelity and row.fidelity.num_text for row in comparison.settings),
         is_energy_known=any(row.energy_per_question_j is not None for row in comparison.settings),
         lanes=_lanes(comparison),
         most=_most(comparison),
