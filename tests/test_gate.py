@@ -181,6 +181,13 @@ def test_what_cannot_be_compared_is_refused(change: Callable[[RunResults], RunRe
     refused(RUN, change(RUN), match)
 
 
+def test_settings_that_are_not_checked_are_said() -> None:
+    """A setting that was added after the baseline was written passes nothing unseen."""
+    only_none = synthetic(settings=("none",))
+    assert found(only_none, worse(2)).notes == ("Not checked: w4 of the run.",)
+    assert found(RUN, RUN).notes == ()
+
+
 def test_what_can_be_compared_on_request_is_said() -> None:
     fewer = replace(RUN, instances=[one for one in RUN.instances if one.instance_id != "id3"])
     assert "the run lacks 1 of 60" in found(RUN, fewer, shared_only=True).notes[0]

@@ -23,7 +23,11 @@ document.getElementById("more").click();
 document.title = `rows ${document.querySelectorAll(".question").length}`;
 form.elements.text.value = " 3 TIMES 7, ";
 form.dispatchEvent(new Event("input"));
-setTimeout(() => { document.title += `, ${document.getElementById("found").value}, ${location.hash}`; }, 400);
+setTimeout(() => {
+  document.title += `, ${document.getElementById("found").value}, ${location.hash}`;
+  document.querySelector('nav a[href="#cost"]').click();
+}, 400);
+setTimeout(() => { document.title += `, still ${document.getElementById("found").value}`; }, 800);
 </script></body>"""
 
 
@@ -127,4 +131,4 @@ def test_typing_and_showing_more_work(browse, text):
     # The driver is a script of its own, so this one test takes the page's policy out.
     dom, console = browse(POLICY.sub("", text).replace("</body>", DRIVER))
     assert console == []
-    assert "<title>rows 100, 6 of 360 questions, #text=+3+TIMES+7%2C+</title>" in dom
+    assert "<title>rows 100, 6 of 360 questions, #text=+3+TIMES+7%2C+, still 6 of 360 questions</title>" in dom

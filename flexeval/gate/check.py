@@ -73,5 +73,10 @@ def check(baseline: Baseline, run: Baseline, options: CheckOptions) -> Outcome:
                 is_strict=options.is_strict,
             ),
         ),
-        notes=tuple(notes),
+        notes=(*notes, *_not_checked(run, settings)),
     )
+
+
+def _not_checked(run: Baseline, settings: Sequence[str]) -> list[str]:
+    left_out = [name for name in run.settings if name not in settings]
+    return [f"Not checked: {', '.join(left_out)} of the run."] if left_out else []

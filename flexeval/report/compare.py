@@ -234,12 +234,17 @@ def _caveats(results: RunResults, tasks: Sequence[TaskRow], averaged: Sequence[T
     caveats = []
     if left_out := [row.task.name for row in tasks if row not in averaged]:
         caveats.append(f"Not part of the overall quality, for want of a common scale: {', '.join(left_out)}.")
+    resumed: dict[tuple[int, int], list[str]] = defaultdict(list)
     for setting in results.settings:
         if setting.num_resumed:
-            caveats.append(
-                f"{setting.setting}: {setting.num_resumed} of {setting.num_requests} requests were answered from the "
-                "journal of an earlier run; its speed counts the engine seconds of the run that answered them."
-            )
+            resumed[setting.num_resumed, setting.num_requests].append(setting.setting)
+    for (num, num_requests), names in resumed.items():
+        each = " each" if len(names) > 1 else ""
+        caveats.append(
+            f"{', '.join(names)}: {num} of {num_requests} requests{each} were answered from the journal of an earlier "
+            "run; speed counts the engine seconds of the run that answered them."
+        )
+    for setting in results.settings:
         if setting.splits:
             caveats.append(f"{setting.setting}: {_splits(setting)}")
     return caveats

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +18,9 @@ from flexeval.report.scored_through import scored_through
 from flexeval.report.tables import Comparison, SettingRow
 from flexeval.report.verdict import scale, verdicts
 from flexeval.results import RunResults
+
+_NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+"""Looks of a table of which all columns fit on 80 characters."""
 
 
 def print_table(results: RunResults, console: Console | None = None) -> None:
@@ -46,12 +51,12 @@ def print_table(results: RunResults, console: Console | None = None) -> None:
 def _table(comparison: Comparison) -> Table:
     several = len(comparison.settings) > 1
     per, unit = show.rate_unit([row.questions_per_s for row in comparison.settings if row.questions_per_s])
-    result = Table(box=SIMPLE_HEAD, title=Text(show.visible(f"{comparison.results.name}: {comparison.results.model}")))
+    result = Table(**_NARROW, title=Text(show.visible(f"{comparison.results.name}: {comparison.results.model}")))
     result.add_column("setting")
     speeds = f"questions/{unit}\ntokens/s\ntime"
     names = [_quality_name(comparison), *(["difference", "p"] if several else []), speeds, "peak memory"]
     for name in names:
-        result.add_column(Text(name), justify="right")
+        result.add_column(Text(name), justify="right", no_wrap=name == speeds)
     for row in comparison.settings:
         cells = [_quality(comparison, row), *(_difference(comparison, row) if several else []), *_cost(row, per)]
         result.add_row(Text(show.visible(row.result.setting)), *cells)
@@ -60,7 +65,7 @@ def _table(comparison: Comparison) -> Table:
 
 def _closeness(comparison: Comparison) -> Table:
     base = comparison.settings[comparison.baseline].result.setting
-    result = Table(box=SIMPLE_HEAD)
+    result = Table(**_NARROW)
     result.add_column(Text(show.visible(f"against\n{base}")))
     for name in (
         "KL diver-\ngence, nats",

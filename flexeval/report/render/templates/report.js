@@ -131,6 +131,8 @@
   });
   form.addEventListener("submit", (event) => event.preventDefault());
   more.addEventListener("click", () => showMore());
-  addEventListener("hashchange", recall);
+  addEventListener("hashchange", () => {
+    if (location.hash === "" || location.hash.includes("=")) recall();  // others name a part of the page
+  });
   recall();
 })();
