@@ -35,7 +35,7 @@ def line(now: Answering) -> str:
 def picture(now: Answering) -> RenderableType:
     """Where answering stands: all of it, speed beside the plan, memory beside the plan, tasks."""
     head = Table.grid(padding=(0, 1))
-    share = f"{now.num_done / now.num_requests:.0%}" if now.num_requests else ""
+    share = f"{100 * now.num_done // now.num_requests}%" if now.num_requests else ""  # 100 % is when all are done
     counts = f"{show.count(now.num_done)} of {show.count(now.num_requests)} requests, {share}"
     head.add_row(Text(show.visible(now.setting), style="bold"), _bar(now.num_done, now.num_requests), Text(counts))
     words = [show.seconds(now.elapsed_s), *([_left(now)] if now.left_s is not None else [])]

@@ -188,6 +188,16 @@ def test_settings_that_are_not_checked_are_said() -> None:
     assert found(RUN, RUN).notes == ()
 
 
+def test_a_model_of_other_files_is_said(tmp_path: Path) -> None:
+    keep(replace(RUN, fingerprint="a")).save(tmp_path / "b.json")
+    kept = Baseline.load(tmp_path / "b.json")
+    assert check(kept, keep(replace(RUN, fingerprint="b")), CheckOptions()).notes == (
+        "The model has the baseline's name, but its files are not those of then.",
+    )
+    for same in (replace(RUN, fingerprint="a"), RUN):
+        assert check(kept, keep(same), CheckOptions()).notes == ()
+
+
 def test_what_can_be_compared_on_request_is_said() -> None:
     fewer = replace(RUN, instances=[one for one in RUN.instances if one.instance_id != "id3"])
     assert "the run lacks 1 of 60" in found(RUN, fewer, shared_only=True).notes[0]

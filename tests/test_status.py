@@ -91,6 +91,7 @@ def test_a_picture_lists_tasks_under_way_first_and_counts_the_others() -> None:
         assert part in text
     assert "task 1 " in text and "task 20" not in text and "task 0 " not in text
     assert "1 of 21 tasks done; 8 more wait" in text
+    assert "399 of 400 requests, 99%" in shown(picture(replace(ANSWERING, num_done=399))), "100 % is when all are done"
 
 
 def test_names_cannot_act_on_a_terminal() -> None:

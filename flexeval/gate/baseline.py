@@ -82,6 +82,8 @@ class Baseline:
     """In the suite's order."""
     speeds: list[Speed] = field(default_factory=list)
     """Ratios of throughput."""
+    fingerprint: str = ""
+    """Hash of the model's files, as the results have it; empty where it was not kept."""
     schema_version: int = SCHEMA_VERSION
     """Version of this layout."""
 
@@ -96,8 +98,9 @@ class Baseline:
 
     def _lines(self) -> Iterator[str]:
         yield "{"
-        names = ("schema_version", "suite", "model", "model_note", "created", "machine", "versions", "settings")
-        yield from (f" {_json(name)}: {_json(getattr(self, name))}," for name in names)
+        names = ("schema_version", "suite", "model", "model_note", "fingerprint", "created")
+        for name in (*names, "machine", "versions", "settings"):
+            yield f" {_json(name)}: {_json(getattr(self, name))},"
         yield ' "speeds": ['
         yield from _separated(f"  {_json(asdict(speed))}" for speed in self.speeds)
         yield " ],"
@@ -142,6 +145,7 @@ def keep(results: RunResults, speeds: Sequence[Speed] = ()) -> Baseline:
         created=results.created,
         machine={name: results.machine[name] for name in _MACHINE if name in results.machine},
         versions=dict(results.versions),
+        fingerprint=results.fingerprint,
         settings=[setting.setting for setting in results.settings],
         tasks=[KeptTask(task=task, questions=kept[task.name]) for task in results.tasks if kept[task.name]],
         speeds=[replace(speed, ratios=[rounded(ratio, 4) for ratio in speed.ratios]) for speed in speeds],

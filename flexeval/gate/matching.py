@@ -51,6 +51,8 @@ def check_match(baseline: Baseline, run: Baseline, *, any_model: bool = False, s
                 mend="Name the same model, or pass --any-model to compare models",
             )
         notes.append(f"The run is of {ours}, the baseline of {theirs}.")
+    elif run.fingerprint and baseline.fingerprint and run.fingerprint != baseline.fingerprint:
+        notes.append("The model has the baseline's name, but its files are not those of then.")
     if run.suite != baseline.suite:
         notes.append(f"The run is of the suite {run.suite}, the baseline of {baseline.suite}.")
     notes += _shared(baseline, run, shared_only=shared_only)

@@ -188,7 +188,8 @@ def _single_tasks(comparison: Comparison, row: SettingRow) -> list[str]:
             lost.append(f"{task.task.name} ({show.change(change, in_points=task.in_points)} {unit})")
     if not lost:
         return []
-    more = f" and {len(lost) - _NAMED_TASKS} more tasks" if len(lost) > _NAMED_TASKS else ""
+    num_more = len(lost) - _NAMED_TASKS
+    more = f" and {num_more} more task{'s' * (num_more > 1)}" if num_more > 0 else ""
     return [f"But a loss is detected at {', '.join(lost[:_NAMED_TASKS])}{more}: see whether that matters to you."]
 
 
