@@ -479,9 +479,18 @@ def test_the_projects_own_baseline_is_of_the_questions_that_its_gate_asks() -> N
 
 
 def test_the_workflow_to_copy_uses_options_that_there_are() -> None:
-    job = yaml.safe_load((ROOT / "docs/examples/flexeval-check.yml").read_text())["jobs"]["quality"]
-    commands = [shlex.split(step["run"])[1:] for step in job["steps"] if ".venv/bin/flexeval" in step.get("run", "")]
-    assert [name for name, *_ in commands] == ["run", "check"]
+    """Those of its steps, and those that its head says to write the baseline with; both of the same run."""
+    text = (ROOT / "docs/examples/flexeval-check.yml").read_text()
+    workflow = yaml.safe_load(text)
+    assert workflow[True] == ["pull_request"] and workflow["permissions"] == {"contents": "read"}  # YAML 1.1 reads `on`
+    steps = workflow["jobs"]["quality"]["steps"]
+    assert all(("uses" in step) != ("run" in step) for step in steps)
+    assert "docs/examples/flexeval-check.yml" in (ROOT / "README.md").read_text()
+    told = [shlex.split(line)[1:] for line in re.findall(r"^# +(flexeval .*)$", text, re.MULTILINE)]
+    commands = [shlex.split(step["run"])[1:] for step in steps if ".venv/bin/flexeval" in step.get("run", "")]
+    assert [name for name, *_ in told] == [name for name, *_ in commands] == ["run", "check"]
+    assert told[0] == commands[0] and told[1][:4] == commands[1][:4]
+    commands += told
     known = typer.main.get_group(app).commands
     for name, *arguments in commands:
         options = {option for parameter in known[name].params for option in parameter.opts}

@@ -1,13 +1,17 @@
 """Results as pandas reads them, and the page that says what each name means."""
 
 import io
+import itertools
+import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageChops, ImageColor
+from scipy import stats
 from synthetic_results import HOSTILE, changed, synthetic
 
 import flexeval
@@ -126,3 +130,62 @@ def test_every_field_and_column_is_explained(run):
         field.name for kind in (RunResults, TaskInfo, SettingResult, InstanceResult, Fidelity) for field in fields(kind)
     }
     assert (names | columns) - told == set()
+
+
+def independent(questions, setting, weights):
+    """Differences, Bonett and Price's and Student's variances and exact p values of a setting, from rows alone."""
+    wide = questions.pivot(index=["task", "instance_id"], columns="setting", values="score")
+    change = wide[setting] - wide["none"]
+    found, center, variance, doubt, flips = {}, 0.0, 0.0, 0.0, []
+    num_binary = sum(set(part) <= {-1.0, 0.0, 1.0} for _, part in change.groupby("task"))
+    for task, part in change.groupby("task"):
+        up, down, n, w = int((part > 0).sum()), int((part < 0).sum()), len(part), weights[task]
+        if set(part) <= {-1.0, 0.0, 1.0}:
+            tail = sum(math.comb(up + down, k) for k in range(min(up, down) + 1)) / 2 ** (up + down)
+            found[task] = min(1.0, 2 * tail)
+            gained, lost = ((count + 1 / num_binary) / (n + 2 / num_binary) for count in (up, down))
+            center += w * (gained - lost)
+            variance += w**2 * (gained + lost - (gained - lost) ** 2) / (n + 2 / num_binary)
+        else:
+            moved = [value for value in part if value]
+            sums = [abs(np.dot(signs, moved)) for signs in itertools.product((-1, 1), repeat=len(moved))]
+            found[task] = float(np.mean(np.array(sums) >= abs(sum(moved)) - 1e-12))
+            center += w * part.mean()
+            variance += w**2 * part.var(ddof=1) / n
+            doubt += (w**2 * part.var(ddof=1) / n) ** 2 / (n - 1)
+        flips += [w * value / n for value in part if value]
+    half = stats.t.ppf(0.975, variance**2 / doubt) * math.sqrt(variance)
+    value = sum(weights[task] * part.mean() for task, part in change.groupby("task"))
+    sums = np.zeros(1)
+    for flip in flips:
+        sums = np.concatenate([sums - flip, sums + flip])
+    p_value = float(np.mean(np.abs(sums) >= abs(sum(flips)) - 1e-12))
+    return value, center - half, center + half, p_value, found
+
+
+def test_every_statistic_follows_from_the_rows_by_other_code():
+    """Tasks of different sizes, one graded, three of one group: all by formulas and enumeration written out here."""
+    results = synthetic(settings=["none", "w4", "w4-g32"], num_questions=12, seed=11)
+    sizes = {"narrative_qa": 7, "openbookqa": 12, "gsm": 5}
+    kept = [one for one in results.instances if int(one.instance_id[2:]) < sizes.get(one.task, 9)]
+    found = frames(compare(replace(results, instances=kept)))
+    weights = {task.name: 1 / 4 / (3 if task.group == "mmlu" else 1) for task in results.tasks}
+    overall, alone = {}, {}
+    for setting in ("w4", "w4-g32"):
+        *figures, p_value, by_task = independent(found.questions, setting, weights)
+        row = found.settings.set_index("setting").loc[setting]
+        assert [row.difference, row.difference_low, row.difference_high] == pytest.approx(figures)
+        assert row.p_value == pytest.approx(p_value, abs=0.012), "more than 9,999 patterns are sampled"
+        overall[setting] = row.p_value
+        for task, expected in by_task.items():
+            cell = found.tasks.set_index(["task", "setting"]).loc[(task, setting)]
+            assert cell.p_value == pytest.approx(expected)
+            alone[task, setting] = expected
+    for p_values, frame, keys in (
+        (overall, found.settings, ["setting"]),
+        (alone, found.tasks, ["task", "setting"]),
+    ):
+        largest = 0.0
+        for rank, key in enumerate(sorted(p_values, key=p_values.get)):
+            largest = min(1.0, max(largest, (len(p_values) - rank) * p_values[key]))
+            assert frame.set_index(keys).loc[key].corrected_p_value == pytest.approx(largest)
