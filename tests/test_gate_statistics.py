@@ -185,6 +185,8 @@ def test_so_few_questions_show_nothing():
 
 def test_nothing_is_stated_of_scores_without_a_range_that_did_not_change():
     assert math.isnan(detectable_drop([[0.0] * 40], [1.0], margin=0.01, alpha=0.05, in_unit=False))
+    tiny = [[1e-100, 2e-100, 3e-100] * 5]  # their variances multiply to nothing
+    assert detectable_drop(tiny, [1.0], margin=0.01, alpha=0.05, in_unit=False) == pytest.approx(0.01)
 
 
 def test_the_drop_stated_for_graded_scores_is_caught():

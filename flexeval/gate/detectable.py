@@ -55,8 +55,9 @@ def detectable_drop(
         if array.size > 1 and not is_whole
     ]
     spread = sum(term for term, _ in terms)
-    freedom = spread**2 / sum(term**2 / freedom for term, freedom in terms) if spread else math.inf
-    if spread:
+    doubt = sum(term**2 / freedom for term, freedom in terms)
+    freedom = spread**2 / doubt if doubt else math.inf
+    if doubt:
         spread *= freedom / float(stats.chi2.ppf(1 - POWER, freedom))
     distance = float(stats.t.isf(alpha, freedom) + stats.t.ppf(POWER, freedom))
     if not in_unit:
