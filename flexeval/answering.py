@@ -153,11 +153,13 @@ def _cost(
         policy=total.policy,
         lanes=total.lanes,
         predicted_s=total.predicted_s if len(sessions) == 1 and total.predicted_s else None,
+        corrected_s=total.corrected_s if len(sessions) == 1 and total.corrected_s else None,
         planned_bytes=total.planned_bytes,
         energy_j=total.energy_j,
         num_resumed=num_resumed,
         splits=total.splits,
         lost_s=total.lost_s,
+        moves=total.moves,
     )
 
 

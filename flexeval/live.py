@@ -38,7 +38,7 @@ def picture(now: Answering) -> RenderableType:
     share = f"{100 * now.num_done // now.num_requests}%" if now.num_requests else ""  # 100 % is when all are done
     counts = f"{show.count(now.num_done)} of {show.count(now.num_requests)} requests, {share}"
     head.add_row(Text(show.visible(now.setting), style="bold"), _bar(now.num_done, now.num_requests), Text(counts))
-    words = [show.seconds(now.elapsed_s), *([_left(now)] if now.left_s is not None else [])]
+    words = [show.seconds(now.elapsed_s), *([_left(now)] if now.left_s is not None else []), *_foretold(now)]
     facts = [", ".join(words), _sweeps(now), *([_speed(now)] if now.tokens_per_s else [])]
     memory = Table.grid(padding=(0, 1))
     for tier in dict.fromkeys([*now.used_bytes, *now.planned_bytes]):
@@ -115,6 +115,12 @@ def _speed(now: Answering) -> str:
         return words
     times = show.ratio(now.tokens_per_s / now.planned_tokens_per_s)
     return f"{words}, {times} of the plan's {show.digits(now.planned_tokens_per_s)}"
+
+
+def _foretold(now: Answering) -> list[str]:
+    """What was said of all of it, at first and once it was measured."""
+    told = [f"{show.seconds(now.foretold_s)} foretold"] if now.foretold_s else []
+    return told + ([f"{show.seconds(now.corrected_s)} after the first block"] if now.corrected_s else [])
 
 
 def _left(now: Answering) -> str:

@@ -37,8 +37,14 @@ class Gauge:
     """In use now, by memory tier."""
     plan: Mapping[str, PhasePlan] = field(default_factory=dict)
     """What was foretold, by phase (`prefill`, `decode`); empty before there is a plan."""
+    corrected: Mapping[str, PhasePlan] = field(default_factory=dict)
+    """The same, where that is known: at the seconds a token with which what is left should go."""
     planned_bytes: Mapping[str, int] = field(default_factory=dict)
     """Most that the plan allows for, by memory tier."""
+    foretold_s: float | None = None
+    """What the plan said of all of the batch; None before there is a plan."""
+    corrected_s: float | None = None
+    """What was said of it after its first block; None before that has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +91,10 @@ class Answering:
     """In use now, by memory tier."""
     planned_bytes: Mapping[str, int]
     """Most that the plan allows for, by memory tier."""
+    foretold_s: float | None = None
+    """Seconds that were foretold of all of it at first; None where there was no plan."""
+    corrected_s: float | None = None
+    """Seconds that were foretold of it after the first block; None where that has not ended."""
 
 
 class Meter:
@@ -146,7 +156,7 @@ class Meter:
         with self._lock:
             computed = {"prefill": gauge.num_prompt_tokens, "decode": gauge.num_decode_tokens}
             num_tokens = sum(computed.values())
-            planned_s = _planned_s(gauge, computed)
+            planned_s = _planned_s(gauge.plan, computed)
             return Answering(
                 setting=self._setting,
                 num_requests=len(self._tasks_of),
@@ -165,10 +175,12 @@ class Meter:
                 left_s=self._left_s(gauge, planned_s),
                 used_bytes=dict(gauge.used_bytes),
                 planned_bytes=dict(gauge.planned_bytes),
+                foretold_s=gauge.foretold_s,
+                corrected_s=gauge.corrected_s,
             )
 
     def _left_s(self, gauge: Gauge, planned_s: float) -> float | None:
-        """What the plan foretells for the tokens left, at the pace kept so far.
+        """What the plan foretells for the tokens left, at the pace kept so far; once it is corrected, by that.
 
         Texts that are not ended yet are taken to use the same share of the tokens that they may still draw as those
         that are used of all.
@@ -184,14 +196,16 @@ class Meter:
             "prefill": max(0.0, prefill.num_tokens - gauge.num_prompt_tokens),
             "decode": used * max(0.0, self._num_allowed - in_flight),
         }
+        if gauge.corrected:
+            return _planned_s(gauge.corrected, left)
         pace = gauge.elapsed_s / planned_s if planned_s and gauge.elapsed_s else 1.0
-        return pace * _planned_s(gauge, left)
+        return pace * _planned_s(gauge.plan, left)
 
 
-def _planned_s(gauge: Gauge, tokens: Mapping[str, float]) -> float:
-    """Seconds that the plan foretells for so many tokens of each phase."""
+def _planned_s(plan: Mapping[str, PhasePlan], tokens: Mapping[str, float]) -> float:
+    """Seconds that a plan foretells for so many tokens of each phase."""
     return sum(
         num * phase.elapsed_s / phase.num_tokens
         for name, num in tokens.items()
-        if (phase := gauge.plan.get(name)) is not None and phase.num_tokens
+        if (phase := plan.get(name)) is not None and phase.num_tokens
     )

@@ -107,6 +107,11 @@ class SettingResult:
     """For each time that memory ran out: what was made smaller so that the run could go on."""
     lost_s: float = 0.0
     """Seconds of work that had to be done again then; `elapsed_s` leaves them out."""
+    corrected_s: float | None = None
+    """Seconds that were foretold of the whole once its first block was measured; None where no block was, or answers
+    came in several sittings."""
+    moves: list[str] = field(default_factory=list)
+    """For each time that the rest was placed anew because measurements showed that it pays: what was changed."""
 
 
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)

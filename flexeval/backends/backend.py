@@ -35,6 +35,8 @@ class Usage:
     """Seconds by phase of the work."""
     predicted_s: float = 0.0
     """Seconds that the cost model foretold for what was answered; 0 where nothing was foretold."""
+    corrected_s: float = 0.0
+    """The same as foretold once a first block was measured, wherever one was; 0 where none was."""
     energy_j: float | None = None
     """Joules that the GPU used while it answered, by its own counter; None where nothing tells."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
@@ -43,6 +45,8 @@ class Usage:
     """For each time that memory ran out: what was made smaller so that work could go on."""
     lost_s: float = 0.0
     """Seconds of work that had to be done again then; in no answer's share."""
+    moves: list[str] = field(default_factory=list)
+    """For each time that the rest of a batch was placed anew because it was worth it: what was changed."""
 
 
 def add_up(usages: Sequence[Usage]) -> Usage:
@@ -63,10 +67,12 @@ def add_up(usages: Sequence[Usage]) -> Usage:
         lanes={lane: dict(figures) for lane, figures in lanes.items()},
         phases=dict(phases),
         predicted_s=sum(usage.predicted_s for usage in usages),
+        corrected_s=sum(usage.corrected_s for usage in usages),
         energy_j=_sum_if_known([usage.energy_j for usage in usages]),
         planned_bytes=_highest([usage.planned_bytes for usage in usages]),
         splits=[words for usage in usages for words in usage.splits],
         lost_s=sum(usage.lost_s for usage in usages),
+        moves=[words for usage in usages for words in usage.moves],
     )
 
 

@@ -23,10 +23,8 @@ def phase_plans(cost: Cost, sweeps: Mapping[str, Sweep]) -> dict[str, PhasePlan]
     }
 
 
-def read_gauge(
-    executor: Executor, first_sweep: int, num_layers: int, plan: Mapping[str, PhasePlan], planned: Mapping[str, int]
-) -> Gauge:
-    """Where a batch stands whose first sweep is `first_sweep`; safe while another thread runs it."""
+def read_gauge(executor: Executor, first_sweep: int, num_layers: int) -> Gauge:
+    """Where a batch stands whose first sweep is `first_sweep`, without its plan; safe while another thread runs it."""
     sweeps = executor.trace.sweeps[first_sweep:]
     done = [sweep for sweep in sweeps if sweep.elapsed_s]
     at_work = sweeps[-1] if len(sweeps) > len(done) else None
@@ -42,6 +40,4 @@ def read_gauge(
         num_decode_tokens=num_decode_tokens,
         elapsed_s=sum(sweep.elapsed_s for sweep in done) + (time.perf_counter() - at_work.began_s if at_work else 0.0),
         used_bytes=executor.used_bytes(),
-        plan=plan,
-        planned_bytes=planned,
     )

@@ -35,8 +35,9 @@ from flexeval.policy.work import Workload
 from flexeval.request import Completion, Request, TokenRequest, TokenResult
 from flexeval.tokenizer import has_chat_template
 
-Work = Callable[[Placed, Workload, bool], None]
-"""Done on a placement that suits a workload; True where another one has begun it."""
+Work = Callable[[Placed, Workload, bool], Policy | None]
+"""Done on a placement that suits a workload; True where another one has begun it. Returns the policy for what is left,
+if that is to be placed anew."""
 
 
 class Engine:
@@ -169,7 +170,8 @@ class Engine:
         """Answer all requests, in their order; equal requests are computed once.
 
         Where memory runs out on the way, what is answered stays answered, and the rest goes on with less in flight at
-        once: `Usage.splits` tells.
+        once: `Usage.splits` tells. Where measurements show that another placement is so much faster that moving the
+        weights pays, what is begun is finished, and the rest goes on there: `Usage.moves` tells.
 
         Args:
             requests: What to answer.
@@ -197,13 +199,17 @@ class Engine:
         return self._placements.usage()
 
     def _work(self, batch: Batch, work: Work, on_layer: OnLayer) -> None:
-        """Have `work` done on a placement for what is unanswered, and on a smaller one where memory runs out."""
+        """Have `work` done on a placement for what is unanswered, and what it leaves on another one.
+
+        That is a better one, which the work names, or a smaller one, where memory ran out.
+        """
         policy: Policy | None = None
         while batch.unanswered:
             workload = self._count([batch.token_requests[index] for index in batch.unanswered])
             try:
-                work(self._placements.ready(workload, policy, on_layer), workload, policy is not None)
-                return
+                policy = work(self._placements.ready(workload, policy, on_layer), workload, policy is not None)
+                if policy is None:
+                    return
             except Exception as error:
                 if error is batch.listener_error:
                     raise
@@ -212,18 +218,20 @@ class Engine:
 
     def _answer(
         self, batch: Batch, on_completions: OnCompletions, placed: Placed, workload: Workload, is_again: bool
-    ) -> None:
-        """Answer what is unanswered, and tell as it is."""
+    ) -> Policy | None:
+        """Answer what is unanswered, and tell as it is; or leave a part to another policy."""
         places = batch.unanswered
+        requests = [batch.token_requests[index] for index in places]
 
         def tell(results: Sequence[tuple[int, TokenResult]]) -> None:
-            placed.count_answered(result for _, result in results)
+            placed.count_answered(results)
             batch.tell([(places[index], result) for index, result in results], on_completions)
 
-        placed.begin_batch(self._placements.cost_model(workload), is_again=is_again)
+        course = self._placements.begin(workload, requests, count=self._count, is_again=is_again)
         try:
             with placed.counting_energy(self._opened.device):
-                placed.executor.execute([batch.token_requests[index] for index in places], on_results=tell)
+                placed.executor.execute(requests, on_results=tell, is_enough=course.is_enough)
         except FailedRequestsError as error:
             reasons = {places[index]: reason for index, reason in error.reasons.items()}
             raise batch.failures(FailedRequestsError(reasons)) from error
+        return self._placements.end()

@@ -6,9 +6,11 @@ Joins the search for a policy to the engine that obeys it; knows no request.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from flexeval.backends.backend import Usage, add_up
+from flexeval.backends.course import Course, Moving
 from flexeval.backends.loading import OpenModel, cap_gpu_memory
 from flexeval.backends.placed import OnLayer, Placed, place_weights
 from flexeval.backends.shortage import cannot_split, does_not_load, full_tier
@@ -17,12 +19,17 @@ from flexeval.engine.codecs.kv_format import make_format
 from flexeval.engine.memory.host_rate import host_attention_rate
 from flexeval.engine.sizes import model_shape
 from flexeval.errors import CapacityError
+from flexeval.policy.correction import NO_CORRECTION
 from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, Tier
+from flexeval.policy.replanning import tell_move
 from flexeval.policy.search import check, choose
 from flexeval.policy.splitting import split, tell_split
 from flexeval.policy.work import Workload
+from flexeval.request import TokenRequest
+
+Count = Callable[[Sequence[TokenRequest]], Workload]
 
 
 class Placements:
@@ -46,6 +53,8 @@ class Placements:
             vocabulary_codec=opened.vocabulary_codec,
         )
         self._hardware: Hardware | None = None
+        self._correction = NO_CORRECTION
+        self._search_s = 0.0
 
     def close(self) -> None:
         """Give back memory, threads and files."""
@@ -78,7 +87,10 @@ class Placements:
             except CapacityError:
                 self.close()
         fixed = policy or self._fixed_policy
+        start = time.perf_counter()
         policy = choose(self._shape, workload, hardware, fixed=fixed, is_apart=self._is_apart)
+        if fixed is None:
+            self._search_s = time.perf_counter() - start
         cap_gpu_memory(self._limits, opened.device)
         start = time.perf_counter()
         executor = place_weights(opened, policy, self._limits, on_layer, is_apart=self._is_apart)
@@ -87,6 +99,33 @@ class Placements:
             self.at_hand.executor.find_key_channels()
         self.at_hand.load_s = time.perf_counter() - start
         return self.at_hand
+
+    def begin(self, workload: Workload, requests: Sequence[TokenRequest], *, count: Count, is_again: bool) -> Course:
+        """Follow a batch on the present placement.
+
+        A policy that was set by hand stays, and so does one under which answers must not depend on it to the bit.
+
+        Args:
+            workload: The batch, counted.
+            requests: The same.
+            count: Counts a part of it.
+            is_again: Whether it is the rest of a batch that another placement has begun.
+        """
+        assert self.at_hand is not None
+        stays = self._fixed_policy is not None or self._is_apart
+        moving = None if stays else Moving(count=count, search_s=self._search_s, load_s=self.at_hand.load_s)
+        model = self.cost_model(workload)
+        return self.at_hand.begin_batch(model, requests, is_again=is_again, known=self._correction, moving=moving)
+
+    def end(self) -> Policy | None:
+        """The batch at hand has ended; the policy for its rest, everything given back, if that is to be placed anew."""
+        placed = self.at_hand
+        assert placed is not None and placed.course is not None
+        self._correction, better = placed.course.correction, placed.course.better
+        if better is not None:
+            placed.move(tell_move(placed.executor.policy, better))
+            self.close()
+        return better
 
     def split(self, error: Exception, workload: Workload) -> Policy:
         """Give everything back where memory ran out; the policy to go on with.

@@ -89,12 +89,15 @@ class Executor(EngineParts):
         requests: Sequence[TokenRequest],
         *,
         on_results: Callable[[list[tuple[int, TokenResult]]], None] = lambda results: None,
+        is_enough: Callable[[Callable[[], list[int]]], bool] = lambda find_waiting: False,
     ) -> list[TokenResult]:
         """Answer all requests; results in the same order.
 
         Args:
             requests: What to score or to continue.
             on_results: Told after each sweep which requests (by index) it finished, with their results.
+            is_enough: Asked after each sweep, with a function that finds the requests that nothing is computed of yet.
+                Once it says so those are left unanswered: what is begun is finished, and that is all.
 
         Raises:
             FailedRequestsError: For some, logits were not finite; they are named with the layer, all others answered.
@@ -154,9 +157,13 @@ class Executor(EngineParts):
                     on_results(finished)
                 elif not results and len(scheduler.failed) > MOST_WITHOUT_ANSWER:
                     break
+                if not scheduler.is_closed and not scheduler.failed and is_enough(scheduler.find_waiting):
+                    scheduler.close()
             cache.flush()
         finally:
             self._end_batch(cache)
+        if scheduler.is_closed:  # what failed is asked again with the rest
+            return [results[index] for index in sorted(results)]
         if scheduler.failed:
             raise FailedRequestsError(self.explain(scheduler.failed))
         return [results[index] for index in range(len(requests))]

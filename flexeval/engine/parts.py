@@ -35,6 +35,7 @@ from flexeval.engine.stopwatch import Stopwatch
 from flexeval.engine.sweep import Sweeper
 from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.planning.rows import RowPlan
+from flexeval.policy.done import done_by
 from flexeval.policy.policy import Policy, check_sparse
 from flexeval.policy.policy import Tier as TierName
 
@@ -179,7 +180,8 @@ class EngineParts:
         """Open the sweep's account. Each lane does so in its turn: what an earlier sweep left to it counts there."""
         num_fresh = sum(plan.num_tokens for plan in plans if plan.fresh)
         num_decode = sum(plan.num_tokens for plan in plans) - num_fresh
-        self.trace.sweeps.append(SweepTrace(num_fresh_tokens=num_fresh, num_decode_tokens=num_decode))
+        sweep = SweepTrace(num_fresh_tokens=num_fresh, num_decode_tokens=num_decode, done=done_by(plans))
+        self.trace.sweeps.append(sweep)
         self._begin_lap("compute", self._watch)
         for name, lane in self._lanes.items():
             lane.submit(self._begin_lap, name, lane.watch)
@@ -206,6 +208,10 @@ class EngineParts:
         if self._replay is not None:
             self._replay.forget_logs()
         cache.close()
+        self.settle()
+
+    def settle(self) -> None:
+        """Settle the account of every lane, between two sweeps or after the last. Waits for what they have to do."""
         for name, lane in self._lanes.items():
             drain(lane)
             self.trace.settle(name, lane.watch.laps())

@@ -69,7 +69,8 @@ class Scheduler:
         self._num_open = list(self._usage.num_users)  # unfinished streams that run through each node
         self._num_unfinished = len(self._streams)
         self._waiting: deque[int] = deque()  # streams that have drawn their first token and have no seat
-        self._next_node = 0
+        self._next_node, self._stop_node = 0, len(self.tree.nodes)
+        self._num_left_out = 0  # streams that will not begin
         self._weights: dict[int, int] = {}
         wants_scores = {
             index
@@ -86,13 +87,37 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unanswered."""
-        return self._num_unfinished > 0
+        """Whether any request is unanswered that is not left out."""
+        return self._num_unfinished > self._num_left_out
 
     @property
     def expects_more(self) -> bool:
         """Whether there is work for a sweep after the planned one, unless sequences in it stop by themselves."""
-        return self._num_unfinished > sum(self._answers.num_left(stream) <= 1 for stream in self._weights)
+        num_ending = sum(self._answers.num_left(stream) <= 1 for stream in self._weights)
+        return self._num_unfinished - self._num_left_out > num_ending
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether requests are left out."""
+        return self._num_left_out > 0
+
+    def find_waiting(self) -> list[int]:
+        """Requests whose prompts have not begun; what they share with others may have."""
+        stop = self._begun_stop()
+        waiting = (self._streams[stream] for stream, leaf in self._leaf.items() if leaf >= stop)
+        return sorted(request for stream in waiting for request in stream.requests)
+
+    def close(self) -> None:
+        """Leave out what waits, between two sweeps: what has begun is finished."""
+        self._stop_node = self._begun_stop()
+        self._num_left_out = sum(leaf >= self._stop_node for leaf in self._leaf.values())
+
+    def _begun_stop(self) -> int:
+        """The first node that belongs to no prompt that has begun: one that takes several sweeps may be half done."""
+        node = self._next_node
+        if node == self._stop_node or (parent := self.tree.nodes[node].parent) is None:
+            return node
+        return self._usage.last_descendant[node] + 1 if self._usage.num_users[parent] == 1 else node
 
     @property
     def log_capacities(self) -> dict[int, int]:
@@ -143,7 +168,7 @@ class Scheduler:
         first, usage, limit = self._next_node, self._usage, self._policy.sweep_tokens
         num_new = self._block.num_stepping
         num_drawing = len(self._waiting)  # streams that will want a seat after this sweep
-        while self._next_node < len(self.tree.nodes) and self._has_room(self._next_node, num_drawing):
+        while self._next_node < self._stop_node and self._has_room(self._next_node, num_drawing):
             node = self._next_node
             is_exclusive = usage.num_users[node] == 1
             stop = usage.last_descendant[node] + 1 if is_exclusive else node + 1

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from flexeval.policy.sweeps import Sweep
 
 
 @dataclass(slots=True)
@@ -36,7 +38,9 @@ class SweepTrace:
     began_s: float = field(default_factory=time.perf_counter)
     """The host's clock when its rows were known."""
     lanes: dict[str, LaneTrace] = field(default_factory=dict)
-    """What was submitted to each lane during the sweep; known when the batch has ended."""
+    """What was submitted to each lane during the sweep; known when the account was settled since."""
+    done: Mapping[str, Sweep] = field(default_factory=dict)
+    """By phase, what its rows compute, as the cost model counts it."""
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from flexeval.policy.correction import NO_CORRECTION, Correction
 from flexeval.policy.experts import fetched_part, met_part
 from flexeval.policy.placement import Linear, Placement
 from flexeval.policy.policy import KINDS, Policy, Tier
@@ -87,6 +88,8 @@ class CostModel:
     """What is to be run."""
     hardware: Hardware
     """The machine."""
+    correction: Correction = NO_CORRECTION
+    """What was measured of a run under way, held against what this says of it."""
 
     def cost(self, policy: Policy) -> Cost:
         """Seconds and bytes of `policy`, feasible or not."""
@@ -96,7 +99,7 @@ class CostModel:
         for phase, sweep in plan_sweeps(policy, self.workload).items():
             seconds = self.lane_seconds(policy, sweep, placement)
             lanes[phase] = {lane: sweep.num_sweeps * seconds[lane] for lane in seconds}
-            sweep_s = max(self.sweep_bounds(seconds))
+            sweep_s = max(self.sweep_bounds(sweep, seconds))
             phase_s[phase] = sweep.num_sweeps * sweep_s
             objective_s += self.phase_objective(sweep, sweep_s, seconds)
         peak_bytes = self.peak_bytes(policy, placement)
@@ -104,13 +107,14 @@ class CostModel:
             total_s=sum(phase_s.values()), phase_s=phase_s, objective_s=objective_s, lanes=lanes, peak_bytes=peak_bytes
         )
 
-    def sweep_bounds(self, lane_s: Mapping[Lane, Linear]) -> Iterator[Linear]:
+    def sweep_bounds(self, sweep: Sweep, lane_s: Mapping[Lane, Linear]) -> Iterator[Linear]:
         """Seconds that a sweep takes at least whose lanes are busy for `lane_s`; it takes as long as the most."""
-        yield from lane_s.values()
+        waiting = self.correction.of_phase(sweep.phase)
+        yield from (waiting * seconds for seconds in lane_s.values())
         if Lane.HOST_ATTENTION in lane_s:
             link_s, host_s = lane_s[Lane.TO_GPU], lane_s[Lane.HOST_ATTENTION]
-            yield link_s + HOST_WAIT_SHARE * host_s
-            yield host_s + HOST_WAIT_SHARE * link_s
+            yield waiting * (link_s + HOST_WAIT_SHARE * host_s)
+            yield waiting * (host_s + HOST_WAIT_SHARE * link_s)
 
     def phase_objective(self, sweep: Sweep, sweep_s: Linear, lane_s: Mapping[Lane, Linear]) -> Linear:
         """What the search minimizes, for one phase whose sweeps take `sweep_s` and keep each lane busy `lane_s`."""
@@ -190,7 +194,7 @@ class CostModel:
         if hardware.disk_bytes:
             seconds[Lane.DISK_READ] = moved(read_bytes, Tier.DISK) / hardware.disk_read_bytes_per_s
             seconds[Lane.DISK_WRITE] = moved(written_bytes, Tier.DISK) / hardware.disk_write_bytes_per_s
-        return seconds
+        return {lane: self.correction.of_lane(sweep.phase, lane) * busy_s for lane, busy_s in seconds.items()}
 
     def compute_seconds(self, sweep: Sweep) -> float:
         """Seconds the compute device is busy in one sweep.

@@ -80,7 +80,7 @@ def _timed(model: CostModel, sizes: Policy) -> tuple[pulp.LpProblem, Placement]:
     for phase, sweep in plan_sweeps(sizes, model.workload).items():
         lane_s = model.lane_seconds(sizes, sweep, placement)
         sweep_ms = problem.add_variable(f"{phase}_ms", 0)
-        for seconds in model.sweep_bounds(lane_s):
+        for seconds in model.sweep_bounds(sweep, lane_s):
             problem += sweep_ms >= MS * seconds
         objective_s += model.phase_objective(sweep, sweep_ms / MS, lane_s)
     problem.setObjective(MS * objective_s + STREAMING_COST_MS * pulp.lpSum(placement.streams.values()))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from flexeval.config import format_size
 from flexeval.errors import CapacityError
+from flexeval.policy.correction import NO_CORRECTION, Correction
 from flexeval.policy.cost import KERNELS_PER_CALL, CostModel
 from flexeval.policy.policy import Policy, Tier, apart
 from flexeval.policy.program import best_placement, least_seconds, missing_bytes
@@ -40,13 +41,15 @@ OPTION = {Tier.GPU: "--gpu-memory", Tier.CPU: "--cpu-memory", Tier.DISK: "--disk
 """The option that sets a tier's size."""
 
 
-def search(shape: ModelShape, workload: Workload, hardware: Hardware) -> Policy:
+def search(
+    shape: ModelShape, workload: Workload, hardware: Hardware, *, correction: Correction = NO_CORRECTION
+) -> Policy:
     """The policy of least predicted time. Raises `CapacityError` where none fits, saying what would.
 
     Best first: relaxed programs (fractions of layers) bound every choice of sizes from below; whole programs are
     solved in the order of these bounds, until nothing left can be better. Equal input gives an equal answer.
     """
-    model = CostModel(shape=shape, workload=workload, hardware=hardware)
+    model = CostModel(shape=shape, workload=workload, hardware=hardware, correction=correction)
     bounds = [(least_seconds(model, sizes), sizes) for sizes in _grid(model)]
     best: tuple[float, Policy] | None = None
     for bound, sizes in sorted(((bound, sizes) for bound, sizes in bounds if bound is not None), key=lambda b: b[0]):

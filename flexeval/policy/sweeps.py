@@ -11,11 +11,16 @@ from math import ceil
 from flexeval.policy.policy import Policy
 from flexeval.policy.work import Workload
 
+PREFILL, DECODE = "prefill", "decode"
+"""The phases of a run: prompts are computed, sequences are continued."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """The mean pass over all layers in one phase of a run."""
 
+    phase: str
+    """`prefill` or `decode`."""
     num_sweeps: int
     """How often it happens."""
     num_tokens: float
@@ -50,6 +55,7 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
         num_prefills = max(num_prefills, ceil(num_generating / policy.block_sequences))
     num_tokens = workload.num_prompt_tokens / num_prefills
     prefill = Sweep(
+        phase=PREFILL,
         num_sweeps=num_prefills,
         num_tokens=num_tokens,
         num_calls=ceil(num_tokens / policy.row_tokens),
@@ -61,7 +67,7 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
     )
     num_left = workload.num_generated_tokens - num_generating
     if num_left <= 0:
-        return {"prefill": prefill}
+        return {PREFILL: prefill}
     num_decodes = max(workload.max_generated_tokens - 1, ceil(num_left / min(policy.block_sequences, num_generating)))
     num_active = num_left / num_decodes
     half_generated = workload.num_generated_tokens / num_generating / 2
@@ -69,6 +75,7 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
     num_own = num_kept / num_generating
     num_shared = max(0.0, workload.mean_context_tokens - num_own)
     decode = Sweep(
+        phase=DECODE,
         num_sweeps=num_decodes,
         num_tokens=num_active,
         num_calls=num_calls,
@@ -78,4 +85,4 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
         num_own_read=num_active * (num_own + half_generated),
         num_kv_written=num_active,
     )
-    return {"prefill": prefill, "decode": decode}
+    return {PREFILL: prefill, DECODE: decode}

@@ -247,6 +247,11 @@ def _caveats(results: RunResults, tasks: Sequence[TaskRow], averaged: Sequence[T
     for setting in results.settings:
         if setting.splits:
             caveats.append(f"{setting.setting}: {_splits(setting)}")
+        if setting.moves:
+            caveats.append(
+                f"{setting.setting}: measured rates were other than planned with, and the rest was placed anew: "
+                f"{'. Then: '.join(setting.moves)}."
+            )
     return caveats
 
 

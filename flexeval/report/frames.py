@@ -85,8 +85,9 @@ def _settings(comparison: Comparison) -> Iterable[dict[str, Any]]:
     for row in comparison.settings:
         result, quality, difference = row.result, row.quality, row.difference
         yield {
-            **_plain(asdict(result), leave_out={"peak_bytes", "planned_bytes", "policy", "lanes", "splits"}),
+            **_plain(asdict(result), leave_out={"peak_bytes", "planned_bytes", "policy", "lanes", "splits", "moves"}),
             "num_splits": len(result.splits),
+            "num_moves": len(result.moves),
             "quality": quality.value if quality else None,
             "quality_low": quality.low if quality else None,
             "quality_high": quality.high if quality else None,

@@ -1,0 +1,197 @@
+"""The course of a batch: what was foretold of it, corrected as it is measured; whether its rest had better move.
+
+Joins the engine's trace to the cost model; chooses nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from flexeval.backends.gauging import phase_plans
+from flexeval.engine.executor import Executor
+from flexeval.engine.trace import SweepTrace
+from flexeval.meter import PhasePlan
+from flexeval.policy.correction import Correction
+from flexeval.policy.cost import CostModel
+from flexeval.policy.done import less, total
+from flexeval.policy.measured import MeasuredSweep, correct, seconds_of
+from flexeval.policy.policy import Policy
+from flexeval.policy.replanning import better_policy, is_worth_a_search
+from flexeval.policy.sweeps import DECODE, PREFILL, Sweep, plan_sweeps
+from flexeval.policy.work import Workload
+from flexeval.request import FinishReason, TokenRequest, TokenResult
+
+FIRST_BLOCK_SHARE = 1 / 16
+"""Of the batch's foretold seconds, those of the first block; it is looked at again whenever twice as much is done."""
+LEAST_MEASURED_S = 0.5
+"""A block takes at least so many seconds: fewer tell little."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moving:
+    """What placing the rest of a batch anew would take."""
+
+    count: Callable[[Sequence[TokenRequest]], Workload]
+    """Counts requests."""
+    search_s: float
+    """Seconds of a search."""
+    load_s: float
+    """Seconds to place the weights."""
+
+
+class Course:
+    """One batch under one placement. Counts results as they come; asked after each sweep."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        model: CostModel,
+        requests: Sequence[TokenRequest],
+        *,
+        known: Correction,
+        moving: Moving | None,
+    ):
+        """Begin.
+
+        Args:
+            executor: Answers the batch.
+            model: Of the whole batch, without correction.
+            requests: The batch.
+            known: What was measured of this model before.
+            moving: What another placement would take; None where there must be none.
+        """
+        self._executor, self._requests, self._moving = executor, requests, moving
+        self._model, self.correction = model, known
+        policy = executor.policy
+        cost = model.cost(policy)
+        self._sweeps = plan_sweeps(policy, model.workload)
+        self.foretold_s = cost.total_s
+        """What the cost model says of the batch."""
+        self.plan: dict[str, PhasePlan] = phase_plans(cost, self._sweeps)
+        """The same by phase."""
+        self.corrected: dict[str, PhasePlan] = {}
+        """The same since the first block: the seconds of what is left are foretold as it goes."""
+        self.first_corrected_s: float | None = None
+        """What was foretold of the batch after its first block."""
+        self.better: Policy | None = None
+        """By what the rest should be placed, if another placement pays."""
+        self._first_sweep = executor.trace.num_sweeps
+        self._next_share = FIRST_BLOCK_SHARE
+        self._num_done = {phase: 0 for phase in self._sweeps}
+        self._elapsed_s = 0.0
+        self._num_steps_ended = self._num_steps_allowed_ended = self._num_ended = self._num_stopped = 0
+
+    def count(self, results: Sequence[tuple[int, TokenResult]]) -> None:
+        """Take results: how soon texts end."""
+        for index, result in results:
+            most = self._requests[index].max_tokens
+            if most > 1:
+                self._num_ended += 1
+                self._num_steps_ended += len(result.token_ids) - 1
+                self._num_steps_allowed_ended += most - 1
+                self._num_stopped += result.finish_reason is not FinishReason.LENGTH
+
+    def is_enough(self, find_waiting: Callable[[], list[int]]) -> bool:
+        """After a sweep: correct the model where a block has ended; True where the rest is to be placed anew.
+
+        A block has ended when the sweeps so far have done a share of what was foretold, and something of each phase.
+        """
+        last = self._executor.trace.sweeps[-1]
+        self._elapsed_s += last.elapsed_s
+        for phase, done in last.done.items():
+            self._num_done[phase] = self._num_done.get(phase, 0) + int(done.num_tokens)
+        if self._elapsed_s < LEAST_MEASURED_S or not all(self._num_done.values()):
+            return False
+        done_s = sum(plan.elapsed_s * self._num_done[name] / plan.num_tokens for name, plan in self.plan.items())
+        if done_s < self._next_share * self.foretold_s:
+            return False
+        self._next_share = 2 * done_s / self.foretold_s
+        left_s, moving, policy = self._correct(), self._moving, self._executor.policy
+        if moving is None or not is_worth_a_search(self._corrected_model(), policy, left_s, moving.search_s):
+            return False
+        self.better = self._find_better(find_waiting(), moving)
+        return self.better is not None
+
+    def _corrected_model(self, workload: Workload | None = None) -> CostModel:
+        return replace(self._model, correction=self.correction, workload=workload or self._model.workload)
+
+    def _correct(self) -> float:
+        """Correct the model by all sweeps so far; seconds that are left."""
+        self._executor.settle()
+        sweeps = self._executor.trace.sweeps[self._first_sweep :]
+        policy = self._executor.policy
+        self.correction = correct(self._model, policy, [_measured(sweep) for sweep in sweeps], self.correction)
+        model, left_s, corrected = self._corrected_model(), 0.0, {}
+        for phase, plan in self.plan.items():
+            done = total([sweep.done[phase] for sweep in sweeps if phase in sweep.done])
+            left = self._left(phase, done)
+            phase_s = seconds_of(model, policy, left)
+            left_s += phase_s
+            whole_s = phase_s * plan.num_tokens / left.num_tokens if left.num_tokens else plan.elapsed_s
+            corrected[phase] = replace(plan, elapsed_s=whole_s)
+        self.corrected = corrected
+        if self.first_corrected_s is None:
+            self.first_corrected_s = self._elapsed_s + left_s
+        return left_s
+
+    def _left(self, phase: str, done: Sweep) -> Sweep:
+        """What is left of a phase."""
+        plan = self._sweeps[phase]
+        if phase == PREFILL:
+            return less(plan, done)
+        num_steps = self._num_steps_left(int(done.num_tokens))
+        whole = less(plan, None)
+        return replace(whole, **{name: num_steps / whole.num_tokens * getattr(whole, name) for name in _SCALED})
+
+    def _num_steps_left(self, num_done: int) -> float:
+        """Tokens that should still be drawn after the first ones of their texts."""
+        work = self._model.workload
+        num_texts = work.num_generating_sequences - self._num_ended
+        num_allowed = work.num_generated_tokens - work.num_generating_sequences - self._num_steps_allowed_ended
+        num_allowed -= max(0, num_done - self._num_steps_ended)
+        if num_texts <= 0 or num_allowed <= 0:
+            return 0.0
+        return num_allowed * self._share_drawn(num_allowed / num_texts)
+
+    def _share_drawn(self, num_allowed: float) -> float:
+        """Of so many more tokens that a text may have, the share that it should have.
+
+        Each step ends a text with one chance, of which the best estimate is the texts that ended by themselves over all
+        steps, those of texts under way included (the geometric distribution, censored).
+        """
+        chance = min(1.0, self._num_stopped / max(1, self._num_done.get(DECODE, 0)))
+        return (1 - (1 - chance) ** num_allowed) / (chance * num_allowed) if chance else 1.0
+
+    def _find_better(self, waiting: Sequence[int], moving: Moving) -> Policy | None:
+        """The policy that the requests that wait had better have, if it pays."""
+        if not waiting:
+            return None
+        work = moving.count([self._requests[index] for index in waiting])
+        num_texts = work.num_generating_sequences
+        if num_steps := work.num_generated_tokens - num_texts:
+            num_steps = round(num_steps * self._share_drawn(num_steps / num_texts))
+            work = replace(work, num_generated_tokens=num_texts + num_steps)
+        num_left = self._model.workload.num_prompt_tokens - self._num_done[PREFILL]
+        return better_policy(
+            self._corrected_model(work),
+            self._executor.policy,
+            moving_s=moving.search_s + moving.load_s,
+            num_computed_again=max(0, work.num_prompt_tokens - num_left),
+        )
+
+
+_SCALED = ("num_tokens", "num_pairs", "num_logits_rows", "num_kv_read", "num_own_read", "num_kv_written")
+
+
+def _measured(sweep: SweepTrace) -> MeasuredSweep:
+    """What the engine's lanes did, as the cost model has them. The one for hidden states goes both ways, equally."""
+    busy = {name: lane.busy_s for name, lane in sweep.lanes.items()}
+    return MeasuredSweep(
+        done=sweep.done,
+        elapsed_s=sweep.elapsed_s,
+        compute_s=busy["compute"],
+        in_s=busy["weights"] + busy["kv_in"] + busy["hidden"] / 2,
+        out_s=busy["kv_out"] + busy["hidden"] / 2,
+        host_attention_s=busy["host_attention"],
+    )

@@ -1,0 +1,149 @@
+"""A run that is followed as it goes: foretold again after its first block, and placed anew where that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine_api import without_time
+from test_engine_placement import loaded, ragged_work
+from test_engine_shortage import MANY, Listener, load
+from tiny_directory import write_tiny_model
+
+from flexeval.backends import course
+from flexeval.engine.scheduler import Scheduler
+from flexeval.policy.cost import CostModel
+from flexeval.policy.policy import Policy, Split, apart
+from flexeval.request import TokenRequest
+
+BLOCKS = Policy(row_tokens=24, sweep_tokens=48, group_sequences=2, num_groups=2)
+OTHER = Policy(row_tokens=128, sweep_tokens=256, group_sequences=3, num_groups=1, weights=Split(cpu=0.5, disk=0.5))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch is long enough to be measured, and a search for a policy that comes in blocks."""
+    monkeypatch.setattr(course, "LEAST_MEASURED_S", 0.0)
+
+    def choose(*_: object, fixed: Policy | None, is_apart: bool) -> Policy:
+        return fixed or (apart(BLOCKS) if is_apart else BLOCKS)
+
+    monkeypatch.setattr("flexeval.backends.placing.choose", choose)
+
+
+@pytest.fixture
+def moves(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> list[Policy]:
+    """Another policy always pays, once; it fills this list with what is was asked about."""
+    asked: list[Policy] = []
+
+    def find(model: CostModel, policy: Policy, **_: Any) -> Policy | None:
+        asked.append(policy)
+        return OTHER if policy != OTHER else None
+
+    monkeypatch.setattr(course, "is_worth_a_search", lambda *_: True)
+    monkeypatch.setattr(course, "better_policy", find)
+    return asked
+
+
+def test_a_batch_is_foretold_again_after_its_first_block(model: str, small_blocks: None) -> None:
+    with load(model, policy="auto") as engine:
+        engine.generate(MANY)
+        usage = engine.usage()
+        gauge = engine.gauge()
+    assert usage.corrected_s > 0 and usage.moves == []
+    assert gauge.corrected_s == usage.corrected_s and gauge.foretold_s == usage.predicted_s
+    assert gauge.corrected.keys() == gauge.plan.keys() == {"prefill", "decode"}
+    # On a machine this small almost all is Python, which the plan knows little of.
+    assert abs(usage.corrected_s - gauge.elapsed_s) < abs(usage.predicted_s - gauge.elapsed_s)
+
+
+def test_a_short_batch_is_not_foretold_again(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(course, "LEAST_MEASURED_S", 1e9)
+    with load(model) as engine:
+        engine.generate(MANY)
+        assert engine.usage().corrected_s == 0 and engine.gauge().corrected_s is None
+
+
+def test_the_rest_is_placed_anew_and_every_answer_is_the_same_and_given_once(
+    model: str, moves: list[Policy], tmp_path: Path
+) -> None:
+    with load(model) as engine:
+        expected = list(map(without_time, engine.generate(MANY)))
+    assert not moves, "what was set by hand stays"
+    listen = Listener()
+    with load(model, policy="auto", disk=str(tmp_path)) as engine:
+        assert list(map(without_time, engine.generate(MANY, on_completions=listen))) == expected
+        usage = engine.usage()
+    assert listen.told == dict.fromkeys(range(len(MANY)), 1)
+    [words] = usage.moves
+    assert "weights 50% cpu, 50% disk instead of 100% cpu" in words and "num groups 1 instead of 2" in words
+    assert Policy.from_json(usage.policy) == OTHER and moves[0] == BLOCKS
+    assert usage.splits == [] and usage.predicted_s > 0 and usage.corrected_s > 0
+
+
+def test_what_is_deterministic_stays_where_it_is(model: str, moves: list[Policy]) -> None:
+    with load(model, policy="auto", deterministic=True) as engine:
+        engine.generate(MANY)
+        assert not moves and engine.usage().moves == []
+        assert engine.usage().corrected_s > 0, "it is foretold again all the same"
+
+
+def closing_at(sweep: int, waiting: list[int]) -> Callable[[Callable[[], list[int]]], bool]:
+    """Asked after each sweep: it is enough after so many; what waits then is noted."""
+    num_sweeps = 0
+
+    def is_enough(find_waiting: Callable[[], list[int]]) -> bool:
+        nonlocal num_sweeps
+        num_sweeps += 1
+        if num_sweeps == sweep:
+            waiting.extend(find_waiting())
+        return num_sweeps == sweep
+
+    return is_enough
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    requests=ragged_work(),
+    sweep=st.integers(1, 6),
+    rows=st.sampled_from([16, 64]),
+    sweeps=st.sampled_from([16, 40, 200]),
+    seats=st.integers(1, 4),
+)
+def test_what_has_begun_is_finished_and_nothing_else(
+    requests: list[TokenRequest], sweep: int, rows: int, sweeps: int, seats: int, tmp_path_factory: Any
+) -> None:
+    """Prompts that take several sweeps are begun with their first one."""
+    policy = Policy(row_tokens=rows, sweep_tokens=max(rows, sweeps), group_sequences=seats)
+    told: dict[int, object] = {}
+    with loaded(policy, tmp_path_factory.mktemp("disk")) as executor:
+        whole = executor.execute(requests)
+        waiting: list[int] = []
+        executor.execute(requests, on_results=told.update, is_enough=closing_at(sweep, waiting))
+        again = executor.execute(requests)
+    assert sorted([*told, *waiting]) == list(range(len(requests)))
+    for index, result in told.items():
+        assert without_seconds(result) == without_seconds(whole[index])
+    assert list(map(without_seconds, again)) == list(map(without_seconds, whole))
+
+
+def without_seconds(result: Any) -> tuple[object, ...]:
+    return result.token_ids, result.finish_reason, tuple(round(one, 4) for one in result.logprobs)
+
+
+def test_a_closed_scheduler_expects_no_sweep_for_what_is_left_out() -> None:
+    requests = [TokenRequest(prompt_ids=tuple(range(n, n + 20)), max_tokens=1) for n in (0, 100, 200)]
+    scheduler = Scheduler(requests, Policy(row_tokens=20, sweep_tokens=20))
+    scheduler.plan_sweep()
+    assert scheduler.expects_more and scheduler.find_waiting() == [1, 2]
+    scheduler.close()
+    assert not scheduler.expects_more and scheduler.is_closed
