@@ -161,3 +161,18 @@ def test_parse_refuses(text):
         Policy.parse(text)
     assert "policy" in (caught.value.where or "")
     assert caught.value.mend
+
+
+@given(
+    shares=st.lists(st.integers(0, 8), min_size=3, max_size=3).filter(any),
+    sizes=st.lists(st.integers(1, 100), max_size=40),
+)
+def test_no_tier_gets_more_of_unequal_rows_than_its_share_and_one(shares: list[int], sizes: list[int]) -> None:
+    split = Split(**{tier: share / sum(shares) for tier, share in zip(Tier, shares, strict=True)})
+    tiers = split.spread_sizes(sizes)
+    for num in range(len(sizes) + 1):
+        for tier in Tier:
+            held = sum(size for size, place in zip(sizes[:num], tiers[:num], strict=True) if place is tier)
+            share = getattr(split, tier)
+            assert held <= share * sum(sizes[:num]) + (max(sizes) if share and sizes else 0) + 1e-6
+    assert split.spread_sizes([7] * 12) == split.spread_sizes([1] * 12), "sizes that are equal do not matter"

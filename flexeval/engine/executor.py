@@ -71,7 +71,7 @@ class Executor(EngineParts):
         try:
             while scheduler.has_work:
                 rows = self._make_rows(maker, scheduler.plan_sweep())
-                hidden = self._make_hidden(WatchedHidden, 0, len(rows))
+                hidden = self._make_hidden(WatchedHidden, rows)
                 seen.append(hidden)
                 with closing(hidden):
                     for _ in self._sweeper.sweep(
@@ -125,8 +125,7 @@ class Executor(EngineParts):
                     share=self.policy.host_attention,
                 )
                 rows = self._make_rows(maker, plans)
-                num_fresh = sum(bool(plan.fresh) for plan in plans)
-                with closing(self._make_hidden(HiddenStore, len(plans) - num_fresh, num_fresh)) as hidden:
+                with closing(self._make_hidden(HiddenStore, rows)) as hidden:
                     outcomes = self._sweeper.sweep(
                         rows,
                         cache,

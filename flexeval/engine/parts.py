@@ -217,16 +217,16 @@ class EngineParts:
             self.trace.settle(name, lane.watch.laps())
         self.trace.settle("compute", self._watch.laps())
 
-    def _make_hidden(self, make: type[H], num_decode: int, num_fresh: int) -> H:
+    def _make_hidden(self, make: type[H], rows: Sequence[Row]) -> H:
         """A sweep's rows, those that decode first: their few tokens would wait for larger copies, so they stay.
 
         A lone row's hidden states stay as well: they are the next layer's input at once.
         """
         home = self.tiers.home
-        is_lone = num_decode + num_fresh == 1
-        fresh = [home] * num_fresh if is_lone else self.tiers.spread(self.policy.hidden, num_fresh)
+        sizes = [row.plan.num_tokens for row in rows if row.fresh]
+        fresh = [home] * len(sizes) if len(rows) == 1 else self.tiers.spread_sizes(self.policy.hidden, sizes)
         return make(
-            [home] * num_decode + fresh,
+            [home] * (len(rows) - len(sizes)) + fresh,
             device=self._device,
             device_tier=home,
             lane=self._lanes["hidden"],

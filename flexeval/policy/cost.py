@@ -131,12 +131,13 @@ class CostModel:
         return self.room.num_items(policy)
 
     def place(self, policy: Policy) -> Placement:
-        """The policy's fractions as whole items."""
-        counts = {kind: getattr(policy, kind).counts(num) for kind, num in self.num_items(policy).items()}
-        home = self.hardware.home
+        """The policy's fractions as whole layers, and as parts of the rows, which are placed by their tokens."""
+        num_items, home = self.num_items(policy), self.hardware.home
+        counts = {kind: getattr(policy, kind).counts(num_items[kind]) for kind in ("weights", "kv")}
+        counts["hidden"] = {tier: getattr(policy.hidden, tier) * num_items["hidden"] for tier in Tier}
         return Placement(
             counts=counts,
-            streams={kind: int(counts[kind][home] < sum(counts[kind].values())) for kind in KINDS},
+            streams={kind: int(counts[kind][home] < num_items[kind]) for kind in KINDS},
             on_disk={kind: int(counts[kind][Tier.DISK] > 0) for kind in KINDS},
             is_step_in_parts=int(any(counts[kind][home] < sum(counts[kind].values()) for kind in ("weights", "kv"))),
             is_slab_ahead=int(policy.slabs_ahead > 1 and counts["weights"][home] < self.shape.num_layers),

@@ -5,7 +5,7 @@ Plain numbers and JSON, no tensors. Knows neither what anything costs (`cost.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -66,7 +66,7 @@ class Split:
         return counts
 
     def spread(self, num_items: int) -> list[Tier]:
-        """The tier of each of `num_items` layers (or rows), every tier's items spread evenly over the depth.
+        """The tier of each of `num_items` layers, every tier's items spread evenly over the depth.
 
         Item j of a tier that holds c belongs at depth (j + 1/2) / c; so transfers come at a steady rate.
         """
@@ -76,6 +76,21 @@ class Split:
             for item in range(count)
         ]
         return [tier for _, _, tier in sorted(places)]
+
+    def spread_sizes(self, sizes: Sequence[int]) -> list[Tier]:
+        """The tier of each of some rows of these sizes: whichever lacks most of its share of all so far.
+
+        So none holds more than its share of the total and a part of one row: what all tiers lack adds up to the row's
+        size before it is placed, and the tier that lacks most lacks something.
+        """
+        lacking = dict.fromkeys(Tier, 0.0)
+        places = []
+        for size in sizes:
+            for tier in Tier:
+                lacking[tier] += getattr(self, tier) * size
+            places.append(max(Tier, key=lambda tier: (getattr(self, tier) > 0, round(lacking[tier], 6))))
+            lacking[places[-1]] -= size
+        return places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -52,8 +52,12 @@ class Tiers(Mapping[TierName, Tier]):
                     _ = self[name]
 
     def spread(self, split: Split, num_items: int) -> list[Tier]:
-        """The tier of each of `num_items` layers or rows."""
+        """The tier of each of `num_items` layers."""
         return [self[name] for name in split.spread(num_items)]
+
+    def spread_sizes(self, split: Split, sizes: Sequence[int]) -> list[Tier]:
+        """The tier of each of some rows of these sizes."""
+        return [self[name] for name in split.spread_sizes(sizes)]
 
     def is_home(self, split: Split) -> bool:
         """Whether nothing of a kind is anywhere else than where it is computed."""
