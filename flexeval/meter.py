@@ -37,8 +37,8 @@ class Gauge:
     """In use now, by memory tier."""
     plan: Mapping[str, PhasePlan] = field(default_factory=dict)
     """What was foretold, by phase (`prefill`, `decode`); empty before there is a plan."""
-    corrected: Mapping[str, PhasePlan] = field(default_factory=dict)
-    """The same, where that is known: at the seconds a token with which what is left should go."""
+    left_s: float | None = None
+    """Seconds that what is left should take by the plan as it was corrected; None before it was."""
     planned_bytes: Mapping[str, int] = field(default_factory=dict)
     """Most that the plan allows for, by memory tier."""
     foretold_s: float | None = None
@@ -187,8 +187,8 @@ class Meter:
         """
         if len(self._done) == len(self._tasks_of):
             return 0.0
-        if not gauge.plan:
-            return None
+        if not gauge.plan or gauge.left_s is not None:
+            return gauge.left_s
         used = self._num_taken / self._num_taken_at_most if self._num_taken_at_most else 1.0
         in_flight = max(0.0, gauge.num_decode_tokens - self._num_taken)
         prefill = gauge.plan["prefill"]
@@ -196,8 +196,6 @@ class Meter:
             "prefill": max(0.0, prefill.num_tokens - gauge.num_prompt_tokens),
             "decode": used * max(0.0, self._num_allowed - in_flight),
         }
-        if gauge.corrected:
-            return _planned_s(gauge.corrected, left)
         pace = gauge.elapsed_s / planned_s if planned_s and gauge.elapsed_s else 1.0
         return pace * _planned_s(gauge.plan, left)
 

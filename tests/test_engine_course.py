@@ -61,9 +61,7 @@ def test_a_batch_is_foretold_again_after_its_first_block(model: str, small_block
         gauge = engine.gauge()
     assert usage.corrected_s > 0 and usage.moves == []
     assert gauge.corrected_s == usage.corrected_s and gauge.foretold_s == usage.predicted_s
-    assert gauge.corrected.keys() == gauge.plan.keys() == {"prefill", "decode"}
-    # On a machine this small almost all is Python, which the plan knows little of.
-    assert abs(usage.corrected_s - gauge.elapsed_s) < abs(usage.predicted_s - gauge.elapsed_s)
+    assert gauge.left_s == 0
 
 
 def test_a_short_batch_is_not_foretold_again(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

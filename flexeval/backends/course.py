@@ -5,8 +5,11 @@ Joins the engine's trace to the cost model; chooses nothing itself.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import log
+from typing import NamedTuple
 
 from flexeval.backends.gauging import phase_plans
 from flexeval.engine.executor import Executor
@@ -14,7 +17,6 @@ from flexeval.engine.trace import SweepTrace
 from flexeval.meter import PhasePlan
 from flexeval.policy.correction import Correction
 from flexeval.policy.cost import CostModel
-from flexeval.policy.done import less, total
 from flexeval.policy.measured import MeasuredSweep, correct, seconds_of
 from flexeval.policy.policy import Policy
 from flexeval.policy.replanning import better_policy, is_worth_a_search
@@ -70,17 +72,18 @@ class Course:
         """What the cost model says of the batch."""
         self.plan: dict[str, PhasePlan] = phase_plans(cost, self._sweeps)
         """The same by phase."""
-        self.corrected: dict[str, PhasePlan] = {}
-        """The same since the first block: the seconds of what is left are foretold as it goes."""
         self.first_corrected_s: float | None = None
         """What was foretold of the batch after its first block."""
         self.better: Policy | None = None
         """By what the rest should be placed, if another placement pays."""
         self._first_sweep = executor.trace.num_sweeps
         self._next_share = FIRST_BLOCK_SHARE
-        self._num_done = {phase: 0 for phase in self._sweeps}
+        self._is_corrected = False
+        self._num_done = dict.fromkeys(self._sweeps, 0)
+        self._prompts_left = _part(self._sweeps[PREFILL], model.workload.num_prompt_tokens)
         self._elapsed_s = 0.0
         self._num_steps_ended = self._num_steps_allowed_ended = self._num_ended = self._num_stopped = 0
+        self._ends = [_Ends(0, 0)]  # at first, and after each sweep that continued texts
 
     def count(self, results: Sequence[tuple[int, TokenResult]]) -> None:
         """Take results: how soon texts end."""
@@ -100,14 +103,21 @@ class Course:
         last = self._executor.trace.sweeps[-1]
         self._elapsed_s += last.elapsed_s
         for phase, done in last.done.items():
-            self._num_done[phase] = self._num_done.get(phase, 0) + int(done.num_tokens)
+            self._num_done[phase] += int(done.num_tokens)
+        if PREFILL in last.done:
+            self._prompts_left = _less(self._prompts_left, last.done[PREFILL])
+        if DECODE in last.done:
+            self._ends.append(_Ends(self._num_done[DECODE], self._num_stopped))
         if self._elapsed_s < LEAST_MEASURED_S or not all(self._num_done.values()):
             return False
         done_s = sum(plan.elapsed_s * self._num_done[name] / plan.num_tokens for name, plan in self.plan.items())
         if done_s < self._next_share * self.foretold_s:
             return False
         self._next_share = 2 * done_s / self.foretold_s
-        left_s, moving, policy = self._correct(), self._moving, self._executor.policy
+        self._correct()
+        left_s, moving, policy = self.left_s() or 0.0, self._moving, self._executor.policy
+        if self.first_corrected_s is None:
+            self.first_corrected_s = self._elapsed_s + left_s
         if moving is None or not is_worth_a_search(self._corrected_model(), policy, left_s, moving.search_s):
             return False
         self.better = self._find_better(find_waiting(), moving)
@@ -116,52 +126,63 @@ class Course:
     def _corrected_model(self, workload: Workload | None = None) -> CostModel:
         return replace(self._model, correction=self.correction, workload=workload or self._model.workload)
 
-    def _correct(self) -> float:
-        """Correct the model by all sweeps so far; seconds that are left."""
+    def _correct(self) -> None:
+        """Correct the model by all sweeps so far."""
         self._executor.settle()
         sweeps = self._executor.trace.sweeps[self._first_sweep :]
-        policy = self._executor.policy
-        self.correction = correct(self._model, policy, [_measured(sweep) for sweep in sweeps], self.correction)
-        model, left_s, corrected = self._corrected_model(), 0.0, {}
-        for phase, plan in self.plan.items():
-            done = total([sweep.done[phase] for sweep in sweeps if phase in sweep.done])
-            left = self._left(phase, done)
-            phase_s = seconds_of(model, policy, left)
-            left_s += phase_s
-            whole_s = phase_s * plan.num_tokens / left.num_tokens if left.num_tokens else plan.elapsed_s
-            corrected[phase] = replace(plan, elapsed_s=whole_s)
-        self.corrected = corrected
-        if self.first_corrected_s is None:
-            self.first_corrected_s = self._elapsed_s + left_s
+        self.correction = correct(
+            self._model, self._executor.policy, [_measured(sweep) for sweep in sweeps], self.correction
+        )
+        self._is_corrected = True
+
+    def left_s(self) -> float | None:
+        """Seconds that what is left should take; None before the first block has ended. Any thread may ask."""
+        if not self._is_corrected:
+            return None
+        policy, model = self._executor.policy, self._corrected_model()
+        left_s = seconds_of(model, policy, self._prompts_left)
+        if decode := self._sweeps.get(DECODE):
+            num_left = self._num_steps_left()
+            # As few sequences as are left at last cost almost as much as many.
+            num_sweeps = max(num_left / decode.num_tokens, self._longest_left())
+            as_cut = replace(model, correction=replace(self.correction, cutting={}))
+            left_s += seconds_of(as_cut, policy, _part(decode, num_left), num_sweeps=num_sweeps)
         return left_s
 
-    def _left(self, phase: str, done: Sweep) -> Sweep:
-        """What is left of a phase."""
-        plan = self._sweeps[phase]
-        if phase == PREFILL:
-            return less(plan, done)
-        num_steps = self._num_steps_left(int(done.num_tokens))
-        whole = less(plan, None)
-        return replace(whole, **{name: num_steps / whole.num_tokens * getattr(whole, name) for name in _SCALED})
-
-    def _num_steps_left(self, num_done: int) -> float:
+    def _num_steps_left(self) -> float:
         """Tokens that should still be drawn after the first ones of their texts."""
+        num_texts, num_allowed = self._open_texts()
+        return num_allowed * self._share_drawn(num_allowed / num_texts) if num_texts and num_allowed else 0.0
+
+    def _open_texts(self) -> tuple[int, int]:
+        """Texts that have not ended, and the tokens that they may still draw."""
         work = self._model.workload
         num_texts = work.num_generating_sequences - self._num_ended
         num_allowed = work.num_generated_tokens - work.num_generating_sequences - self._num_steps_allowed_ended
-        num_allowed -= max(0, num_done - self._num_steps_ended)
-        if num_texts <= 0 or num_allowed <= 0:
-            return 0.0
-        return num_allowed * self._share_drawn(num_allowed / num_texts)
+        return max(0, num_texts), max(0, num_allowed - max(0, self._num_done[DECODE] - self._num_steps_ended))
 
     def _share_drawn(self, num_allowed: float) -> float:
-        """Of so many more tokens that a text may have, the share that it should have.
-
-        Each step ends a text with one chance, of which the best estimate is the texts that ended by themselves over all
-        steps, those of texts under way included (the geometric distribution, censored).
-        """
-        chance = min(1.0, self._num_stopped / max(1, self._num_done.get(DECODE, 0)))
+        """Of so many more tokens that a text may have, the share that it should have."""
+        chance = self._chance_to_end()
         return (1 - (1 - chance) ** num_allowed) / (chance * num_allowed) if chance else 1.0
+
+    def _longest_left(self) -> float:
+        """Sweeps until the last text has ended: what the plan has left, or the mean of the largest geometric number."""
+        num_left = max(0, self._sweeps[DECODE].num_sweeps - len(self._ends) + 1)
+        num_texts, _ = self._open_texts()
+        chance = self._chance_to_end()
+        return min(num_left, (log(num_texts) + _EULER) / chance) if num_texts and chance else num_left
+
+    def _chance_to_end(self) -> float:
+        """The chance with which a step ends a text by itself, by the later half of all steps.
+
+        Of a geometric distribution that is the best estimate, those under way counted. Texts differ, and those that go
+        on have shown that they are not of the short ones: therefore the later half.
+        """
+        now = self._ends[-1]
+        then = self._ends[bisect_left(self._ends, now.num_steps / 2, key=lambda ends: ends.num_steps)]
+        num_steps = now.num_steps - then.num_steps
+        return min(1.0, (now.num_stopped - then.num_stopped) / num_steps) if num_steps else 0.0
 
     def _find_better(self, waiting: Sequence[int], moving: Moving) -> Policy | None:
         """The policy that the requests that wait had better have, if it pays."""
@@ -181,7 +202,30 @@ class Course:
         )
 
 
+_EULER = 0.5772
+"""Euler's constant: the largest of n exponential numbers is (ln n + this) times as large as one, in the mean."""
 _SCALED = ("num_tokens", "num_pairs", "num_logits_rows", "num_kv_read", "num_own_read", "num_kv_written")
+
+
+class _Ends(NamedTuple):
+    """How many texts have ended, at some moment."""
+
+    num_steps: int
+    """Tokens drawn after the first ones of their texts."""
+    num_stopped: int
+    """Texts that have ended by themselves."""
+
+
+def _part(sweep: Sweep, num_tokens: float) -> Sweep:
+    """So many tokens of a phase, as if one sweep had them."""
+    return replace(
+        sweep, num_sweeps=1, **{name: num_tokens / sweep.num_tokens * getattr(sweep, name) for name in _SCALED}
+    )
+
+
+def _less(sweep: Sweep, done: Sweep) -> Sweep:
+    """What is left of a phase, as if one sweep had it."""
+    return replace(sweep, **{name: max(0.0, getattr(sweep, name) - getattr(done, name)) for name in _SCALED})
 
 
 def _measured(sweep: SweepTrace) -> MeasuredSweep:

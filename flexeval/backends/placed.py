@@ -117,7 +117,7 @@ class Placed:
         return replace(
             gauge,
             plan=course.plan,
-            corrected=course.corrected,
+            left_s=course.left_s(),
             planned_bytes=self._planned_bytes,
             foretold_s=course.foretold_s,
             corrected_s=course.first_corrected_s,

@@ -15,8 +15,10 @@ class Correction:
 
     lanes: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """(phase, lane): of the seconds that the lane is busy."""
-    phases: Mapping[str, float] = field(default_factory=dict)
-    """Phase: of what its sweeps take by their busiest lane, for lanes wait and sweeps are smaller than planned."""
+    waiting: Mapping[str, float] = field(default_factory=dict)
+    """Phase: of what a sweep takes by its busiest lane, for lanes wait for each other."""
+    cutting: Mapping[str, float] = field(default_factory=dict)
+    """Phase: of what its sweeps take as planned, for they are smaller than that."""
 
     def of_lane(self, phase: str, lane: str) -> float:
         """What the seconds of a lane in a phase are multiplied by."""
@@ -24,7 +26,7 @@ class Correction:
 
     def of_phase(self, phase: str) -> float:
         """What the seconds of a phase's sweeps are multiplied by, once those of its lanes are."""
-        return self.phases.get(phase, 1.0)
+        return self.waiting.get(phase, 1.0) * self.cutting.get(phase, 1.0)
 
 
 NO_CORRECTION = Correction()

@@ -50,17 +50,7 @@ def total(sweeps: Sequence[Sweep]) -> Sweep:
     return replace(sweeps[0], **counts)
 
 
-def less(whole: Sweep, part: Sweep | None) -> Sweep:
-    """What is left of `whole` when `part` is done, as if one sweep had to do it."""
-    counts = {name: whole.num_sweeps * getattr(whole, name) for name in ("num_tokens", *_COUNTS)}
-    if part is not None:
-        counts = {name: max(0.0, count - getattr(part, name)) for name, count in counts.items()}
-    return replace(whole, num_sweeps=1, **counts)
-
-
 def as_planned(work: Sweep, plan: Sweep) -> tuple[float, Sweep]:
-    """How many sweeps of the plan's size do `work`, maybe a part of one, and what each of them does."""
+    """How many sweeps of the plan's size do `work`, maybe a part of one, and what each of them does. Not of no work."""
     num_sweeps = work.num_tokens / plan.num_tokens
-    if not num_sweeps:
-        return 0.0, plan
     return num_sweeps, replace(plan, **{name: getattr(work, name) / num_sweeps for name in _COUNTS})

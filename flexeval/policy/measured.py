@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import TypeVar
 
 import numpy as np
@@ -76,14 +77,31 @@ def correct(
     sweeps = sweeps[-MOST_SWEEPS:]
     plain = replace(model, correction=NO_CORRECTION)
     placement = plain.place(policy)
-    lanes = _fit_lanes(plain, policy, placement, sweeps, known)
-    return Correction(lanes=lanes, phases=_fit_phases(plain, policy, placement, sweeps, lanes))
+    lanes = Correction(lanes=_fit_lanes(plain, policy, placement, sweeps, known))
+    corrected = replace(plain, correction=lanes)
+    bounds = [
+        {phase: _sweep_seconds(corrected, policy, placement, done) for phase, done in sweep.done.items()}
+        for sweep in sweeps
+    ]
+    cutting = {}
+    for phase in {phase for parts in bounds for phase in parts}:
+        as_cut_s = sum(parts.get(phase, 0.0) for parts in bounds)
+        work = total([sweep.done[phase] for sweep in sweeps if phase in sweep.done])
+        cutting[phase] = as_cut_s / seconds_of(corrected, policy, work)
+    waiting = _fit(bounds, [sweep.elapsed_s for sweep in sweeps], dict.fromkeys(cutting, 1.0))
+    return replace(lanes, waiting=waiting, cutting=cutting)
 
 
-def seconds_of(model: CostModel, policy: Policy, work: Sweep) -> float:
-    """What the model says of `work`, in sweeps as the plan cuts them."""
-    num_sweeps, sweep = as_planned(work, plan_sweeps(policy, model.workload)[work.phase])
-    return num_sweeps * _sweep_seconds(model, policy, model.place(policy), sweep)
+def seconds_of(model: CostModel, policy: Policy, work: Sweep, *, num_sweeps: float | None = None) -> float:
+    """What the model says of `work`, in sweeps as the plan cuts them, or in so many."""
+    plan = plan_sweeps(policy, model.workload)[work.phase]
+    if num_sweeps is not None:
+        num_tokens = work.num_tokens / num_sweeps if num_sweeps else 0.0
+        plan = replace(plan, num_tokens=num_tokens, num_calls=ceil(num_tokens / policy.group_sequences))
+    if not work.num_tokens:
+        return 0.0
+    num_planned, sweep = as_planned(work, plan)
+    return num_planned * _sweep_seconds(model, policy, model.place(policy), sweep)
 
 
 def _fit_lanes(
@@ -130,28 +148,6 @@ _FIGURES: Mapping[str, tuple[Lane, ...]] = {
 
 def _without_disk(tiers: Mapping[Tier, float]) -> dict[Tier, float]:
     return {**tiers, Tier.DISK: 0}
-
-
-def _fit_phases(
-    model: CostModel,
-    policy: Policy,
-    placement: Placement,
-    sweeps: Sequence[MeasuredSweep],
-    lanes: Mapping[tuple[str, str], float],
-) -> dict[str, float]:
-    """Seconds of a phase over those of its busiest lane, in sweeps as they were; times those over sweeps as planned."""
-    corrected = replace(model, correction=Correction(lanes=lanes))
-    bounds = [
-        {phase: _sweep_seconds(corrected, policy, placement, done) for phase, done in sweep.done.items()}
-        for sweep in sweeps
-    ]
-    waiting = _fit(bounds, [sweep.elapsed_s for sweep in sweeps], {phase: 1.0 for parts in bounds for phase in parts})
-    factors = {}
-    for phase, factor in waiting.items():
-        as_cut_s = sum(parts.get(phase, 0.0) for parts in bounds)
-        work = total([sweep.done[phase] for sweep in sweeps if phase in sweep.done])
-        factors[phase] = factor * as_cut_s / seconds_of(corrected, policy, work)
-    return factors
 
 
 def _sweep_seconds(model: CostModel, policy: Policy, placement: Placement, sweep: Sweep) -> float:
