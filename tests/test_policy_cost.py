@@ -278,6 +278,8 @@ def test_a_layer_on_a_cpu_takes_its_operations_its_attention_and_python():
         assert before - cost_of(Policy(), shape, work, faster).total_s == pytest.approx(seconds / 2)
     slow = cost_of(Policy(), shape, work, replace(LAPTOP, launch_s=2 * LAPTOP.launch_s)).total_s
     assert slow - before == pytest.approx(OPERATIONS_PER_STEP * LAPTOP.launch_s)
+    of_seven = cost_of(Policy(), replace(shape, num_matrices=7), work, LAPTOP).total_s
+    assert of_seven - before == pytest.approx(7 * LAPTOP.product_s), "one call, and no product is free"
 
 
 def test_logits_cost_their_head_and_what_is_read_off_them():

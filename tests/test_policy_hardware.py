@@ -29,6 +29,7 @@ def test_cpu_machine(cpu_machine, disk_dir):
     assert 1e8 < cpu_machine.flops_per_s < 1e14
     assert 1e8 < cpu_machine.memory_bytes_per_s < 1e13
     assert 1e-8 < cpu_machine.launch_s < 1e-2
+    assert 0 <= cpu_machine.product_s < 1e-1
     assert 1e5 < cpu_machine.disk_write_bytes_per_s < 1e11
     assert 1e5 < cpu_machine.disk_read_bytes_per_s < 1e12
     assert list(disk_dir.iterdir()) == []  # the probe leaves nothing behind

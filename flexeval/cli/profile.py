@@ -69,6 +69,7 @@ _WORDS = {
     "flops_per_s": ("matrix products", 1e-12, "TFLOP/s"),
     "single_product_bytes_per_s": ("matrices times one token", 1e-9, "GB/s"),
     "few_product_bytes_per_s": ("matrices times few tokens", 1e-9, "GB/s"),
+    "product_s": ("any product of few tokens", 1e6, "us"),
     "attention_flops_per_s": ("attention in prompts", 1e-12, "TFLOP/s"),
     "elementwise_per_s": ("simple operations", 1e-9, "billion numbers/s"),
     "softmax_per_s": ("log-softmax", 1e-9, "billion logits/s"),

@@ -39,6 +39,7 @@ def model_shape(
     text = anatomy.config.get_text_config()
     specs = [anatomy.layer_specs(layer) for layer in range(anatomy.num_layers)]
     matrices = [sum(math.prod(spec.shape) for spec in layer if len(spec.shape) >= 2) for layer in specs]
+    num_matrices = max(sum(len(spec.shape) >= 2 for spec in layer) for layer in specs)
     in_experts = [sum(math.prod(spec.shape) for spec in layer if len(spec.shape) == 3) for layer in specs]
     kinds = {tuple(layer): index for index, layer in enumerate(specs)}
     takes_coded = all(
@@ -76,6 +77,7 @@ def model_shape(
         results_per_token=results_per_token(anatomy),
         few_tokens=codec.few_tokens(device) if codec is not None and takes_coded else 0,
         decode_copies=0 if sparsity else decode_copies(device, heads_per_kv=num_query_heads // num_kv_heads),
+        num_matrices=num_matrices,
         num_experts=max(1, largest.num_experts),
         experts_per_token=active,
         expert_share=1 - largest.num_dense_bytes / largest.num_bytes,

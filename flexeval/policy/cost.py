@@ -201,10 +201,10 @@ class CostModel:
         """Seconds the compute device is busy in one sweep.
 
         A layer call of t tokens takes as long as products of few tokens, 2 P / peak for each further one, launches
-        (see `_product_seconds`), and what its other operations make. Attention takes 4 H D operations a pair (FlexGen,
-        appendix A.3) and reads the KV once, or copies it first; where keys are chosen, every score is written out. A
-        packed slab is unpacked once a layer, or read as it rests by every call of few tokens. Of experts, only those
-        that tokens chose are read, and unpacked where the sweep is short.
+        (see `_product_seconds`), what any product takes on a CPU, and what its other operations make. Attention takes
+        4 H D operations a pair (FlexGen, appendix A.3) and reads the KV once, or copies it first; where keys are
+        chosen, every score is written out. A packed slab is unpacked once a layer, or read as it rests by every call of
+        few tokens. Of experts, only those that tokens chose are read, and unpacked where the sweep is short.
         """
         shape, hardware = self.shape, self.hardware
         call_tokens = sweep.num_tokens / sweep.num_calls
@@ -229,7 +229,7 @@ class CostModel:
             device_bytes += unpacked_bytes * fetched_part(shape, sweep.num_tokens)
         num_launches = OPERATIONS_PER_STEP if is_on_cpu else KERNELS_PER_CALL
         layer_s = (
-            sweep.num_calls * (products_s + num_launches * hardware.launch_s)
+            sweep.num_calls * (products_s + shape.num_matrices * hardware.product_s + num_launches * hardware.launch_s)
             + pair_flops * sweep.num_pairs / hardware.attention_flops_per_s
             + num_results / hardware.elementwise_per_s
             + device_bytes / hardware.memory_bytes_per_s
@@ -255,6 +255,7 @@ class CostModel:
         shape, hardware, work = self.shape, self.hardware, self.workload
         num_params, call_rows = shape.vocab_size * shape.hidden_size, sweep.num_logits_rows / sweep.num_calls
         head_s = self._product_seconds(call_rows, num_params, num_bytes=num_params * shape.dtype_bytes)
+        head_s += hardware.product_s
         num_rankings = work.has_top + KEEPING_RANKINGS * work.is_kept
         logit_s = 1 / hardware.softmax_per_s + num_rankings / hardware.ranking_per_s
         logit_s += KEEPING_PASSES * work.is_kept / hardware.elementwise_per_s

@@ -52,6 +52,8 @@ class Hardware:
     """Matrices multiplied by one token, which is read faster than it is multiplied."""
     few_product_bytes_per_s: float
     """The same by few tokens."""
+    product_s: float
+    """Seconds that any product takes beside reading its matrix; 0 on a GPU, where a launch is counted for it."""
     attention_flops_per_s: float
     """Causal attention within a prompt on the compute device, the pairs that it hides counted as well."""
     elementwise_per_s: float

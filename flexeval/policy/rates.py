@@ -5,10 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from tempfile import NamedTemporaryFile
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
@@ -25,6 +26,8 @@ PROBE_CHUNKS = 16
 """Chunks of the timed file: 256 MiB, a quarter of a second of a fast disk."""
 MATMUL_SIZES = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}
 """Tokens, inputs and outputs of the timed matrix product."""
+SMALL_MATRIX = (256, 512)
+"""Outputs and inputs of a matrix whose product takes a CPU mostly what any takes."""
 MATRICES_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Of the matrices that few tokens are multiplied by in turns: more than caches hold, as a model's are."""
 ATTENTION_SIZES = {"cpu": (8, 128, 64), "cuda": (32, 2048, 128)}
@@ -37,12 +40,14 @@ NUM_RANKED = 32
 """Tokens that the timed search for the most probable finds."""
 SMALL_OPERATIONS = 16
 """Timed between two products."""
+LAUNCH_REPEATS = 5
+"""Times that they are timed, with and without."""
 
 
 def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path | None) -> dict[str, float]:
     """The rates of `Hardware` by their names there, in about a second. Raises `ConfigError`."""
     to_gpu, from_gpu = _link_rates() if device == "cuda" else (0.0, 0.0)
-    single, few, launch_s = _few_token_rates(device, dtype)
+    single, few, product_s, launch_s = _few_token_rates(device, dtype)
     softmax, ranking = _logits_rates(device, dtype)
     disk_read, disk_write = _disk_rates(disk_dir) if disk_dir else (0.0, 0.0)
     return {
@@ -53,6 +58,7 @@ def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path |
         "flops_per_s": _matmul_rate(device, dtype),
         "single_product_bytes_per_s": single,
         "few_product_bytes_per_s": few,
+        "product_s": product_s,
         "attention_flops_per_s": _attention_rate(device, dtype),
         "elementwise_per_s": _elementwise_rate(device, dtype),
         "softmax_per_s": softmax,
@@ -87,33 +93,70 @@ def _matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * tokens * inputs * outputs / _best_seconds(lambda: left @ right.T, device)
 
 
-def _few_token_rates(device: str, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Bytes of matrices a second that one token is multiplied by, and few; and the seconds of a small operation.
+class _FewTokenRates(NamedTuple):
+    """Of products whose time is that of reading matrices."""
 
-    Between products, for what a CPU knows of small operations has left its caches by then.
+    single_bytes_per_s: float
+    few_bytes_per_s: float
+    product_s: float
+    launch_s: float
+
+
+def _few_token_rates(device: str, dtype: torch.dtype) -> _FewTokenRates:
+    """Bytes of matrices a second that one token is multiplied by, and few; what any product takes; a small operation.
+
+    A product takes p + bytes / rate: a line through a large and a small matrix, on a CPU. On a GPU p is a launch.
     """
     _, inputs, outputs = MATMUL_SIZES[device]
-    matrix = torch.randn(outputs, inputs, device=device).to(dtype)
-    num_bytes = matrix.numel() * matrix.element_size()
-    matrices = [matrix.clone() for _ in range(MATRICES_BYTES[device] // num_bytes)]
-    number = torch.zeros(1, device=device)
-
-    def seconds(num_tokens: int, num_operations: int = 0) -> float:
-        tokens = torch.randn(num_tokens, inputs, device=device).to(dtype)
-
-        def run() -> None:
-            for right in matrices:
-                linear(tokens, right)
-                for _ in range(num_operations):
-                    number.add_(1)
-
-        return _best_seconds(run, device, budget_s=FAST_BUDGET_S) / len(matrices)
-
-    single_s, few_s = seconds(1), seconds(FEW_TOKENS)
+    large = _matrices(device, dtype, outputs, inputs)
+    num_bytes = large[0].numel() * large[0].element_size()
+    single_s, few_s = (_product_seconds(large, num_tokens) for num_tokens in (1, FEW_TOKENS))
     launch_s = _launch_seconds(device)
-    if device == "cpu":
-        launch_s = max(launch_s, (seconds(1, SMALL_OPERATIONS) - single_s) / SMALL_OPERATIONS)
-    return num_bytes / single_s, num_bytes / few_s, launch_s
+    if device == "cuda":
+        return _FewTokenRates(num_bytes / single_s, num_bytes / few_s, 0.0, launch_s)
+    small = _matrices(device, dtype, *SMALL_MATRIX)
+    small_share = small[0].numel() / large[0].numel()
+    # Not all of the shortest is what any product takes: timings scatter.
+    product_s = max(0.0, (_product_seconds(small, FEW_TOKENS) - small_share * few_s) / (1 - small_share))
+    product_s = min(product_s, single_s / 2, few_s / 2)
+    launch_s = max(launch_s, _launch_seconds_between(large))
+    return _FewTokenRates(num_bytes / (single_s - product_s), num_bytes / (few_s - product_s), product_s, launch_s)
+
+
+def _matrices(device: str, dtype: torch.dtype, outputs: int, inputs: int) -> list[torch.Tensor]:
+    matrix = torch.randn(outputs, inputs, device=device).to(dtype)
+    num = MATRICES_BYTES[device] // (matrix.numel() * matrix.element_size())
+    return [matrix.clone() for _ in range(num)]
+
+
+def _product_seconds(matrices: Sequence[torch.Tensor], num_tokens: int) -> float:
+    """Of one product of so many tokens, with matrices in turns."""
+    tokens = torch.randn(num_tokens, matrices[0].shape[1], device=matrices[0].device).to(matrices[0].dtype)
+
+    def run() -> None:
+        for right in matrices:
+            linear(tokens, right)
+
+    return _best_seconds(run, matrices[0].device.type, budget_s=FAST_BUDGET_S) / len(matrices)
+
+
+def _launch_seconds_between(matrices: Sequence[torch.Tensor]) -> float:
+    """Of a small operation between products: what a CPU knows of it has left its caches by then.
+
+    The difference of two loops, which are timed in turns, so that whatever else the CPU does meets both.
+    """
+    tokens, number = torch.randn(1, matrices[0].shape[1]).to(matrices[0].dtype), torch.zeros(1)
+
+    def seconds(num_operations: int) -> float:
+        start = time.perf_counter()
+        for right in matrices:
+            linear(tokens, right)
+            for _ in range(num_operations):
+                number.add_(1)
+        return time.perf_counter() - start
+
+    differences = [seconds(SMALL_OPERATIONS) - seconds(0) for _ in range(LAUNCH_REPEATS)]
+    return median(differences) / (len(matrices) * SMALL_OPERATIONS)
 
 
 def _attention_rate(device: str, dtype: torch.dtype) -> float:

@@ -49,6 +49,8 @@ class ModelShape:
     """Copies that decode attention makes of a group's keys and values; 0 where it reads them where they are."""
     unpacked_head_bytes: int = 0
     """Of a head that rests in codes, what is unpacked at a time."""
+    num_matrices: int = 0
+    """Matrices of a layer that a token is multiplied by, those of all experts of a kind as one."""
     num_experts: int = 1
     """Experts of a layer, where they lie apart."""
     experts_per_token: int = 1
