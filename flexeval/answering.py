@@ -104,6 +104,8 @@ def _answer(
     with progress.activity(f"{setting.name}: preparing layers") as update:
         plan = engine.place(requests, on_layer=update)
     progress.say(f"{setting.name}: {plan}")
+    if not engine.is_offloaded:
+        progress.say(f"{setting.name}: all of it fits where it is computed: nothing needs to be offloaded")
     is_any_done = False
 
     def keep(answers: Sequence[tuple[int, Completion]]) -> None:

@@ -150,6 +150,7 @@ def test_a_run_says_what_its_plan_saves(options: RunOptions) -> None:
     (setting,) = run_suite(options, progress).results.settings
     (line,) = [text for text in progress.said if "prompt tokens asked" in text]
     assert line.startswith(f"none: {setting.num_prompt_tokens:,} prompt tokens asked")
+    assert any(text.endswith("nothing needs to be offloaded") for text in progress.said)
     assert f"{setting.num_computed_prompt_tokens:,} computed" in line
 
 

@@ -16,7 +16,7 @@ from flexeval.policy.search import check, search
         pytest.param(
             OPT_30B,
             replace(T4, cpu_bytes=30 * 10**9, disk_bytes=0),
-            ["cpu has 27.9 GiB and lacks", "Raise --cpu-memory", "--disk DIR (", "use --setting w4"],
+            ["cpu has 27.9 GiB and lacks", "Raise --cpu-memory to ", "--disk DIR (", "use --setting w4"],
             ["gpu has", "halve"],
             id="host memory",
         ),

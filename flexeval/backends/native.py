@@ -135,6 +135,15 @@ class Engine:
         return has_chat_template(self.text.tokenizer)
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether the weights' present placement puts anything elsewhere than where it is computed."""
+        placed = self._placements.at_hand
+        if placed is None:
+            return False
+        policy, tiers = placed.executor.policy, placed.executor.tiers
+        return not all(tiers.is_home(split) for split in (policy.weights, policy.kv, policy.hidden))
+
+    @property
     def trace(self) -> Trace:
         """Counters of the weights' present placement."""
         placed = self._placements.at_hand

@@ -157,7 +157,8 @@ def _does_not_fit(model: CostModel) -> CapacityError:
         f"{tier} has {format_size(hardware.capacity_bytes(tier))} and lacks {format_size(num_bytes)}"
         for tier, num_bytes in missing.items()
     )
-    mends = [f"Raise {' and '.join(OPTION[tier] for tier in missing)}"]
+    raised = {tier: hardware.capacity_bytes(tier) + num_bytes for tier, num_bytes in missing.items()}
+    mends = ["Raise " + " and ".join(f"{OPTION[tier]} to {format_size(size)}" for tier, size in raised.items())]
     if not hardware.disk_bytes and (on_disk := missing_bytes(model, smallest, {Tier.DISK: 1.0})):
         mends.append(f"offload with --disk DIR ({format_size(on_disk[Tier.DISK])} free there)")
     if not model.shape.is_packed and missing_bytes(_with_w4(model), smallest, {}) is not None:
