@@ -444,6 +444,17 @@ def test_no_tier_holds_more_than_promised_in_a_corner(policy: Policy, coding: KV
     assert_promise_is_kept(requests, policy, coding, tmp_path)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_no_tier_gets_the_long_ones_of_unequal_rows(first: int, tmp_path: Path) -> None:
+    """Rows are long and short in turns: by their number, one tier would have all of the long ones."""
+    requests = [
+        TokenRequest(prompt_ids=tuple(range(5 + 30 * n, 5 + 30 * n + (24 if n % 2 == first else 1))), max_tokens=1)
+        for n in range(6)
+    ]
+    policy = Policy(hidden=Split(cpu=0.5, disk=0.5), row_tokens=24, sweep_tokens=200)
+    assert_promise_is_kept(requests, policy, None, tmp_path)
+
+
 def test_a_log_that_is_full_is_compacted_where_it_is_read(tmp_path: Path) -> None:
     """It holds as many tokens as fit, so that the next ones find room only when those that nobody needs are gone."""
     requests = [
