@@ -235,7 +235,7 @@ def _measured(sweep: SweepTrace) -> MeasuredSweep:
         done=sweep.done,
         elapsed_s=sweep.elapsed_s,
         compute_s=busy["compute"],
-        in_s=busy["weights"] + busy["kv_in"] + busy["hidden"] / 2,
+        in_s=busy["weights"] + busy["disk"] + busy["kv_in"] + busy["hidden"] / 2,
         out_s=busy["kv_out"] + busy["hidden"] / 2,
         host_attention_s=busy["host_attention"],
     )

@@ -165,7 +165,10 @@ class WeightStore:
         self._num_loads += 1
         is_by_need = self._is_by_need(layer, sweep_tokens)
         part = slice(0, self._layouts[layer].num_dense_bytes if is_by_need else extent.num_bytes)
-        self._read(extent if read is None else read.wait(), buffer, [part])
+        if read is not None:
+            with self.lane.watch.paused():
+                extent = read.wait()
+        self._read(extent, buffer, [part])
         return buffer
 
     def bind(self, layer: int, slab: Tensor, *, row_tokens: int, sweep_tokens: int) -> bool:
