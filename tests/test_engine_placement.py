@@ -262,7 +262,7 @@ def test_stores_are_closed_only_when_nothing_is_in_flight(tmp_path: Path) -> Non
     with loaded(ALL_ON_DISK, tmp_path, overlap=True) as executor:
         for store, names in (
             (executor._make_cache({}, coding=None), ("kv_in", "kv_out")),
-            (executor._make_hidden(HiddenStore, 0, 2), ("hidden",)),
+            (executor._make_hidden(HiddenStore, []), ("hidden",)),
         ):
             for name in names:
                 executor._lanes[name].submit(lambda name=name: (time.sleep(0.03), done.append(name)))

@@ -17,9 +17,10 @@ import numpy as np
 from flexeval.engine.answers import Answers
 from flexeval.engine.compute.readout import Readout
 from flexeval.planning.block import Block
-from flexeval.planning.logs import SharedLog, Step
+from flexeval.planning.kept import KeptNodes
+from flexeval.planning.logs import Step
 from flexeval.planning.prefix import build_tree
-from flexeval.planning.rowplans import Place, RowBuilder
+from flexeval.planning.rowplans import RowBuilder
 from flexeval.planning.rows import SHARED, Compaction, RowPlan
 from flexeval.planning.scores import ScoreTable
 from flexeval.planning.streams import make_streams
@@ -63,9 +64,7 @@ class Scheduler:
             group_sequences=policy.group_sequences,
             num_groups=policy.num_groups,
         )
-        self._shared_room = self._usage.generating_room()
-        self._shared = SharedLog(self._shared_room + self._usage.scoring_room(sweep_tokens=policy.sweep_tokens))
-        self._num_held = 0  # tokens of shared nodes that wait for the end of sequences
+        self._kept = KeptNodes(self.tree, self._usage, self._block, sweep_tokens=policy.sweep_tokens)
         self._num_open = list(self._usage.num_users)  # unfinished streams that run through each node
         self._num_unfinished = len(self._streams)
         self._waiting: deque[int] = deque()  # streams that have drawn their first token and have no seat
@@ -82,7 +81,7 @@ class Scheduler:
             last_descendant=self._usage.last_descendant,
             scores=ScoreTable(self.tree, is_scored=self._usage.mark(wants_scores)),
             generators_of=self._generators_of,
-            place_of=self._place_of,
+            place_of=self._kept.place,
         )
 
     @property
@@ -122,14 +121,14 @@ class Scheduler:
     @property
     def log_capacities(self) -> dict[int, int]:
         """Tokens that the log of each group, and of shared nodes, can come to hold at most."""
-        return {SHARED: self._shared.capacity, **{group.group: group.capacity for group in self._block.groups}}
+        return self._kept.log_capacities
 
     def plan_sweep(self) -> list[RowPlan]:
         """The rows of the next sweep: one step of every sequence in flight, and the nodes that may enter."""
         while self._waiting and self._block.num_free > 0:
             self._block.enter(self._waiting.popleft())
         entering = self._admit()
-        compactions = self._make_room(entering)
+        compactions = self._kept.begin_sweep(entering)
         rows = [*self._decode_rows(compactions), *self._fresh_rows(entering, compactions)]
         assert rows and not compactions, (rows, compactions)
         return rows
@@ -189,18 +188,17 @@ class Scheduler:
     def _has_room(self, node: int, num_drawing: int) -> bool:
         """Whether there is room for the KV that a node leaves, and for the sequences that begin with it."""
         if self._usage.is_owned(node):
-            return self._stream_of(node) in self._block or self._block.num_free > num_drawing
+            return self._usage.owner(node) in self._block or self._block.num_free > num_drawing
         if not self._usage.is_shared_by_generating(node):
             return True
         begins = any(self._streams[stream].is_generating for stream in self.tree.nodes[node].prompts)
         has_seat = not begins or self._block.num_free > num_drawing
-        return has_seat and self._num_held + self._usage.num_tokens[node] <= self._shared_room
+        return has_seat and self._kept.has_room(node)
 
     def _enter(self, node: int) -> None:
-        if self._usage.is_owned(node) and (stream := self._stream_of(node)) not in self._block:
+        if self._usage.is_owned(node) and (stream := self._usage.owner(node)) not in self._block:
             self._block.enter(stream)
-        if self._usage.is_shared_by_generating(node):
-            self._num_held += self._usage.num_tokens[node]
+        self._kept.hold(node)
 
     def _finish(self, stream: int) -> None:
         """A stream has answered all of its requests: nobody reads its KV again."""
@@ -209,21 +207,9 @@ class Scheduler:
         for node in self.tree.path(self._leaf[stream]):
             self._num_open[node] -= 1
             if not self._num_open[node]:
-                self._shared.forget(node)
-                if self._usage.is_shared_by_generating(node):
-                    self._num_held -= self._usage.num_tokens[node]
+                self._kept.forget(node)
 
     # -- rows -------------------------------------------------------------------------------------------------------
-
-    def _make_room(self, entering: range) -> dict[int, Compaction]:
-        """Compact the logs that would overflow in this sweep, or hold too much that nobody reads."""
-        num_tokens = dict.fromkeys(self.log_capacities, 0)
-        for node in entering:
-            if (log := self._log_of(node)) is not None:
-                num_tokens[log] += self._usage.num_tokens[node]
-        compactions = [group.begin_sweep(num_tokens[group.group]) for group in self._block.groups]
-        compactions.append(self._shared.begin_sweep(num_tokens[SHARED]))
-        return {compaction.group: compaction for compaction in compactions if compaction is not None}
 
     def _decode_rows(self, compactions: dict[int, Compaction]) -> Iterator[RowPlan]:
         """One step of every sequence in flight; groups share a row while their sequences fit in it."""
@@ -248,7 +234,7 @@ class Scheduler:
     def _fresh_rows(self, entering: range, compactions: dict[int, Compaction]) -> Iterator[RowPlan]:
         """The nodes that enter, packed in their order."""
         for node in entering:
-            self._keep(node)
+            self._kept.keep(node)
             for stream in self.tree.nodes[node].prompts:
                 self._weights[stream] = self._usage.num_tokens[node]
         start, num_tokens = entering.start, 0
@@ -260,36 +246,7 @@ class Scheduler:
                 yield self._rows.fresh(range(start, node + 1), entering, first)
                 start, num_tokens = node + 1, 0
 
-    def _keep(self, node: int) -> None:
-        """Assign the KV of a node its place."""
-        log = self._log_of(node)
-        if log == SHARED:
-            self._shared.append(node, self._usage.num_tokens[node])
-        elif log is not None:
-            group, seat = self._block.seat(self._stream_of(node))
-            group.append(seat, self._usage.num_tokens[node])
-
-    def _log_of(self, node: int) -> int | None:
-        """The log that a node of this sweep goes to, if its KV outlives the sweep."""
-        if self._usage.is_owned(node):
-            return self._block.seat(self._stream_of(node))[0].group
-        has_later_descendants = self._usage.last_descendant[node] >= self._next_node
-        return SHARED if has_later_descendants or self._usage.is_generating[node] else None
-
-    def _place_of(self, node: int) -> Place | None:
-        """Where the KV of a node is kept."""
-        if self._usage.is_owned(node):
-            group, seat = self._block.seat(self._stream_of(node))
-            offset = self.tree.nodes[node].first_position - seat.first_position
-            return Place(group=group.group, start=int(seat.places[offset]))
-        start = self._shared.starts.get(node)
-        return None if start is None else Place(group=SHARED, start=start)
-
     def _generators_of(self, node: int) -> list[int]:
         """A request of each stream that draws its first token at the end of a node."""
         streams = [self._streams[stream] for stream in self.tree.nodes[node].prompts]
         return [stream.requests[0] for stream in streams if stream.max_tokens]
-
-    def _stream_of(self, node: int) -> int:
-        """The only stream that runs through an exclusive node."""
-        return self.tree.nodes[self._usage.last_descendant[node]].prompts[0]

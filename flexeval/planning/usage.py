@@ -55,6 +55,10 @@ class NodeUsage:
                 marked[parent] = True
         return marked
 
+    def owner(self, node: int) -> int:
+        """The only prompt that runs through an exclusive node."""
+        return self._tree.nodes[self.last_descendant[node]].prompts[0]
+
     def is_owned(self, node: int) -> bool:
         """Whether its KV is part of one generating sequence's own."""
         return self.num_users[node] == 1 and self.is_generating[node]
