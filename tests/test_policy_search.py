@@ -247,6 +247,17 @@ def test_search_never_exceeds_a_tier():
         check(policy, OPT_30B, generating(200), machine)
 
 
+def test_a_lone_tier_needs_no_program_and_gets_what_one_would_give(monkeypatch):
+    model = CostModel(shape=OPT_125M, workload=MIXED, hardware=replace(LAPTOP, cpu_bytes=3 * 10**9))
+    every_tenth = list(_grid(model))[::10]
+    direct = [(least_seconds(model, sizes), best_placement(model, sizes)) for sizes in every_tenth]
+    assert {bound is None for bound, _ in direct} == {True, False}, "some fit, and some do not"
+    monkeypatch.setattr("flexeval.policy.program._is_home_alone", lambda model: False)
+    for sizes, (bound, policy) in zip(every_tenth, direct, strict=True):
+        assert least_seconds(model, sizes) == (None if bound is None else pytest.approx(bound, rel=1e-6))
+        assert best_placement(model, sizes) == policy
+
+
 def test_cbc_takes_over_where_highs_is_missing(monkeypatch):
     model, sizes = small_instance(0)
     with_highs = model.cost(best_placement(model, sizes)).objective_s

@@ -34,12 +34,17 @@ STREAMING_COST_MS = 1e-6
 
 def least_seconds(model: CostModel, sizes: Policy) -> float | None:
     """A lower bound of `objective_s` over all placements, from fractions of layers; None where nothing fits."""
+    if _is_home_alone(model):
+        policy = _all_at_home(model, sizes)
+        return None if policy is None else model.cost(policy).objective_s
     problem, _ = _timed(model, sizes)
     return pulp.value(problem.objective) / MS if _solve(problem, whole=False) else None
 
 
 def best_placement(model: CostModel, sizes: Policy) -> Policy | None:
     """`sizes` with the placement of least `objective_s`; None where nothing fits."""
+    if _is_home_alone(model):
+        return _all_at_home(model, sizes)
     problem, placement = _timed(model, sizes)
     if not _solve(problem, whole=True):
         return None
@@ -65,6 +70,20 @@ def missing_bytes(model: CostModel, sizes: Policy, price: Mapping[Tier, float]) 
     if not _solve(problem, whole=True):
         return None
     return {tier: pulp.value(gb) * GB for tier, gb in added.items() if pulp.value(gb) > TOLERANCE_GB}
+
+
+def _is_home_alone(model: CostModel) -> bool:
+    """Whether there is one tier, and so one placement: nothing to solve."""
+    return all(tier is model.hardware.home or not model.hardware.capacity_bytes(tier) for tier in Tier)
+
+
+def _all_at_home(model: CostModel, sizes: Policy) -> Policy | None:
+    """`sizes` with all on the compute device; None where it does not fit."""
+    home = model.hardware.home
+    everything = Split(**{home: 1.0})
+    policy = replace(sizes, weights=everything, kv=everything, hidden=everything, host_attention=0.0)
+    peak_bytes = model.peak_bytes(policy, model.place(policy))[home]
+    return policy if peak_bytes <= model.hardware.capacity_bytes(home) - 2 * TOLERANCE_GB * GB else None
 
 
 def _split(counts: Mapping[Tier, pulp.LpVariable]) -> Split:
