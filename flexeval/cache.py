@@ -17,11 +17,21 @@ from flexeval.shelf import HeldFolder, discard
 
 
 def cache_root() -> Path:
-    """`$FLEXEVAL_CACHE`, or `flexeval` in the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`)."""
+    """`$FLEXEVAL_CACHE`, or `flexeval` in the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`).
+
+    Raises `ConfigError` where that lies in the home of nobody known.
+    """
     if chosen := os.environ.get("FLEXEVAL_CACHE"):
-        return Path(chosen).expanduser().resolve()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().resolve() / "flexeval"
+        return _at_home(chosen)
+    return _at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flexeval"
+
+
+def _at_home(path: str) -> Path:
+    try:
+        return Path(path).expanduser().resolve()
+    except RuntimeError as error:
+        mend = "Name a folder in FLEXEVAL_CACHE"
+        raise ConfigError("there is no such home directory for the cache", where=path, mend=mend) from error
 
 
 def cached_directory(kind: str, name: str, build: Callable[[Path], None]) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from flexeval.errors import ModelError
 from flexeval.files import is_plain_name, read_json
 from flexeval.presets import Config
+from flexeval.safetensors_header import read_header
 from flexeval.typed import show
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -92,10 +93,7 @@ def _plain(name: object) -> str:
 
 
 def _check_whole(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
+        read_header(file)
+    except (ValueError, OSError) as error:
         raise ModelError(f"truncated or corrupt: {error}", where=str(file), mend="Fetch the file again") from error

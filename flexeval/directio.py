@@ -89,11 +89,18 @@ class DirectIO:
         self._workers.shutdown()
 
 
+@contextmanager
+def unnamed_file(directory: Path) -> Iterator[Path]:
+    """Yield a path of a new file in a directory that has no name there: a process that is killed leaves none behind."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        yield Path(f"/proc/self/fd/{file.fileno()}")
+
+
 def _takes_direct(directory: Path) -> bool:
     """Try it: some file systems refuse to open, others to read."""
-    with tempfile.NamedTemporaryFile(dir=directory) as probe, mmap.mmap(-1, BLOCK_BYTES) as block:
+    with unnamed_file(directory) as probe, mmap.mmap(-1, BLOCK_BYTES) as block:
         try:
-            file = os.open(probe.name, os.O_RDWR | os.O_DIRECT)
+            file = os.open(probe, os.O_RDWR | os.O_DIRECT)
         except OSError as error:
             if error.errno == errno.EINVAL:
                 return False

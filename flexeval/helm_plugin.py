@@ -6,6 +6,7 @@
 Model and setting stand in the deployment's `client_spec` in `model_deployments.yaml`, which every flexeval run writes;
 so does `apply_chat_template`, which means what it means to HELM's HuggingFaceClient.
 HELM downloads all data itself here; a suite's `packaged_data` is not known to it.
+A request that fails fails alone: HELM gives up the runs that ask it, for it scores none of a run without all answers.
 Without `--runner-class-name`, HELM sends single requests to the Client, which can only gather those of its threads.
 Knows HELM and `Engine`; must not know how the engine works.
 """
@@ -14,15 +15,15 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from helm.benchmark.adaptation.scenario_state import ScenarioState
-from helm.benchmark.executor import ExecutionSpec, Executor
+from helm.benchmark.executor import ExecutionSpec, Executor, ExecutorError
 from helm.benchmark.model_deployment_registry import get_model_deployment
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner
@@ -35,8 +36,10 @@ import flexeval
 from flexeval.benchmark.helm.convert import Batch, from_helm, to_helm
 from flexeval.benchmark.helm.models import CLIENT_CLASS
 from flexeval.benchmark.resources import import_tasks
-from flexeval.errors import ConfigError, FlexevalError
+from flexeval.errors import ConfigError, FailedRequestsError, FlexevalError, ModelError, RequestError
+from flexeval.request import Completion, Request
 
+T = TypeVar("T")
 _GATHER_S = 0.02  # HELM's threads send their requests at about the same time
 
 import_tasks()  # `helm-run` imports this module, an entry point of its plug-ins, before it looks for run specs
@@ -81,16 +84,56 @@ class EngineArguments:
         return flexeval.Engine.load(self.model, setting=self.setting, **self.engine_options)
 
     def answer(self, engine: flexeval.Engine, requests: Sequence[HelmRequest]) -> list[RequestResult]:
-        """Answer HELM's requests in one batch; equal ones share an answer."""
+        """Answer HELM's requests in one batch; equal ones share an answer, and one that fails fails alone."""
         is_chat = engine.has_chat_template if self.apply_chat_template is None else self.apply_chat_template
-        asked = [from_helm(request, is_chat=is_chat) for request in requests]
-        unique = list(dict.fromkeys(asked))
-        completions = engine.generate(unique)
-        answers, batch = dict(zip(unique, completions, strict=True)), Batch.of(completions)
-        return [
-            to_helm(request, answers[ours], batch=batch, added_prefix=self.added_prefix)
-            for request, ours in zip(requests, asked, strict=True)
-        ]
+        asked = [_tried(from_helm, request, is_chat=is_chat) for request in requests]
+        answers = _answer_apart(engine, list(dict.fromkeys(one for one in asked if isinstance(one, Request))))
+        batch = Batch.of([one for one in answers.values() if isinstance(one, Completion)])
+        results = []
+        for request, ours in zip(requests, asked, strict=True):
+            answer = answers[ours] if isinstance(ours, Request) else ours
+            if isinstance(answer, FlexevalError):
+                results.append(_failure(answer))
+            else:
+                told = _tried(to_helm, request, answer, batch=batch, added_prefix=self.added_prefix)
+                results.append(_failure(told) if isinstance(told, FlexevalError) else told)
+        return results
+
+
+def _answer_apart(engine: flexeval.Engine, requests: Sequence[Request]) -> dict[Request, Completion | FlexevalError]:
+    """What each request comes to; what is wrong with all of them is raised."""
+    answers: dict[Request, Completion | FlexevalError] = {}
+
+    def keep(told: Sequence[tuple[int, Completion]]) -> None:
+        answers.update((requests[index], completion) for index, completion in told)
+
+    try:
+        answers.update(zip(requests, engine.generate(requests, on_completions=keep), strict=True))
+    except FailedRequestsError as error:
+        answers.update((requests[index], ModelError(reason)) for index, reason in error.reasons.items())
+        answers.update((request, error) for request in requests if request not in answers)
+    except RequestError as error:  # nothing was computed
+        if len(requests) == 1:
+            return {requests[0]: error}
+        tried = {request: _tried(engine.token_requests, [request]) for request in requests}
+        answers.update((request, found) for request, found in tried.items() if isinstance(found, FlexevalError))
+        if not answers:
+            raise
+        answers.update(_answer_apart(engine, [request for request in requests if request not in answers]))
+    return answers
+
+
+def _tried(work: Callable[..., T], *args: Any, **kwargs: Any) -> T | FlexevalError:
+    try:
+        return work(*args, **kwargs)
+    except FlexevalError as error:
+        return error
+
+
+def _failure(error: FlexevalError) -> RequestResult:
+    """What HELM is told of a request without an answer: not to ask again, and not to score it as an empty one."""
+    flags = ErrorFlags(is_retriable=False, is_fatal=True)
+    return RequestResult(success=False, cached=False, completions=[], embedding=[], error=str(error), error_flags=flags)
 
 
 class FlexevalRunner(Runner):
@@ -121,12 +164,17 @@ class EngineExecutor(Executor):
         self._loaded: tuple[EngineArguments, flexeval.Engine] | None = None
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
-        """Return the state with a result for each of its requests."""
+        """Return the state with a result for each of its requests.
+
+        Raises `ExecutorError`, as HELM's own does, where one has none: HELM cannot score a run without it.
+        """
         if self.execution_spec.dry_run:
             return scenario_state
         arguments = EngineArguments.of_deployment(scenario_state.adapter_spec.model_deployment)
         requests = [state.request for state in scenario_state.request_states]
         results = arguments.answer(self._engine(arguments), requests)
+        if failed := [result.error for result in results if not result.success]:
+            raise ExecutorError(f"{len(failed)} of {len(results)} requests failed. The first: {failed[0]}")
         request_states = [
             replace(state, result=result) for state, result in zip(scenario_state.request_states, results, strict=True)
         ]
@@ -178,10 +226,7 @@ class FlexevalClient(Client):
         try:
             return future.result()
         except FlexevalError as error:
-            flags = ErrorFlags(is_retriable=False, is_fatal=True)
-            return RequestResult(
-                success=False, cached=False, completions=[], embedding=[], error=str(error), error_flags=flags
-            )
+            return _failure(error)
         except Exception as error:
             raise NonRetriableException(f"{type(error).__name__}: {error}") from error  # HELM would try five times
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def resolve(ref: str, *, needs_weights: bool = True) -> ModelSource:
         ModelError: There is no such model, or its files cannot be used.
         DataError: The demo model cannot be downloaded.
     """
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))
     if ref == DEFAULT_MODEL:
         return _smollm2()
     if ref.startswith(_DUMMY):
@@ -179,7 +180,7 @@ def _dummy_config(ref: str) -> tuple[str, Config]:
     what = ref.removeprefix(_DUMMY)
     if what.lower() in PRESETS:
         return what.lower(), PRESETS[what.lower()]
-    path = Path(what).expanduser()
+    path = Path(os.path.expanduser(what))
     if not what or (path.name != "config.json" and not path.is_dir()):
         raise ModelError(f"no preset {what!r}", where=ref, mend=_near_matches(ref, _known_names()))
     directory = path.parent if path.name == "config.json" else path

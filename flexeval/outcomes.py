@@ -55,6 +55,12 @@ def _failed_note(outcome: Outcome) -> str:
     )
 
 
+def _apart_note(apart: Sequence[str], settings: Sequence[str]) -> list[str]:
+    if set(apart) == set(settings):
+        return [DETERMINISTIC_NOTE]
+    return [f"Under {', '.join(apart)} alone: {DETERMINISTIC_NOTE}"] if apart else []
+
+
 def collect(
     suite: str,
     source: ModelSource,
@@ -62,7 +68,7 @@ def collect(
     outcomes: Sequence[Outcome],
     *,
     is_chat: bool,
-    is_deterministic: bool = False,
+    apart: Sequence[str] = (),
     command: str,
     machine: dict[str, str],
     versions: dict[str, str],
@@ -71,6 +77,7 @@ def collect(
     """All settings' parts as one result; HELM asks every setting the same.
 
     A task that was not scored under one of them is left out: settings are compared on the same questions.
+    `apart` names the settings under which each request was computed apart.
     """
     first, failed = outcomes[0], failed_tasks(outcomes)
     tasks = [task for task in first.scored.tasks if task.name not in failed]
@@ -90,6 +97,6 @@ def collect(
         settings=[outcome.cost for outcome in outcomes],
         instances=[one for outcome in outcomes for one in outcome.scored.instances if one.task not in failed],
         skipped=first.skipped | failed,
-        notes=[*failed_requests(outcomes), *[DETERMINISTIC_NOTE] * is_deterministic],
+        notes=[*failed_requests(outcomes), *_apart_note(apart, [outcome.cost.setting for outcome in outcomes])],
     )
     return replace(results, fidelity=measure(results, distribution_files([results], [out])))

@@ -74,7 +74,7 @@ def run_suite(options: RunOptions, shown: LiveProgress) -> Done:
             out,
             outcomes,
             is_chat=is_asked_in_chat(suite, source, options.chat_template),
-            is_deterministic=options.deterministic,
+            apart=names if options.deterministic else (),
             command=options.command,
             machine=describe_machine(),
             versions=describe_versions(),

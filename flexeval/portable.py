@@ -71,6 +71,8 @@ class AnswersInfo:
     """Of what answers depend on."""
     failed: dict[str, str] = field(default_factory=dict)
     """Requests without an answer, by `Request.content_hash`, and why."""
+    is_deterministic: bool = False
+    """Whether each request was computed apart; files of before did not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -142,6 +142,7 @@ def execute(
         failed=answers.failed,
         machine=describe_machine(),
         versions=describe_versions(),
+        is_deterministic=engine.is_deterministic,
     )
     answered = {
         request: completion
@@ -210,6 +211,7 @@ def score(prompts_file: Path, answers_files: Sequence[Path], out: Path, *, comma
             out,
             outcomes,
             is_chat=prompts.info.is_chat,
+            apart=[file.info.setting for file in files if file.info.is_deterministic],
             command=command,
             machine=first.machine,
             versions=first.versions,

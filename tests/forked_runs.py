@@ -1,6 +1,7 @@
 """The command line in forked processes: everything is imported once, and each run is a process that can be killed.
 
-A run notes in a file what it asks the engine, request by request, so that a test sees what was asked twice.
+A run notes in a file what it asks the engine, request by request under each setting, so that a test sees what was asked
+twice.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def child(job):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"], resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     generate = Engine.generate
     def note(self, requests, **kwargs):
-        hashes = [request.content_hash() for request in requests]
+        setting = self._opened.setting.name
+        hashes = [f"{setting} {request.content_hash()}" for request in requests]
         asked = os.open(job["asked"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.write(asked, (json.dumps(hashes) + chr(10)).encode())
         return generate(self, requests, **kwargs)

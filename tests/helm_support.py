@@ -22,8 +22,10 @@ from helm.benchmark.scenarios.scenario import TEST_SPLIT, Input, Instance, Scena
 from tiny_tokenizer import tokenizer_dir
 from transformers import AutoTokenizer
 
+from flexeval.backends.backend import OnCompletions
 from flexeval.benchmark.helm import HelmSuite, ModelCard, Scored
 from flexeval.benchmark.suites import Suite
+from flexeval.errors import FailedRequestsError, RequestError
 from flexeval.request import Completion, FinishReason, Request
 
 CONTEXT = 2048
@@ -108,6 +110,10 @@ def get_document_spec() -> RunSpec:
     )
 
 
+TOO_LONG, BREAKS = "too long", "breaks"
+"""In a prompt: what the engine refuses, and what the model has no numbers for."""
+
+
 class FakeEngine:
     """Answers like an engine: real tokens, true counts, and content that depends on the request alone."""
 
@@ -125,9 +131,20 @@ class FakeEngine:
     def __exit__(self, *error: object) -> None:
         self.is_open = False
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def token_requests(self, requests: Sequence[Request]) -> Sequence[Request]:
+        if long := [request.prompt for request in requests if TOO_LONG in request.prompt]:
+            raise RequestError(f"{long[0]!r} is longer than the context")
+        return requests
+
+    def generate(self, requests: Sequence[Request], on_completions: OnCompletions = lambda _: None) -> list[Completion]:
+        self.token_requests(requests)
         self.batches.append(list(requests))
         answers = []
+        broken = {at: "no numbers in layer 3" for at, request in enumerate(requests) if BREAKS in request.prompt}
+        if broken:
+            whole = [at for at in range(len(requests)) if at not in broken]
+            on_completions([(at, self._complete(requests[at], 0)) for at in whole])
+            raise FailedRequestsError(broken)
         for request in requests:
             first, *others = [self._complete(request, index) for index in range(request.num_completions)]
             answers.append(replace(first, alternatives=tuple(others)))

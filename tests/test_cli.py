@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +18,9 @@ import typer
 from safetensors.torch import load_file, save_file
 from tiny_directory import write_tiny_model
 
+from flexeval.cache import cache_root
 from flexeval.cli import app, main
-from flexeval.errors import FlexevalError
+from flexeval.errors import ConfigError, FlexevalError
 
 ENTRY = "simple_mcqa:model=text"
 SUITE = 'entries: [{{description: "{entry}", priority: 1}}]\nmax_eval_instances: 3\n'
@@ -373,6 +376,10 @@ def test_help_goes_to_the_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
         (OSError(errno.ENOSPC, "No space left on device", "journal"), 2, "No space left on device (journal)"),
         (OSError(errno.EACCES, "Permission denied", "out"), 2, "Permission denied (out)"),
+        (OSError(errno.EISDIR, "Is a directory", "new", None, "page"), 2, "Is a directory (page). Move what is there"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 2, "No such file or directory (files). Some"),
+        (OSError(errno.EMFILE, "Too many open files", "log"), 2, "Too many open files (log). Allow for more"),
+        (MemoryError("Unable to allocate 9 GiB"), 2, "error[capacity]: memory ran out: Unable to allocate 9 GiB. Ask"),
     ],
 )
 def test_what_happens_outside_is_said_in_one_line(
@@ -392,6 +399,53 @@ def test_what_happens_outside_is_said_in_one_line(
     assert call(monkeypatch, "run", "--suite", "demo") == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("flexeval: ") and words in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_told_to_end_ends_as_after_ctrl_c(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flexeval.pipeline.run_suite", lambda *_: signal.raise_signal(number))
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert call(monkeypatch, "run", "--suite", "demo") == 130
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert "interrupted; run the same command again" in capsys.readouterr().err
+
+
+def test_a_screen_without_a_letter_shows_its_number(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert call(monkeypatch, "run", "--suite", suite, "--model", "./\udcff/\u00e9", "--out", suite.parent / "out") == 2
+    sys.stdout.flush()
+    assert b"preparing ./\\udcff/\\xe9" in sys.stdout.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--model", "~nobody-here/x"), ("--model", "dummy:~nobody-here/x"), ("--suite", "lm-eval:~nobody-here/x")],
+)
+def test_the_home_of_nobody_is_a_path_that_is_not_there(
+    option: str,
+    value: str,
+    suite: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = suite.parent / "out"
+    options = {"--suite": suite, "--model": model, "--out": out} | {option: value}
+    code = call(monkeypatch, "run", *(word for pair in options.items() for word in pair))
+    assert_mistake(code, capsys, "~nobody-here/x", out=out)
+
+
+def test_a_cache_in_the_home_of_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXEVAL_CACHE", "~nobody-here/cache")
+    with pytest.raises(ConfigError, match=r"no such home.*~nobody-here/cache.*FLEXEVAL_CACHE"):
+        cache_root()
 
 
 def test_a_mistake_is_debugged_where_that_is_asked_for(

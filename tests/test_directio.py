@@ -12,6 +12,31 @@ import pytest
 from flexeval.directio import BLOCK_BYTES, CHUNK_BYTES, DirectIO, round_down, round_up
 
 
+def test_what_is_tried_on_a_disk_has_no_name_that_a_killed_process_could_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwritev = os.pwritev
+
+    def look(*arguments: object) -> int:
+        assert list(tmp_path.iterdir()) == []
+        return pwritev(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "pwritev", look)
+    with DirectIO(tmp_path) as io:
+        assert list(tmp_path.iterdir()) == []
+    assert io.is_direct == os_takes_direct(tmp_path)
+
+
+def os_takes_direct(folder: Path) -> bool:
+    path = folder / "named"
+    path.touch()
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
 def test_rounding_to_blocks() -> None:
     assert [round_down(n) for n in (0, 1, BLOCK_BYTES, 2 * BLOCK_BYTES - 1)] == [0, 0, BLOCK_BYTES, BLOCK_BYTES]
     assert [round_up(n) for n in (0, 1, BLOCK_BYTES, BLOCK_BYTES + 1)] == [0, BLOCK_BYTES, BLOCK_BYTES, 2 * BLOCK_BYTES]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,51 @@ def test_a_truncated_file_is_named(llama_dir: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"corrupt or cut short.*model\.safetensors"):
         read(llama_dir)
+
+
+def end_of(work: Callable[[], object]) -> str:
+    """What a process of its own that does this says at its end: a file that fails under a memory map would kill it."""
+    source, target = os.pipe()
+    if not (process := os.fork()):
+        try:
+            work()
+            os.write(target, b"it came to its end")
+        except BaseException as error:
+            os.write(target, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(target)
+    with open(source, encoding="utf-8") as said:
+        text = said.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return text if code == 0 else f"killed by signal {-code}"
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])  # the loader keeps to itself what goes wrong within a merge
+@pytest.mark.parametrize("part", ["layer 2", "embedding, norms and head"])
+def test_a_file_that_is_cut_short_while_it_is_in_use_is_named_with_the_layer(
+    family: str, part: str, tmp_path: Path
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    checkpoint = SafetensorsCheckpoint(Anatomy(tiny_config(family), torch.float32), tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 4096)
+    said = end_of(checkpoint.rest if part.startswith("e") else lambda: checkpoint.layer(2))
+    assert said.startswith(
+        f"ModelError: {part}: model.safetensors cannot be read: it was cut short while it was in use"
+    )
+
+
+def test_a_disk_that_fails_under_the_weights_is_named_with_the_layer(
+    llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = SafetensorsCheckpoint(Anatomy(tiny_config("llama"), torch.float32), llama_dir)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ModelError, match=r"layer 1: model\.safetensors cannot be read: Input/output error"):
+        checkpoint.layer(1)
 
 
 def test_a_file_of_rubbish_is_named(llama_dir: Path) -> None:

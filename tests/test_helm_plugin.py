@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, register_model_deployment
 from helm.benchmark.run import build_parser, helm_run
+from helm.benchmark.runner import RunnerError
 from helm.clients.auto_client import AutoClient
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig
 from helm.common.request import Request as HelmRequest
+from helm.common.request import RequestResult
 from helm.proxy.retry import NonRetriableException
 from helm_support import FakeEngine, build_card, tokenizer_dir
 
@@ -46,13 +48,16 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]]:
     yield EngineDouble.loaded
 
 
-def run_helm(output: Path, *more: str, settings: tuple[str, ...] = ("none",), runner: bool = True) -> list[Path]:
+def run_helm(
+    output: Path, *more: str, settings: tuple[str, ...] = ("none",), runner: bool = True, stops: bool = True
+) -> list[Path]:
     """What the command `helm-run` does after it has set up its log; the directories of the runs."""
     local = output / "prod_env"
     for setting in settings:
         register(build_card(name="flexeval/plugged", setting=setting), local)
     arguments = ["--output-path", str(output), "--local-path", str(local), "--suite", "stock"]
-    arguments += ["--max-eval-instances", "6", "--disable-cache", "--exit-on-error", *more]
+    arguments += ["--max-eval-instances", "6", "--disable-cache", *more]
+    arguments += ["--exit-on-error"] if stops else []
     arguments += ["--models-to-run", *[build_card(name="flexeval/plugged", setting=one).deployment for one in settings]]
     arguments += ["--runner-class-name", RUNNER] if runner else []
     helm_run(build_parser().parse_args(arguments))
@@ -169,7 +174,7 @@ def test_requests_of_many_threads_are_answered_together(
 
 
 def test_a_request_that_cannot_be_served_fails_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: FakeEngine, requests: list[Request]) -> list[Completion]:
+    def refuse(self: FakeEngine, requests: list[Request], **_: object) -> list[Completion]:
         raise RequestError("the prompt is longer than the context")
 
     monkeypatch.setattr(FakeEngine, "generate", refuse)
@@ -179,8 +184,49 @@ def test_a_request_that_cannot_be_served_fails_for_good(monkeypatch: pytest.Monk
     assert result.error_flags is not None and result.error_flags.is_retriable is False
 
 
+def test_a_request_that_fails_fails_alone(engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helm_plugin, "_GATHER_S", 0.2)
+    client = FlexevalClient("tiny", apply_chat_template=False)
+    prompts = ["1 + 1 =", "it is too long", "2 + 2 =", "it breaks"]
+    asked = [HelmRequest(prompt=prompt, max_tokens=8) for prompt in prompts] + [HelmRequest(messages=SAID)]
+    together = threading.Barrier(len(asked))
+
+    def ask(request: HelmRequest) -> RequestResult:
+        together.wait()
+        return client.make_request(request)
+
+    with ThreadPoolExecutor(len(asked)) as threads:
+        first, long, second, broken, chat = threads.map(ask, asked)
+    assert first.success and second.success and engines[0].batches and len(engines[0].batches[-1]) == 3
+    alone = FakeEngine(tokenizer_dir()).generate([Request(prompt="1 + 1 =", max_tokens=8)])
+    assert first.completions[0].text == alone[0].text
+    for result, words in ((long, "longer than"), (broken, "no numbers in layer 3"), (chat, "no chat template")):
+        assert not result.success and result.completions == [] and words in str(result.error)
+        assert result.error_flags is not None and result.error_flags.is_fatal and not result.error_flags.is_retriable
+
+
+def test_a_run_of_which_a_request_failed_is_given_up_and_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FakeEngine, requests: list[Request]) -> list[Request]:
+        if long := [request for request in requests if "Answer:" in request.prompt]:  # those of multiple choice
+            raise RequestError(f"{len(long)} are longer than the context")
+        return requests
+
+    monkeypatch.setattr(FakeEngine, "token_requests", refuse)
+    conf = tmp_path / "entries.conf"
+    entries = ", ".join(
+        f'{{description: "{name}:model=text", priority: 1}}' for name in ("simple_mcqa", "simple_classification")
+    )
+    conf.write_text(f"entries: [{entries}]")
+    with pytest.raises(RunnerError, match="simple_mcqa"):
+        run_helm(tmp_path, "--conf-paths", str(conf), stops=False)
+    (run,) = (path.parent for path in (tmp_path / "runs/stock").glob("*/stats.json"))
+    assert run.name.startswith("simple_classification")
+
+
 def test_a_bug_is_not_tried_five_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_down(self: FakeEngine, requests: list[Request]) -> list[Completion]:
+    def break_down(self: FakeEngine, requests: list[Request], **_: object) -> list[Completion]:
         raise RuntimeError("out of bounds")
 
     monkeypatch.setattr(FakeEngine, "generate", break_down)

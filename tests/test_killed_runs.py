@@ -99,14 +99,15 @@ def scores(out: Path) -> Any:
 
 
 def journalled(out: Path) -> Counter[str]:
-    """How often each request stands in the journals, as whole lines."""
+    """How often each request stands in its setting's journal, as whole lines."""
     paths = [*out.glob("journal/*.jsonl"), *out.parent.glob(f".{out.name}.journal/*/*.jsonl")]
-    entries = [json.loads(line) for path in paths for line in path.read_bytes().split(b"\n")[:-1]]
-    return Counter(entry["key"] for entry in entries if "key" in entry)
+    entries = [(path, json.loads(line)) for path in paths for line in path.read_bytes().split(b"\n")[:-1]]
+    named = [(path.stem.rpartition("-")[0], entry["key"]) for path, entry in entries if "key" in entry]
+    return Counter(f"{setting} {key}" for setting, key in named)
 
 
 def asked(at: Nursery) -> set[str]:
-    """What was asked since the last call."""
+    """What was asked since the last call, under each setting."""
     lines = at.asked.read_text().splitlines() if at.asked.exists() else []
     at.asked.unlink(missing_ok=True)
     return {name for line in lines for name in json.loads(line)}

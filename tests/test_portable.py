@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from flexeval import portable
 from flexeval.distributions import row_type
 from flexeval.errors import ResultsError
 from flexeval.portable import (
@@ -118,6 +119,14 @@ def test_answers_come_back_as_they_were(answered: Path) -> None:
     first = found.completions[REQUESTS[0].content_hash()]
     assert first == answers()[0]
     assert first.distributions is not None and first.distributions.tobytes() == ROWS.tobytes()
+
+
+def test_answers_of_before_they_said_how_they_were_computed_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.parquet"
+    old = dataclasses.asdict(ANSWERS)
+    del old["is_deterministic"]
+    portable._write(path, "answers", old, {"request": [], "text": [], "answer": []})
+    assert read_answers(path).info == ANSWERS
 
 
 def test_other_tools_can_read_them(prompts: Path, answered: Path) -> None:

@@ -16,6 +16,7 @@ from tiny_directory import write_tiny_model
 from flexeval import remote
 from flexeval.asked import RunOptions
 from flexeval.errors import FlexevalError, ResultsError
+from flexeval.outcomes import DETERMINISTIC_NOTE
 from flexeval.pipeline import run_suite
 from flexeval.portable import read_answers, read_prompts, write_prompts
 from flexeval.request import Request
@@ -102,6 +103,13 @@ def test_three_steps_give_what_a_run_gives(
     assert [*stats[0], Path("run.json"), Path("status.json")] == stats[1], (
         "HELM's run directories too; what can be resumed was executed elsewhere"
     )
+
+
+def test_a_report_says_what_was_computed_apart(prompts: Path, answers: list[Path], model: Path, tmp_path: Path) -> None:
+    options = ENGINE | {"deterministic": True}
+    apart = execute(prompts, model, "none", tmp_path / "apart.parquet", engine_options=options)
+    assert score(prompts, [apart], tmp_path / "all").notes == [DETERMINISTIC_NOTE]
+    assert score(prompts, [apart, answers[1]], tmp_path / "one").notes == [f"Under none alone: {DETERMINISTIC_NOTE}"]
 
 
 def test_what_is_answered_is_not_asked_again(prompts: Path, answers: list[Path], model: Path, tmp_path: Path) -> None:

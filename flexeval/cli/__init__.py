@@ -7,31 +7,40 @@ that `check` found to be worse.
 from __future__ import annotations
 
 import errno
+import io
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, NoReturn
 
 import typer
 
 import flexeval
 from flexeval.cli import bench, check, data, evaluate, new_task, plan, prepare, profile, remote, schema, status
-from flexeval.errors import ConfigError, DiskError, FlexevalError
+from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError
 
 _INTERRUPTED = 130
 _is_debugging = False
 """Whether a mistake of the user's is shown with its traceback."""
-_OUTSIDE = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ENAMETOOLONG,
+_ELSEWHERE = "Make room there, or name another place"
+_IN_THE_WAY = "Move what is there away, or name another place"
+_MENDS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ELSEWHERE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change who may write there, or name another place"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP), _IN_THE_WAY),
+    **dict.fromkeys((errno.ENOENT, errno.ESTALE), "Somebody may have taken it away meanwhile: run the command again"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow for more open files (ulimit -n), or end other programs"),
+    **dict.fromkeys((errno.EAGAIN, errno.ENOMEM), "Allow for more processes and memory, or end other programs"),
+    **dict.fromkeys((errno.EIO, errno.ENXIO, errno.ENODEV, errno.EBUSY), "Check the disk, or name another place"),
+    errno.ENAMETOOLONG: "Name a shorter path",
 }
-"""Errors of files that are no bug of ours."""
+"""Errors of files that are no bug of ours, and how they are mended."""
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command as Ctrl-C does: what was begun is put in order first."""
 
 app = typer.Typer(
     help="How good a language model is on HELM, how fast this machine evaluates it, and what compression costs.",
@@ -86,8 +95,12 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait give way: beside other work, 4x as fast
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # ragged rows fragment a GPU's memory
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack letters that a path or an answer has
     try:
-        code = app(standalone_mode=False)
+        with _ended_by_signals():
+            code = app(standalone_mode=False)
     except FlexevalError as error:
         _fail(str(error), error.code)
     except typer.TyperException as error:  # an option that there is not, a value that cannot be read
@@ -95,13 +108,32 @@ def main() -> None:
             sys.exit(error.exit_code)
         _fail(f"{error.format_message().rstrip('.')}. See flexeval --help", ConfigError.code)
     except OSError as error:
-        if error.errno not in _OUTSIDE:
+        if error.errno not in _MENDS:
             raise
-        what = f"{error.strerror} ({error.filename or 'while writing'}). Make room there, or name another place"
-        _fail(what, DiskError.code)
+        path = str(error.filename2 or error.filename or "files")
+        _fail(str(DiskError(str(error.strerror), where=path, mend=_MENDS[error.errno])), DiskError.code)
+    except MemoryError as error:
+        what = f"memory ran out{f': {error}' if str(error) else ''}. Ask for less at a time, or end other programs"
+        _fail(what, CapacityError.code)
     if code == _INTERRUPTED:
         print("flexeval: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
     sys.exit(code)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Take the signals of `_ENDINGS` for Ctrl-C, but those that somebody has arranged for, as `nohup` does."""
+    if threading.current_thread() is not threading.main_thread():  # only there signals arrive
+        yield
+        return
+    ours = [number for number in _ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(message: str, code: str) -> NoReturn:

@@ -10,13 +10,12 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,7 +31,9 @@ from transformers.utils import logging as transformers_logging
 from flexeval.checkpoints import INDEX_FILE, read_index
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.packed import PackedLayer
+from flexeval.engine.weight_file import FileTensor
 from flexeval.errors import ModelError
+from flexeval.safetensors_header import Header, TensorPlace, read_header
 
 SINGLE_FILE = "model.safetensors"
 _SAMPLE_BYTES = 2**20
@@ -90,8 +91,8 @@ class SafetensorsCheckpoint(Checkpoint):
         """Read the headers and assign each tensor to its layer. Raises `ModelError`."""
         self._anatomy = anatomy
         self._directory = directory
-        self._files = _find_files(directory)
-        self.identity = _identify(anatomy, set(self._files.values()))
+        self._tensors = _find_tensors(directory)
+        self.identity = _identify(anatomy, {path for path, _ in self._tensors.values()})
         self._keys: dict[int | None, list[str]] = defaultdict(list)
         self._weights: set[str] = set()
         with _with_layers(anatomy) as whole:
@@ -99,7 +100,7 @@ class SafetensorsCheckpoint(Checkpoint):
             names = whole.state_dict(keep_vars=True)
             renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
             converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-            for key in self._files:
+            for key in self._tensors:
                 name, _ = rename_source_key(key, renamings, converters, whole.base_model_prefix, names)
                 self._keys[_locate(name, anatomy.layers_name)[0]].append(key)
                 if (wanted := names.get(name)) is not None and wanted.is_floating_point():
@@ -109,15 +110,26 @@ class SafetensorsCheckpoint(Checkpoint):
         """Read one layer. Raises `ModelError` for a tensor that is missing or cannot be read."""
         prefix = f"{self._anatomy.layers_name}.{layer}."
         wanted = {prefix + spec.name for spec in self._anatomy.layer_specs(layer)}
-        tensors = self._read(self._keys[layer], wanted)
+        tensors = self._read(self._keys[layer], wanted, what=f"layer {layer}")
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def rest(self) -> Mapping[str, Tensor]:
         """Read embedding, norms and head. Raises `ModelError`."""
-        return self._read(self._keys[None], set(self._anatomy.model.state_dict(keep_vars=True)), tie=True)
+        wanted = set(self._anatomy.model.state_dict(keep_vars=True))
+        return self._read(self._keys[None], wanted, what="embedding, norms and head", tie=True)
 
-    def _read(self, keys: list[str], wanted: set[str], *, tie: bool = False) -> dict[str, Tensor]:
-        with _with_layers(self._anatomy) as model, _opened(self._files, keys) as read, _quiet():
+    def _read(self, keys: Sequence[str], wanted: set[str], *, what: str, tie: bool = False) -> dict[str, Tensor]:
+        slices = {key: FileTensor(*self._tensors[key]) for key in keys}
+        try:
+            return self._load(slices, wanted, tie=tie)
+        except ModelError as error:
+            if problem := next((one.problem for one in slices.values() if one.problem), None):
+                mend = "Check the disk, or fetch the file again; then run again to go on"
+                raise ModelError(f"{what}: {problem}", where=str(self._directory), mend=mend) from error
+            raise
+
+    def _load(self, slices: dict[str, FileTensor], wanted: set[str], *, tie: bool) -> dict[str, Tensor]:
+        with _with_layers(self._anatomy) as model, _quiet():
             meta = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
             config = LoadStateDictConfig(
                 device_map={"": "cpu"},
@@ -125,7 +137,6 @@ class SafetensorsCheckpoint(Checkpoint):
                 weight_mapping=list(self._mapping),  # type: ignore[arg-type]
             )
             try:
-                slices = {key: read(key) for key in keys}
                 self._check_types(slices)
                 info, _ = convert_and_load_state_dict_in_model(model, slices, config, None)
                 if tie:
@@ -147,7 +158,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise ModelError(what, where=str(self._directory), mend="Fetch the model again, or check its config.json")
         return {name: tensor.detach() for name, tensor in loaded.items()}
 
-    def _check_types(self, slices: Mapping[str, Any]) -> None:
+    def _check_types(self, slices: Mapping[str, FileTensor]) -> None:
         """Raise `ValueError` for weights that are codes: converted to numbers without their scales, they were wrong."""
         for key in self._weights & slices.keys():
             if (found := slices[key].get_dtype()) not in _NUMBERS:
@@ -170,40 +181,32 @@ def _identify(anatomy: Anatomy, paths: set[Path]) -> str:
     return digest.hexdigest()
 
 
-def _find_files(directory: Path) -> dict[str, Path]:
-    """The file of each tensor. Raises `ModelError`."""
+def _find_tensors(directory: Path) -> dict[str, tuple[Path, TensorPlace]]:
+    """The file of each tensor, and its place there. Raises `ModelError`."""
     try:
         if (directory / INDEX_FILE).is_file():
             shards = read_index(directory / INDEX_FILE)
-            held = {name: set(_check_header(directory / name)) for name in sorted(set(shards.values()))}
+            held = {name: _read_header(directory / name).tensors for name in sorted(set(shards.values()))}
             if lost := [key for key, name in shards.items() if key not in held[name]]:
                 raise ValueError(f"it looks for {lost[0]} in {shards[lost[0]]}, where that is not")
-            return {key: directory / name for key, name in shards.items()}
+            return {key: (directory / name, held[name][key]) for key, name in shards.items()}
         path = directory / SINGLE_FILE
         if not path.is_file():
             raise ModelError("no safetensors weights here", where=str(directory), mend="Convert them to safetensors")
-        return dict.fromkeys(_check_header(path), path)
+        return {key: (path, place) for key, place in _read_header(path).tensors.items()}
     except ValueError as error:
         what = f"the index of the weights cannot be read: {error}"
         raise ModelError(what, where=str(directory / INDEX_FILE), mend="Fetch the model again") from error
 
 
-def _check_header(path: Path) -> list[str]:
-    """The tensors in a file, whose length must be what its header says. Raises `ModelError`."""
+def _read_header(path: Path) -> Header:
+    """What a file holds, which must fit its length. Raises `ModelError`."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
+        return read_header(path)
+    except (ValueError, OSError) as error:
         raise ModelError(
             f"the weight file is corrupt or cut short: {error}", where=str(path), mend="Fetch the file again"
         ) from error
-
-
-@contextmanager
-def _opened(files: Mapping[str, Path], keys: list[str]) -> Iterator[Callable[[str], Any]]:
-    """Yield a function that gives the lazy slice of a tensor."""
-    handles = {path: safe_open(path, framework="pt") for path in {files[key] for key in keys}}
-    yield lambda key: handles[files[key]].get_slice(key)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,9 +20,11 @@ from flexeval.directio import CHUNK_BYTES
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.chunks import bytes_of
 from flexeval.engine.memory.tier import page_aligned
+from flexeval.engine.weight_file import FileTensor
 from flexeval.errors import ModelError
 from flexeval.files import parse_json
 from flexeval.prepared import REST, FileFacts, Manifest, check_content, check_digest, layer_file
+from flexeval.safetensors_header import read_header
 
 _AGAIN = "Prepare the model again with flexeval prepare-model"
 _TIED = "tied"
@@ -78,11 +79,10 @@ class PackedCheckpoint:
         path = self._directory / REST
         check_content(path, self._files[REST])
         try:
-            with safe_open(path, framework="pt") as file:
-                names: list[str] = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-                tied = _read_tied(file.metadata())
-        except (SafetensorError, OSError, ValueError) as error:
+            header = read_header(path)
+            tensors = {name: FileTensor(path, place)[...] for name, place in header.tensors.items()}
+            tied = _read_tied(header.metadata)
+        except (OSError, ValueError) as error:
             raise ModelError(f"weights cannot be read: {error}", where=str(path), mend=_AGAIN) from error
         tensors |= {name: tensors[first] for name, first in tied.items() if first in tensors}
         wanted = self._anatomy.model.state_dict(keep_vars=True)
@@ -91,8 +91,8 @@ class PackedCheckpoint:
         return tensors
 
 
-def _read_tied(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    tied = parse_json((metadata or {}).get(_TIED, ""))
+def _read_tied(metadata: Mapping[str, str]) -> dict[str, str]:
+    tied = parse_json(metadata.get(_TIED, ""))
     if not isinstance(tied, dict) or not all(isinstance(first, str) for first in tied.values()):
         raise ValueError("the names of tied tensors are none")
     return tied

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from tempfile import NamedTemporaryFile
 from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from flexeval.directio import CHUNK_BYTES, QUEUE_DEPTH, DirectIO
+from flexeval.directio import CHUNK_BYTES, QUEUE_DEPTH, DirectIO, unnamed_file
 from flexeval.errors import ConfigError
 from flexeval.policy.profile import FEW_TOKENS
 
@@ -231,11 +230,12 @@ def _disk_rates(directory: Path) -> tuple[float, float]:
     """Reading and writing, as the engine moves files. Raises `ConfigError`."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with DirectIO(directory) as io, NamedTemporaryFile(dir=directory) as file:
+        with DirectIO(directory) as io, unnamed_file(directory) as path:
             chunks = [_noise(CHUNK_BYTES) for _ in range(QUEUE_DEPTH)]
-            write_rate = _transfer_rate(io, Path(file.name), os.O_WRONLY, io.write, chunks)
-            os.fsync(file.fileno())
-            return _transfer_rate(io, Path(file.name), os.O_RDONLY, io.read, chunks), write_rate
+            write_rate = _transfer_rate(io, path, os.O_WRONLY, io.write, chunks)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            return _transfer_rate(io, path, os.O_RDONLY, io.read, chunks), write_rate
     except OSError as error:
         raise no_folder(directory, error) from error
 

@@ -7,6 +7,7 @@ size, number and nesting are bounded.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -64,7 +65,7 @@ def read_reference(text: str) -> Reference:
             options[key] = int(value)
         else:
             raise ConfigError(f"{argument!r} cannot be read", where=text, mend=form)
-    path = Path(head).expanduser()
+    path = Path(os.path.expanduser(head))
     if not head or "=" in head or not path.exists():
         raise ConfigError(f"there is no folder or file {head!r}", where=text, mend=form)
     path = path.resolve()
