@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 from math import ceil, log2
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from flexeval.config import format_size
 from flexeval.errors import CapacityError
 from flexeval.policy.correction import NO_CORRECTION, Correction
 from flexeval.policy.cost import KERNELS_PER_CALL, CostModel
-from flexeval.policy.policy import Policy, Tier, apart
+from flexeval.policy.policy import Policy, Split, Tier, apart
 from flexeval.policy.program import best_placement, least_seconds, missing_bytes
 from flexeval.policy.work import ModelShape, Workload
 
@@ -46,23 +47,41 @@ def search(
 ) -> Policy:
     """The policy of least predicted time. Raises `CapacityError` where none fits, saying what would.
 
-    Best first: relaxed programs (fractions of layers) bound every choice of sizes from below; whole programs are
-    solved in the order of these bounds, until nothing left can be better. Equal input gives an equal answer.
+    Best first: every choice of sizes is bounded from below by its weights alone, then by its relaxed program (fractions
+    of layers), before its whole program is solved; whichever bound is least is looked at next, until nothing left can
+    be better. Equal input gives an equal answer.
     """
     model = CostModel(shape=shape, workload=workload, hardware=hardware, correction=correction)
-    bounds = [(least_seconds(model, sizes), sizes) for sizes in _grid(model)]
+    # Bound, which of the grid, whether the bound is its relaxed program's.
+    grid = list(_grid(model))
+    left = [(_seconds_for_weights(model, sizes), index, False) for index, sizes in enumerate(grid)]
+    heapify(left)
     best: tuple[float, Policy] | None = None
-    for bound, sizes in sorted(((bound, sizes) for bound, sizes in bounds if bound is not None), key=lambda b: b[0]):
-        if best and bound >= best[0] * (1 - TOLERANCE):
-            break
-        policy = best_placement(model, sizes)
-        if policy:
+    while left and not (best and left[0][0] >= best[0] * (1 - TOLERANCE)):
+        bound, index, is_relaxed = heappop(left)
+        if not is_relaxed:
+            if (relaxed := least_seconds(model, grid[index])) is not None:
+                heappush(left, (max(bound, relaxed), index, True))
+        elif policy := best_placement(model, grid[index]):
             objective_s = model.cost(policy).objective_s
             best = min(best or (objective_s, policy), (objective_s, policy), key=lambda b: b[0])
     if best is None:
         raise _does_not_fit(model)
     check(best[1], shape, workload, hardware)
     return best[1]
+
+
+def _seconds_for_weights(model: CostModel, sizes: Policy) -> float:
+    """A lower bound of `objective_s` over all placements: weights fill the fastest tiers, all else takes no room."""
+    hardware, num_left = model.hardware, model.shape.num_layers
+    counts = dict.fromkeys(Tier, 0)
+    for tier in (hardware.home, *(tier for tier in Tier if tier is not hardware.home)):
+        counts[tier] = min(num_left, int(hardware.capacity_bytes(tier) // model.shape.layer_bytes))
+        num_left -= counts[tier]
+    counts[hardware.home] += num_left  # it does not fit: the program says so
+    weights = Split(**{tier: count / model.shape.num_layers for tier, count in counts.items()})
+    home = Split(**{hardware.home: 1.0})
+    return model.cost(replace(sizes, weights=weights, kv=home, hidden=home, host_attention=0.0)).objective_s
 
 
 def choose(
