@@ -23,11 +23,19 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # the tokenizers package raises bare ones
+        tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])  # what is wrong may show no earlier
+    except BaseException as error:  # the tokenizers package raises bare ones
+        if not _is_failure(error):
+            raise
         raise ModelError(
-            f"the tokenizer cannot be read: {error}", where=str(directory), mend="Fetch the model again"
+            f"the tokenizer cannot be used: {error}", where=str(directory), mend="Fetch the model again"
         ) from error
     return tokenizer
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether code has failed; that of tokenizers in Rust, where it gives up, raises what is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -38,14 +46,20 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, where: str | None = None) -> tuple[int, ...]:
     """Tokens of a text with the tokenizer's special ones, unless it begins with the beginning-of-text token already.
 
-    Raises `RequestError` for half a character, which no tokenizer takes.
+    Raises `RequestError` for half a character, which no tokenizer takes, and `ModelError` for a tokenizer that fails.
     """
     if half := _SURROGATE.search(text):
         what = f"half of a character, the surrogate U+{ord(half[0]):04X}, stands at {half.start()} of the prompt"
         raise RequestError(what, where=where, mend="Write the whole character, or leave it out")
     bos = tokenizer.bos_token
     has_bos = bool(bos) and text.startswith(str(bos))
-    return tuple(tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"])
+    try:
+        return tuple(tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"])
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        what = f"the model's tokenizer cannot encode this text: {error}"
+        raise ModelError(what, where=where, mend="Fetch the model again") from error
 
 
 def chat_ids(

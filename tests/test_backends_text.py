@@ -381,7 +381,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(content: str | None, tmp_path:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     half = text_half(tmp_path)
-    with pytest.raises(ModelError, match=f"the tokenizer cannot be read.*{tmp_path}"):
+    with pytest.raises(ModelError, match=f"the tokenizer cannot be used.*{tmp_path}"):
         half.encode(Request(prompt="text"), where="here")
 
 

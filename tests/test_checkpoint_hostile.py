@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from json_mutations import damaged, mutations
+from json_mutations import ODD, damaged, mutations
 from test_conversion import WriteGguf, write_gguf  # noqa: F401
 from tiny_directory import write_tiny_model
 from tiny_models import tiny_config
@@ -29,16 +29,27 @@ from flexeval.conversion import read_header
 from flexeval.engine.checkpoint import SafetensorsCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.errors import FlexevalError, ModelError
-from flexeval.files import write_json
+from flexeval.files import read_json, write_json
 from flexeval.models import resolve
 from flexeval.preparation import PrepareOptions, prepare
 from flexeval.prepared import facts_of, read_manifest
 from flexeval.progress import LineProgress
+from flexeval.tokenizer import encode, open_tokenizer
 
 EXAMPLES = settings(
     max_examples=int(os.environ.get("HOSTILE_EXAMPLES", "25")),
     suppress_health_check=list(HealthCheck),
     deadline=None,
+)
+SOME_KEYS = (
+    "rope_scaling",
+    "auto_map",
+    "layer_types",
+    "text_config",
+    "dtype",
+    "sliding_window",
+    "head_dim",
+    "id2label",
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -70,13 +81,13 @@ def read_all(directory: Path, anatomy: Anatomy) -> None:
             assert found[spec.name].shape == spec.shape and found[spec.name].dtype == torch.float32, spec.name
 
 
-def refused(work: Callable[[], object], where: Path) -> bool:
-    """Whether something was refused; then in one line that names its place."""
+def refused(work: Callable[[], object], where: Path | None = None) -> bool:
+    """Whether something was refused; then in one line, which names its place."""
     try:
         work()
     except FlexevalError as error:
         line = str(error)
-        assert str(where) in line and line.isprintable() and len(line) < 3000, line
+        assert (where is None or str(where) in line) and line.isprintable() and len(line) < 3000, line
         return True
     return False
 
@@ -200,10 +211,46 @@ def test_a_configuration_that_is_none_is_refused(text: str, copy: Path) -> None:
     assert refused(lambda: resolve(str(copy)), copy)
 
 
-@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"quantization_config": [1]}])
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 10**9}, {"quantization_config": [1]}, {"pad_token_id": 2**31, "eos_token_id": 1}]
+)
 def test_a_configuration_of_absurd_values_is_refused(changes: dict[str, Any], copy: Path) -> None:
     write_json(copy / "config.json", read_config(copy) | changes)
+    assert refused(lambda: open_model(str(copy), setting="none", device="cpu", dtype="float32"))
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_odd_configurations_are_refused_or_serve(data: st.DataObject, model: Path, copy: Path) -> None:
+    config = read_config(model)
+    extra = st.dictionaries(st.sampled_from(SOME_KEYS), st.sampled_from(ODD), max_size=2)
+    write_json(copy / "config.json", data.draw(mutations(config | data.draw(extra))))
+    refused(lambda: open_model(str(copy), setting="none", device="cpu", dtype="float32"))
+
+
+@pytest.mark.parametrize("value", [1.5, "1", [1, "2"], {"x": 1}, True])
+def test_tokens_that_end_a_text_and_are_none_are_refused(value: Any, copy: Path) -> None:
+    write_json(copy / "generation_config.json", {"eos_token_id": value})
     assert refused(lambda: open_model(str(copy), setting="none", device="cpu", dtype="float32"), copy)
+
+
+@pytest.mark.parametrize("length", ["x", [1], {"x": 1}])
+def test_a_tokenizer_of_odd_lengths_is_refused(length: Any, copy: Path) -> None:
+    write_json(copy / "tokenizer_config.json", read_json(copy / "tokenizer_config.json") | {"model_max_length": length})
+    assert refused(lambda: open_tokenizer(copy), copy)
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_odd_tokenizers_are_refused_or_serve(data: st.DataObject, model: Path, copy: Path) -> None:
+    name = data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
+    found = read_json(model / name)
+    few = {"added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"}
+    whole = {key: value for key, value in found.items() if key not in few and name == "tokenizer.json"}
+    rest = {key: value for key, value in found.items() if key not in whole}
+    odd = data.draw(mutations(rest).filter(lambda value: isinstance(value, dict)))
+    write_json(copy / name, whole | odd)
+    refused(lambda: encode(open_tokenizer(copy), "what is 12 and why?", where=str(copy)), copy)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from flexeval.engine.family import check_family
 from flexeval.errors import ConfigError, ModelError
 from flexeval.models import ModelSource, resolve
 from flexeval.prepared import Content
+from flexeval.typed import show
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -186,9 +187,10 @@ def _eos_ids(source: ModelSource, config: PretrainedConfig) -> frozenset[int]:
             value = GenerationConfig.from_pretrained(source.directory).eos_token_id or value
         except Exception as error:
             raise _unusable("generation configuration", source, error) from error
-    if value is None:
-        return frozenset()
-    return frozenset([value] if isinstance(value, int) else value)
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    if odd := [one for one in found if type(one) is not int]:
+        raise _unusable("token that ends a text", source, f"eos_token_id is {show(odd[0])}")
+    return frozenset(found)
 
 
 def _unusable(what: str, source: ModelSource, why: object) -> ModelError:

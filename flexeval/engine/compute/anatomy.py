@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flexeval.engine.codecs.codec import Codec, CodedMatrix
 from flexeval.engine.codecs.kv_format import KVShape
-from flexeval.engine.compute.binding import bind, fill_buffers, place_of
+from flexeval.engine.compute.binding import bind, fill_buffers, place_of, unchanging_rotary
 from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
 from flexeval.engine.compute.channels import Keys
 from flexeval.engine.compute.experts import Experts, Fetch, experts_per_token, find_experts, register_experts
@@ -175,7 +175,8 @@ class Anatomy:
         """Hidden states entering the first layer, and what every layer is called with."""
         for stub in self._stubs:
             stub.replacement = None
-        with self.vocabulary.looking_up(ids_1T) as ids_1T:
+        rotary = unchanging_rotary(self.model) if ids_1T.is_meta else nullcontext()
+        with self.vocabulary.looking_up(ids_1T) as ids_1T, rotary:
             self.model.base_model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
         seen = [stub.seen for stub in self._stubs]
         for stub in self._stubs:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from transformers import PreTrainedModel
 
 from flexeval.engine.codecs.codec import CodedMatrix
 from flexeval.engine.compute.linear import CodedLinear
+
+_KIND = "rope_type"
+"""Attribute of transformers' rotary embeddings."""
 
 
 def bind(root: nn.Module, tensors: Mapping[str, Tensor | CodedMatrix]) -> None:
@@ -27,6 +32,22 @@ def bind(root: nn.Module, tensors: Mapping[str, Tensor | CodedMatrix]) -> None:
         else:
             assert leaf in module._buffers, (name, "is neither a parameter nor a buffer")
             module._buffers[leaf] = tensor
+
+
+@contextmanager
+def unchanging_rotary(model: PreTrainedModel) -> Iterator[None]:
+    """For calls without memory: there, rotary embeddings that change with the largest position cannot look at it.
+
+    Within `Anatomy.context_length` none of them changes.
+    """
+    found: list[tuple[Any, Any]] = [(module, module.rope_type) for module in model.modules() if hasattr(module, _KIND)]
+    try:
+        for module, kind in found:
+            module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+        yield
+    finally:
+        for module, kind in found:
+            module.rope_type = kind
 
 
 def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
