@@ -402,6 +402,17 @@ def test_what_happens_outside_is_said_in_one_line(
     assert line.startswith("flexeval: ") and words in line
 
 
+def test_ctrl_c_before_a_command_begins_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flexeval.cli.app", interrupt)
+    assert call(monkeypatch, "run") == 130
+    assert capsys.readouterr().err.startswith("flexeval: interrupted")
+
+
 SECRET = "hf_" + "Az09" * 8
 
 
