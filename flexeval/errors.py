@@ -1,14 +1,29 @@
-"""Errors a user can mend. Knows only how to say: what is wrong, where, and how to mend it.
+"""Errors a user can mend. Knows only how to say: what is wrong, where, and how to mend it; and what must not be said.
 
 Anything else that goes wrong is our bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 _LONGEST = 1000
 """Characters of what is wrong, and of where: they may quote a file that somebody else wrote."""
+_SECRETS = (
+    re.compile(r"(?<=://)[^\s/@]+(?=@)"),
+    re.compile(r"(?<=\bhf_)[A-Za-z0-9]{20,}"),
+    re.compile(r"(?<=\bsk-)[\w-]{20,}"),
+    re.compile(r"(?<=[?&])((?:[\w-]*(?:token|key|secret|password|signature)[\w-]*)=)[^\s&#'\"]+", re.IGNORECASE),
+)
+"""Names and passwords in addresses, tokens of hubs, keys of services, and signed addresses."""
+
+
+def without_secrets(text: str) -> str:
+    """A text as it may be shown and kept: libraries quote addresses with all that stands in them."""
+    for pattern in _SECRETS:
+        text = pattern.sub(lambda found: f"{found[1] if found.lastindex else ''}***", text)
+    return text
 
 
 class FlexevalError(Exception):
@@ -31,7 +46,7 @@ class FlexevalError(Exception):
         self.mend = mend
         place = f" ({_cut(where)})" if where else ""
         hint = f". {mend}" if mend else ""
-        line = " ".join(f"{_cut(what).rstrip('. ')}{place}{hint}".splitlines())
+        line = " ".join(without_secrets(f"{_cut(what).rstrip('. ')}{place}{hint}").splitlines())
         super().__init__(
             "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
         )

@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _discard(leftover)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as held:
+        with temporary.open("xb") as held:  # nor through a link that somebody has put there
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield temporary
@@ -41,9 +41,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _discard(temporary: Path) -> None:
     """Delete what a killed process has left; a living one holds a lock on it."""
-    with suppress(OSError), temporary.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temporary.unlink(missing_ok=True)
+    with suppress(OSError):
+        file = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would have us wait
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink(missing_ok=True)
+        finally:
+            os.close(file)
 
 
 def sync_folder(folder: Path) -> None:
@@ -76,6 +80,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON. Raises `OSError` and `ValueError`."""
+    if path.is_fifo() or path.is_char_device():
+        raise OSError(errno.EINVAL, "it is no file, and may never end", str(path))
     return parse_json(path.read_text(encoding="utf-8"))
 
 

@@ -40,7 +40,8 @@ class Journal:
         self.usages: list[dict[str, Any]] = []
         """What each session that wrote here has used, in order."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab+", buffering=0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # what a link points to is nobody's journal
+        self._file = os.fdopen(os.open(path, flags, 0o666), "ab+", buffering=0)
         self._end = 0 if fresh else self._read()
         """Where whole lines end."""
         self._file.truncate(self._end)

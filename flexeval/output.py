@@ -77,7 +77,9 @@ def _named(path: Path) -> Iterator[None]:
     since = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         with suppress(OSError):  # the lock holds without it
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+            path.unlink(missing_ok=True)  # it may be a link to anything
+            with path.open("x", encoding="utf-8") as file:
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
         yield
     finally:
         path.unlink(missing_ok=True)

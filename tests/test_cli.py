@@ -20,7 +20,8 @@ from tiny_directory import write_tiny_model
 
 from flexeval.cache import cache_root
 from flexeval.cli import app, main
-from flexeval.errors import ConfigError, FlexevalError
+from flexeval.cli.options import command_line
+from flexeval.errors import ConfigError, FlexevalError, without_secrets
 
 ENTRY = "simple_mcqa:model=text"
 SUITE = 'entries: [{{description: "{entry}", priority: 1}}]\nmax_eval_instances: 3\n'
@@ -399,6 +400,39 @@ def test_what_happens_outside_is_said_in_one_line(
     assert call(monkeypatch, "run", "--suite", "demo") == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("flexeval: ") and words in line
+
+
+def test_ctrl_c_before_a_command_begins_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flexeval.cli.app", interrupt)
+    assert call(monkeypatch, "run") == 130
+    assert capsys.readouterr().err.startswith("flexeval: interrupted")
+
+
+SECRET = "hf_" + "Az09" * 8
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"cannot reach https://me:{SECRET}@hub.example/x",
+        f"cannot reach http://{SECRET}@proxy:8080: refused",
+        f"401 for https://hub.example/x?X-Amz-Signature={SECRET}&a=b",
+        f"GET 'https://hub.example/x?a=b&access_token={SECRET}'",
+        f"the token {SECRET} is not known",
+        f"the key sk-{SECRET} is not known",
+    ],
+)
+def test_secrets_are_neither_shown_nor_kept(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["flexeval", "run", "--model", text])
+    for shown in (str(FlexevalError(text)), str(FlexevalError("x", where=text)), command_line()):
+        assert SECRET not in shown and "Az09" not in shown and "***" in shown
+    plain = "run tasks/hf_checkpoints_of_mine/x@y sk-learn https://hub.example/x?a=b&keep=all 'task-x' a@b://c"
+    assert without_secrets(plain) == plain
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,20 @@ def test_json_comes_back(tmp_path: Path) -> None:
     write_json(tmp_path / "file.json", value)
     assert read_json(tmp_path / "file.json") == value
     assert "東" in (tmp_path / "file.json").read_text(encoding="utf-8"), "readable by people"
+
+
+def test_nothing_is_written_through_a_link_or_waited_for_in_a_pipe(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "file"
+    for name in (path.name, f".{path.name}.1.tmp", f".{path.name}.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    os.mkfifo(tmp_path / f".{path.name}.2.tmp")
+    with pytest.raises(FileExistsError):
+        write_text(path, "ours")
+    write_text(path, "ours")
+    assert not victim.exists() and path.read_text() == "ours" and not path.is_symlink()
+
+
+def test_a_pipe_is_no_json(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file.json")
+    with pytest.raises(OSError, match="it is no file"):
+        read_json(tmp_path / "file.json")

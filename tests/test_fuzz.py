@@ -30,6 +30,7 @@ from flexeval.policy.policy import Policy
 from flexeval.preparation import PrepareOptions, prepare
 from flexeval.prepared import read_manifest
 from flexeval.progress import LineProgress
+from flexeval.tokenizer import encode, open_tokenizer
 
 ODD = ("-1", "0", "1e999", "NaN", "1" * 400, "null", "true", '""', "[]", "{}", '"../x"', '"\\ud800"', "[" * 2000, "2.5")
 """Instead of a JSON value."""
@@ -115,7 +116,7 @@ def targets(tmp_path: Path, write_gguf: WriteGguf) -> dict[str, Target]:  # noqa
         checkpoint.rest()
         checkpoint.layer(1)
 
-    add("gguf", whole_gguf, lambda: read_header(whole_gguf), 0.2, 12_000)
+    add("gguf", whole_gguf, lambda: read_header(whole_gguf), 0.17, 12_000)
     add(
         "safetensors", weights / "model.safetensors", lambda: check_weights(weights, read_config(weights)), 0.27, header
     )
@@ -129,6 +130,9 @@ def targets(tmp_path: Path, write_gguf: WriteGguf) -> dict[str, Target]:  # noqa
         lambda: open_model(str(tmp_path / "model"), setting="none", device="cpu", dtype="float32"),
         0.005,
     )
+    tokenizer = copy("tokenizer")
+    for name, share in (("tokenizer.json", 0.01), ("tokenizer_config.json", 0.02)):
+        add(name, tokenizer / name, lambda: encode(open_tokenizer(tokenizer), "what is 12 and why?"), share, 2_000)
     add("journal", tmp_path / "journal.jsonl", read_journal, 0.1)
     add("policy", tmp_path / "policy.json", lambda: Policy.load(tmp_path / "policy.json"), 0.015)
     return found

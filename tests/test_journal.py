@@ -163,3 +163,12 @@ def test_different_requests_are_different(path: Path) -> None:
     with Journal(path) as journal:
         for field, value in {"max_tokens": 4, "stop": ("\n",), "temperature": 0.0, "seed": 1, "echo": True}.items():
             assert dataclasses.replace(SECOND, **{field: value}) not in journal, field
+
+
+def test_a_journal_is_not_written_through_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("a line\nand no end")
+    (tmp_path / "journal.jsonl").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"), Journal(tmp_path / "journal.jsonl"):
+        raise AssertionError
+    assert victim.read_text() == "a line\nand no end"

@@ -24,6 +24,16 @@ def test_two_runs_do_not_write_at_once(tmp_path: Path) -> None:
         pass
 
 
+def test_who_holds_it_is_not_written_through_a_link(tmp_path: Path) -> None:
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    out.mkdir()
+    victim.write_text("precious")
+    (out / ".holder").symlink_to(victim)
+    with output_directory(out, kept="*"):
+        assert (out / ".holder").read_text().startswith(f"process {os.getpid()}")
+    assert victim.read_text() == "precious" and not (out / ".holder").exists()
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_what_came_to_nothing_is_taken_away_with_the_parents_made_for_it(
     error: type[BaseException], tmp_path: Path

@@ -101,6 +101,8 @@ def main() -> None:
     try:
         with _ended_by_signals():
             code = app(standalone_mode=False)
+    except KeyboardInterrupt:  # while the command line is put together
+        code = _INTERRUPTED
     except FlexevalError as error:
         _fail(str(error), error.code)
     except typer.TyperException as error:  # an option that there is not, a value that cannot be read

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from flexeval.cli.options import CpuMemory, Device, Disk, Dtype, GpuMemory, Policy
+from flexeval.cli.options import CpuMemory, Device, Disk, Dtype, GpuMemory, Policy, command_line
 
 
 def bench(
@@ -111,7 +109,7 @@ def bench(
         peer_batch_size=peer_batch_size,
         peer_requests=peer_requests,
         peer_gen_len=peer_gen_len,
-        command=shlex.join(["flexeval", *sys.argv[1:]]),
+        command=command_line(),
     )
     results = run_bench(options, choose_progress(console))
     print_bench(results, console)

@@ -29,6 +29,7 @@ from flexeval.cli.options import (
     Settings,
     SkipMissing,
     SuiteName,
+    command_line,
 )
 from flexeval.cli.plan import show_plan
 from flexeval.errors import ConfigError, ResultsError
@@ -79,7 +80,7 @@ def run(
         chat_template=chat_template,
         deterministic=deterministic,
         fresh=fresh,
-        command=shlex.join(["flexeval", *sys.argv[1:]]),
+        command=command_line(),
     )
     if dry_run:
         show_plan(options)
@@ -140,7 +141,7 @@ def compare(
             settings=tuple((settings or "none").split(",")),
             max_eval_instances=max_eval_instances,
             out=out,
-            command=shlex.join(["flexeval", *sys.argv[1:]]),
+            command=command_line(),
         )
         if models is None:
             _evaluate(options)

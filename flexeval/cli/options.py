@@ -1,8 +1,12 @@
 """Options that several commands take. Knows how they are written; not what they mean."""
 
+import shlex
+import sys
 from typing import Annotated
 
 import typer
+
+from flexeval.errors import without_secrets
 
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where layers are computed.")]
 Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the arithmetic.")]
@@ -54,3 +58,8 @@ Settings = Annotated[
 ]
 MaxEvalInstances = Annotated[int | None, typer.Option(metavar="N", min=1, help="Questions per task at most.")]
 SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Run without tasks that have no data.")]
+
+
+def command_line() -> str:
+    """The command as it was called, for reports."""
+    return without_secrets(shlex.join(["flexeval", *sys.argv[1:]]))

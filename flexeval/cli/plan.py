@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +22,7 @@ from flexeval.cli.options import (
     Settings,
     SkipMissing,
     SuiteName,
+    command_line,
 )
 
 if TYPE_CHECKING:  # opening it would import torch
@@ -63,7 +62,7 @@ def plan(
         skip_missing=skip_missing,
         chat_template=chat_template,
         deterministic=deterministic,
-        command=shlex.join(["flexeval", *sys.argv[1:]]),
+        command=command_line(),
     )
     show_plan(options, out)
 

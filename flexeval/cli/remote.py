@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +20,7 @@ from flexeval.cli.options import (
     KeepTop,
     MaxEvalInstances,
     Policy,
+    command_line,
 )
 
 
@@ -110,5 +109,5 @@ def score(
     from flexeval.remote import score
 
     console = Console()
-    command = shlex.join(["flexeval", *sys.argv[1:]])
+    command = command_line()
     show(score(prompts, answers, out, command=command, progress=choose_progress(console)), console)
