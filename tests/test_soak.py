@@ -45,7 +45,7 @@ def block(number: int) -> list[Request]:
     return [Request(prompt=f"{header}{i}", max_tokens=(0, 1, 3)[i % 3], echo=i % 3 == 0, keep_top=2) for i in range(4)]
 
 
-@pytest.mark.parametrize("num_blocks", [12, pytest.param(3_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_blocks", [12, pytest.param(2_000, marks=pytest.mark.slow)])
 def test_nothing_grows(num_blocks: int, tmp_path: Path) -> None:
     model, disk = write_tiny_model(tmp_path / "model"), tmp_path / "disk"
     options = {"dtype": "float32", "disk": disk, "policy": f"{ON_DISK},{SIZES}"}

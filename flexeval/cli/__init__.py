@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -97,7 +97,10 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # ragged rows fragment a GPU's memory
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack letters that a path or an answer has
+            with suppress(OSError):
+                stream.reconfigure(
+                    errors="backslashreplace"
+                )  # a terminal may lack letters that a path or an answer has
     try:
         with _ended_by_signals():
             code = app(standalone_mode=False)
