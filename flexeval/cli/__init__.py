@@ -95,12 +95,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait give way: beside other work, 4x as fast
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # ragged rows fragment a GPU's memory
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters that a path or an answer has
         if isinstance(stream, io.TextIOWrapper):
             with suppress(OSError):
-                stream.reconfigure(
-                    errors="backslashreplace"
-                )  # a terminal may lack letters that a path or an answer has
+                stream.reconfigure(errors="backslashreplace")
     try:
         with _ended_by_signals():
             code = app(standalone_mode=False)
