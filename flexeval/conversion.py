@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from flexeval.config import format_size
-from flexeval.errors import CapacityError, ModelError
+from flexeval.errors import CapacityError, DiskError, ModelError
 from flexeval.gguf_header import check_header
 
 _MEND = "Use the model's own directory with safetensors weights instead"
@@ -97,6 +97,7 @@ def convert(gguf: Path, directory: Path) -> str:
     Raises:
         ModelError: The file is damaged, or holds something that transformers cannot read.
         CapacityError: The unpacked weights do not fit in memory.
+        DiskError: They do not fit on the disk.
     """
     header = read_header(gguf)
     num_bytes = 2 * header.num_elements
@@ -146,6 +147,7 @@ def _mend_split(tokenizer: Any, gguf: Path, header: GgufHeader) -> str:
 
 def _convert_weights(gguf: Path, directory: Path) -> None:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
     try:
@@ -165,5 +167,9 @@ def _convert_weights(gguf: Path, directory: Path) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ModelError(f"{name} holds values that are not fp16 numbers", where=str(gguf), mend=_MEND)
-    with redirect_stderr(io.StringIO()):
-        model.save_pretrained(directory)
+    try:
+        with redirect_stderr(io.StringIO()):
+            model.save_pretrained(directory)
+    except SafetensorError as error:  # which it makes of a disk's errors, too
+        mend = "Make room there, or name another folder in FLEXEVAL_CACHE"
+        raise DiskError(f"weights cannot be written: {error}", where=str(directory), mend=mend) from error

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -28,9 +29,9 @@ from flexeval.engine.codecs.codec import IntegerCodec
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.prepared import content_of
 from flexeval.engine.memory.slab import SlabLayout
-from flexeval.engine.packed import PackedCheckpoint
+from flexeval.engine.packed import PackedCheckpoint, save_rest
 from flexeval.engine.preparing import write_model
-from flexeval.errors import CapacityError, ConfigError, FlexevalError, ModelError
+from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError, ModelError
 from flexeval.models import _demo_tokenizer, resolve
 from flexeval.preparation import Prepared, PrepareOptions, prepare
 from flexeval.prepared import Manifest, read_manifest
@@ -337,3 +338,21 @@ def test_settings_name_what_becomes_of_weights() -> None:
         assert setting.weights == weights
         codec, again = codec_of(setting), codec_of(Setting.parse(weights))
         assert (codec and codec.name) == (again and again.name)
+
+
+def test_a_disk_that_is_full_when_the_rest_is_written_is_named(tmp_path: Path) -> None:
+    """In a process of its own: the limit on the length of files cannot be lifted again."""
+    source, target = os.pipe()
+    if not (process := os.fork()):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            save_rest({"head": torch.zeros(5000)}, tmp_path / "rest.safetensors")
+        except DiskError as error:
+            os.write(target, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(target)
+    with open(source, encoding="utf-8") as said:
+        assert re.match(rf"weights cannot be written: .*File too large.*{tmp_path}", said.read())
+    os.waitpid(process, 0)

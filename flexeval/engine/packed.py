@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.chunks import bytes_of
 from flexeval.engine.memory.tier import page_aligned
 from flexeval.engine.weight_file import FileTensor
-from flexeval.errors import ModelError
+from flexeval.errors import DiskError, ModelError
 from flexeval.files import parse_json
 from flexeval.prepared import REST, FileFacts, Manifest, check_content, check_digest, layer_file
 from flexeval.safetensors_header import read_header
@@ -109,7 +110,7 @@ def _check_fit(name: str, tensor: Tensor | None, wanted: Tensor | None, dtype: t
 
 
 def save_rest(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write what `PackedCheckpoint.rest` reads; tensors that share memory once."""
+    """Write what `PackedCheckpoint.rest` reads; tensors that share memory once. Raises `DiskError`."""
     first: dict[tuple[int, tuple[int, ...]], str] = {}
     own, tied = {}, {}
     for name, tensor in tensors.items():
@@ -118,7 +119,11 @@ def save_rest(tensors: Mapping[str, Tensor], path: Path) -> None:
             own[name] = tensor.detach().contiguous()
         else:
             tied[name] = seen
-    save_file(own, path, metadata={_TIED: json.dumps(tied)})
+    try:
+        save_file(own, path, metadata={_TIED: json.dumps(tied)})
+    except SafetensorError as error:  # which it makes of a disk's errors, too
+        mend = "Make room there, or name another place"
+        raise DiskError(f"weights cannot be written: {error}", where=str(path), mend=mend) from error
 
 
 def _read(file: int, buffer: memoryview) -> None:
