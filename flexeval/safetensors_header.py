@@ -1,6 +1,6 @@
 """What a safetensors file says it holds, held against the file. Knows the form; no tensor, no layer.
 
-Files are read with `pread`, never through a memory map: where a file is cut short under a map, or its disk fails, the
+Files are read, never looked at through a memory map: where a file is cut short under a map, or its disk fails, the
 whole process is killed (SIGBUS) instead of told.
 The form: https://huggingface.co/docs/safetensors. What is refused here is what the safetensors package refuses.
 """
@@ -12,7 +12,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flexeval.typed import show
 
@@ -57,12 +57,12 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Read and check it. Raises `OSError`, and `ValueError` for a header that does not fit the file."""
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         file_bytes = os.fstat(file.fileno()).st_size
-        num_bytes = int.from_bytes(read_at(file.fileno(), 0, _LENGTH_BYTES), "little")
+        num_bytes = int.from_bytes(_next_bytes(file, _LENGTH_BYTES), "little")
         if num_bytes > min(_MOST_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
             raise ValueError(f"its header has {num_bytes} bytes, the file {file_bytes}")
-        text = read_at(file.fileno(), _LENGTH_BYTES, num_bytes)
+        text = _next_bytes(file, num_bytes)
     try:
         data = json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:
@@ -78,13 +78,9 @@ def read_header(path: Path) -> Header:
     return Header(tensors=tensors, metadata=metadata)
 
 
-def read_at(file: int, offset: int, num_bytes: int) -> bytes:
-    """Bytes of an open file. Raises `OSError`, and `ValueError` where the file ends before them."""
-    found = b""
-    while len(found) < num_bytes:
-        if not (more := os.pread(file, num_bytes - len(found), offset + len(found))):
-            raise ValueError(f"the file ends before byte {offset + num_bytes}")
-        found += more
+def _next_bytes(file: BinaryIO, num_bytes: int) -> bytes:
+    if len(found := file.read(num_bytes)) < num_bytes:
+        raise ValueError(f"the file ends before byte {file.tell() - len(found) + num_bytes}")
     return found
 
 

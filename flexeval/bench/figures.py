@@ -54,7 +54,7 @@ class PhaseFigures:
     num_decode_tokens: int
     """Tokens continued, by one each; in `prefill`, beside prompts."""
     lanes: dict[str, LaneFigures] = field(default_factory=dict)
-    """`weights`, `kv_in`, `kv_out`, `hidden`, `host_attention`, `compute`; empty for peers."""
+    """`weights`, `disk`, `kv_in`, `kv_out`, `hidden`, `host_attention`, `compute`; empty for peers."""
     bounds: dict[str, BoundFigures] = field(default_factory=dict)
     """By resource: `compute`, `to_gpu`, `from_gpu`, `host_attention`, `disk_read`, `disk_write`; empty for peers."""
 

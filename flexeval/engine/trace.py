@@ -48,7 +48,7 @@ class Trace:
     """Counters of one engine, since it was loaded."""
 
     lanes: dict[str, LaneTrace] = field(default_factory=lambda: defaultdict(LaneTrace))
-    """By lane: `weights`, `kv_in`, `kv_out`, `hidden`, `host_attention`, and `compute`, which moves nothing."""
+    """By lane: `weights`, `disk`, `kv_in`, `kv_out`, `hidden`, `host_attention`, and `compute`, which moves nothing."""
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Host seconds by phase: `plan`, `embed`, `layers`, `head`."""
     sweeps: list[SweepTrace] = field(default_factory=list)

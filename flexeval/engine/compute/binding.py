@@ -13,9 +13,6 @@ from transformers import PreTrainedModel
 from flexeval.engine.codecs.codec import CodedMatrix
 from flexeval.engine.compute.linear import CodedLinear
 
-_KIND = "rope_type"
-"""Attribute of transformers' rotary embeddings."""
-
 
 def bind(root: nn.Module, tensors: Mapping[str, Tensor | CodedMatrix]) -> None:
     """Let the modules under `root` compute with these tensors, linear layers also with coded matrices."""
@@ -40,7 +37,8 @@ def unchanging_rotary(model: PreTrainedModel) -> Iterator[None]:
 
     Within `Anatomy.context_length` none of them changes.
     """
-    found: list[tuple[Any, Any]] = [(module, module.rope_type) for module in model.modules() if hasattr(module, _KIND)]
+    rotary: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
+    found = [(module, module.rope_type) for module in rotary]
     try:
         for module, kind in found:
             module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
