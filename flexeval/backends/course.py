@@ -72,6 +72,8 @@ class Course:
         """What the cost model says of the batch."""
         self.plan: dict[str, PhasePlan] = phase_plans(cost, self._sweeps)
         """The same by phase."""
+        self.planned_bytes = cost.peak_bytes
+        """And of each tier: its largest use."""
         self.first_corrected_s: float | None = None
         """What was foretold of the batch after its first block."""
         self.better: Policy | None = None

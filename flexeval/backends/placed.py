@@ -68,7 +68,7 @@ class Placed:
         self._is_again = is_again
         self.course = Course(self.executor, model, requests, known=known, moving=moving)
         self._predicted_s += 0.0 if is_again else self.course.foretold_s
-        for tier, peak in model.cost(self.executor.policy).peak_bytes.items():
+        for tier, peak in self.course.planned_bytes.items():
             if peak:
                 self._planned_bytes[str(tier)] = max(self._planned_bytes.get(str(tier), 0), math.ceil(peak))
         self._first_sweep = self.executor.trace.num_sweeps
