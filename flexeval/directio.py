@@ -44,7 +44,7 @@ class DirectIO:
         """Find out what `directory`'s file system takes. Raises `OSError` where it cannot be written."""
         self.is_direct = _takes_direct(directory)
         """Whether transfers bypass the page cache."""
-        self._workers = ThreadPoolExecutor(QUEUE_DEPTH, thread_name_prefix="disk")
+        self._workers = ThreadPoolExecutor(QUEUE_DEPTH, thread_name_prefix="direct_io")
 
     def __enter__(self) -> DirectIO:
         return self

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from tiny_models import assert_equal_results, ragged_requests, tiny_case, tiny_config, tiny_model
 
+from flexeval.engine import parts
+from flexeval.engine import trace as trace_module
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
@@ -22,26 +25,64 @@ from flexeval.request import TokenRequest
 POLICY = "disk-kv=1,disk-hidden=1,row-tokens=24,sweep-tokens=80,group-sequences=2,num-groups=2"
 
 
-def test_a_write_that_is_late_belongs_to_the_sweep_that_submitted_it() -> None:
+@pytest.mark.parametrize("is_settled_between", [False, True])
+def test_a_write_that_is_late_belongs_to_the_sweep_that_submitted_it(is_settled_between: bool) -> None:
     trace, lane = Trace(), ThreadLane("kv_out", torch.device("cpu"))
 
     def begin_sweep() -> None:
-        trace.sweeps.append(SweepTrace(num_fresh_tokens=3, num_decode_tokens=0))
+        trace.begin_sweep(SweepTrace(num_fresh_tokens=3, num_decode_tokens=0))
         lane.submit(trace.mark, "kv_out")
         lane.submit(lane.watch.next_lap)
+
+    def settle() -> None:
+        drain(lane)
+        trace.settle("kv_out", lane.watch.take_laps())
 
     begin_sweep()
     lane.submit(trace.moved, "kv_out", 5)
     begin_sweep()
     lane.submit(trace.moved, "kv_out", 7)
+    if is_settled_between:
+        settle()
     lane.submit(trace.moved, "kv_out", 1)
-    drain(lane)
-    trace.settle("kv_out", lane.watch.laps())
+    begin_sweep()
+    lane.submit(trace.moved, "kv_out", 2)
+    settle()
     lane.close()
-    assert [sweep.lanes["kv_out"].num_bytes for sweep in trace.sweeps] == [5, 8]
-    assert trace.lanes["kv_out"].num_bytes == 13
+    assert [sweep.lanes["kv_out"].num_bytes for sweep in trace.sweeps] == [5, 8, 2]
+    assert trace.lanes["kv_out"].num_bytes == 15
     assert trace.lanes["kv_out"].busy_s >= sum(sweep.lanes["kv_out"].busy_s for sweep in trace.sweeps) > 0
-    assert (trace.num_sweeps, trace.num_computed_prompt_tokens) == (2, 6)
+    assert trace.num_computed_prompt_tokens == 9
+
+
+def test_a_long_batch_keeps_its_last_sweeps_and_sums(tmp_path: Path) -> None:
+    """A sequence that draws 60 tokens, once with an account of every sweep and once with that of the last four."""
+
+    def sweeps_of(most: int) -> list[SweepTrace]:
+        anatomy = Anatomy(tiny_config("llama"), torch.float32)
+        checkpoint = StateDictCheckpoint(anatomy, tiny_model("llama").state_dict())
+        with patch.object(parts, "MOST_SWEEPS", most), patch.object(trace_module, "MOST_SWEEPS", most):
+            policy = Policy.parse(f"disk-weights=1,{POLICY}")
+            with Executor(
+                anatomy, checkpoint, policy, codec=None, device=torch.device("cpu"), disk_tier=DiskTier(tmp_path)
+            ) as executor:
+                executor.execute([TokenRequest(prompt_ids=(1, 2, 3), max_tokens=60)])
+                return executor.trace.sweeps
+
+    def summed(sweeps: list[SweepTrace]) -> list[int]:
+        moved = [sum(sweep.lanes[lane].num_bytes for sweep in sweeps) for lane in LANES]
+        tokens = [sum(sweep.num_fresh_tokens for sweep in sweeps), sum(sweep.num_decode_tokens for sweep in sweeps)]
+        return [sum(sweep.num_sweeps for sweep in sweeps), *tokens, *moved]
+
+    every, few = sweeps_of(512), sweeps_of(4)
+    assert len(every) == 60 and summed(every) == summed(few)
+    assert len(few) <= 8
+    prompt, decode, *last = few
+    assert (prompt.num_fresh_tokens, decode.num_fresh_tokens) == (3, 0)
+    assert prompt.num_sweeps + decode.num_sweeps + len(last) == 60
+    assert [sweep.lanes["kv_in"].num_bytes for sweep in every[-len(last) :]] == [
+        sweep.lanes["kv_in"].num_bytes for sweep in last
+    ]
 
 
 @pytest.mark.parametrize(("family", "device"), [("llama", "cpu"), pytest.param("llama", "cuda", marks=pytest.mark.gpu)])

@@ -78,7 +78,6 @@ class Course:
         """What was foretold of the batch after its first block."""
         self.better: Policy | None = None
         """By what the rest should be placed, if another placement pays."""
-        self._first_sweep = executor.trace.num_sweeps
         self._next_share = FIRST_BLOCK_SHARE
         self._is_corrected = False
         self._num_done = dict.fromkeys(self._sweeps, 0)
@@ -131,7 +130,7 @@ class Course:
     def _correct(self) -> None:
         """Correct the model by all sweeps so far."""
         self._executor.settle()
-        sweeps = self._executor.trace.sweeps[self._first_sweep :]
+        sweeps = [sweep for sweep in self._executor.trace.sweeps if sweep.num_sweeps == 1]
         self.correction = correct(
             self._model, self._executor.policy, [_measured(sweep) for sweep in sweeps], self.correction
         )

@@ -23,9 +23,9 @@ def phase_plans(cost: Cost, sweeps: Mapping[str, Sweep]) -> dict[str, PhasePlan]
     }
 
 
-def read_gauge(executor: Executor, first_sweep: int, num_layers: int) -> Gauge:
-    """Where a batch stands whose first sweep is `first_sweep`, without its plan; safe while another thread runs it."""
-    sweeps = executor.trace.sweeps[first_sweep:]
+def read_gauge(executor: Executor, num_layers: int) -> Gauge:
+    """Where a batch stands, without its plan; safe while another thread runs it."""
+    sweeps = list(executor.trace.sweeps)
     done = [sweep for sweep in sweeps if sweep.elapsed_s]
     at_work = sweeps[-1] if len(sweeps) > len(done) else None
     share = min(1.0, executor.trace.num_layers_begun / num_layers) if at_work else 0.0
@@ -34,7 +34,7 @@ def read_gauge(executor: Executor, first_sweep: int, num_layers: int) -> Gauge:
         for name in ("num_fresh_tokens", "num_decode_tokens")
     )
     return Gauge(
-        num_sweeps=len(done),
+        num_sweeps=sum(sweep.num_sweeps for sweep in done),
         sweep_share=share,
         num_prompt_tokens=num_prompt_tokens,
         num_decode_tokens=num_decode_tokens,

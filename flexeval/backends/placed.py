@@ -47,8 +47,7 @@ class Placed:
         self._splits: list[str] = []
         self._lost_s = 0.0
         self._moves: list[str] = []
-        self._first_sweep = 0  # of the batch at hand
-        self._answered_s = 0.0  # likewise: seconds in the shares of what is answered
+        self._answered_s = 0.0  # of the batch at hand: seconds in the shares of what is answered
 
     def begin_batch(
         self,
@@ -71,7 +70,7 @@ class Placed:
         for tier, peak in self.course.planned_bytes.items():
             if peak:
                 self._planned_bytes[str(tier)] = max(self._planned_bytes.get(str(tier), 0), math.ceil(peak))
-        self._first_sweep = self.executor.trace.num_sweeps
+        self.executor.trace.begin_batch()
         self._answered_s = 0.0
         return self.course
 
@@ -111,7 +110,7 @@ class Placed:
 
     def gauge(self) -> Gauge:
         """Where the batch at hand stands; safe while another thread works on it."""
-        gauge, course = read_gauge(self.executor, self._first_sweep, self._num_layers), self.course
+        gauge, course = read_gauge(self.executor, self._num_layers), self.course
         if course is None:
             return gauge
         return replace(

@@ -49,10 +49,9 @@ def measure_engine(job: EngineJob, progress: Progress) -> Measured:
             answer(engine, job.requests[: job.num_warm_up], progress, f"{label}: warming up")
         runs = []
         for repeat in range(job.num_repeats):
-            first_sweep = len(engine.trace.sweeps)
             title = f"{label}: answering" + (f", run {repeat + 1}" if job.num_repeats > 1 else "")
             answered = answer(engine, job.requests, progress, title)
-            runs.append((answered, split_phases(engine.trace.sweeps[first_sweep:])))
+            runs.append((answered, split_phases(engine.trace.sweeps)))
         scale = [
             ScalePoint(
                 num_requests=len(requests),

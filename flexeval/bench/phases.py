@@ -31,7 +31,7 @@ def _add_up(sweeps: Sequence[SweepTrace]) -> PhaseFigures:
         lanes[name] = LaneFigures(num_bytes=num_bytes, busy_s=busy_s, utilization=busy_s / elapsed_s)
     return PhaseFigures(
         elapsed_s=elapsed_s,
-        num_sweeps=len(sweeps),
+        num_sweeps=sum(sweep.num_sweeps for sweep in sweeps),
         num_fresh_tokens=sum(sweep.num_fresh_tokens for sweep in sweeps),
         num_decode_tokens=sum(sweep.num_decode_tokens for sweep in sweeps),
         lanes=lanes,

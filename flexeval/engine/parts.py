@@ -36,6 +36,7 @@ from flexeval.engine.sweep import Sweeper
 from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.planning.rows import RowPlan
 from flexeval.policy.done import done_by
+from flexeval.policy.measured import MOST_SWEEPS
 from flexeval.policy.policy import Policy, check_sparse
 from flexeval.policy.policy import Tier as TierName
 
@@ -180,8 +181,12 @@ class EngineParts:
         """Open the sweep's account. Each lane does so in its turn: what an earlier sweep left to it counts there."""
         num_fresh = sum(plan.num_tokens for plan in plans if plan.fresh)
         num_decode = sum(plan.num_tokens for plan in plans) - num_fresh
-        sweep = SweepTrace(num_fresh_tokens=num_fresh, num_decode_tokens=num_decode, done=done_by(plans))
-        self.trace.sweeps.append(sweep)
+        if len(self.trace.sweeps) >= 2 * MOST_SWEEPS:
+            self.settle()
+            self.trace.add_up()
+        self.trace.begin_sweep(
+            SweepTrace(num_fresh_tokens=num_fresh, num_decode_tokens=num_decode, done=done_by(plans))
+        )
         self._begin_lap("compute", self._watch)
         for name, lane in self._lanes.items():
             lane.submit(self._begin_lap, name, lane.watch)
@@ -214,8 +219,8 @@ class EngineParts:
         """Settle the account of every lane, between two sweeps or after the last. Waits for what they have to do."""
         for name, lane in self._lanes.items():
             drain(lane)
-            self.trace.settle(name, lane.watch.laps())
-        self.trace.settle("compute", self._watch.laps())
+            self.trace.settle(name, lane.watch.take_laps())
+        self.trace.settle("compute", self._watch.take_laps())
 
     def _make_hidden(self, make: type[H], rows: Sequence[Row]) -> H:
         """A sweep's rows, those that decode first: their few tokens would wait for larger copies, so they stay.

@@ -56,12 +56,17 @@ class Stopwatch:
         while self._open and self._open[0].end.query():
             self._close_first()
 
-    def laps(self) -> list[float]:
-        """Busy seconds of each lap so far. Waits until the device has ended the last span."""
+    def take_laps(self) -> list[float]:
+        """Busy seconds of each lap since they were taken last, with what the last one then had still to come.
+
+        Waits until the device has ended the last span; none is running.
+        """
+        assert self._start is None, "a span is running"
         while self._open:
             self._open[0].end.synchronize()
             self._close_first()
-        return list(self._laps)
+        laps, self._laps = self._laps, [0.0]
+        return laps
 
     def _begin(self) -> None:
         assert self._start is None, "spans of one stopwatch follow each other"

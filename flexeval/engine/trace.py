@@ -10,7 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
+from flexeval.policy.measured import MOST_SWEEPS
 from flexeval.policy.sweeps import Sweep
 
 
@@ -24,10 +26,15 @@ class LaneTrace:
     busy_s: float = 0.0
     """Seconds at work: of the device where it is a GPU, else of the host."""
 
+    def add(self, other: LaneTrace) -> None:
+        """Count further work."""
+        self.num_bytes += other.num_bytes
+        self.busy_s += other.busy_s
+
 
 @dataclass(slots=True, kw_only=True)
 class SweepTrace:
-    """One pass over the layers."""
+    """One pass over the layers, or several added up."""
 
     num_fresh_tokens: int
     """Prompt tokens computed."""
@@ -40,7 +47,9 @@ class SweepTrace:
     lanes: dict[str, LaneTrace] = field(default_factory=dict)
     """What was submitted to each lane during the sweep; known when the account was settled since."""
     done: Mapping[str, Sweep] = field(default_factory=dict)
-    """By phase, what its rows compute, as the cost model counts it."""
+    """By phase, what its rows compute, as the cost model counts it; not known of several."""
+    num_sweeps: int = 1
+    """Passes that it is the sum of."""
 
 
 @dataclass(slots=True)
@@ -52,25 +61,27 @@ class Trace:
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Host seconds by phase: `plan`, `embed`, `layers`, `head`."""
     sweeps: list[SweepTrace] = field(default_factory=list)
-    """Passes over the layers, in order."""
+    """Passes over the layers since the batch began, in order. Of a long batch the first are added up: those with prompt
+    tokens, and those without."""
     num_layers_begun: int = 0
     """Of the sweep under way."""
     num_prompt_tokens: int = 0
     """Prompt tokens of all requests."""
+    num_computed_prompt_tokens: int = 0
+    """Prompt tokens that went through the layers."""
     num_generated_tokens: int = 0
     """Tokens drawn."""
-    _marks: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """Per lane, its bytes when each sweep began."""
+    _marks: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0]))
+    """Per lane, its bytes when it was settled, and when each sweep since then began."""
 
-    @property
-    def num_sweeps(self) -> int:
-        """Passes over the layers."""
-        return len(self.sweeps)
+    def begin_batch(self) -> None:
+        """Forget the sweeps of the batch before, all of them settled."""
+        self.sweeps = []
 
-    @property
-    def num_computed_prompt_tokens(self) -> int:
-        """Prompt tokens that went through the layers."""
-        return sum(sweep.num_fresh_tokens for sweep in self.sweeps)
+    def begin_sweep(self, sweep: SweepTrace) -> None:
+        """Open a sweep's account."""
+        self.sweeps.append(sweep)
+        self.num_computed_prompt_tokens += sweep.num_fresh_tokens
 
     def moved(self, lane: str, num_bytes: int) -> None:
         """Count bytes that crossed from one tier to another, or were read where they rest."""
@@ -81,18 +92,32 @@ class Trace:
         self._marks[lane].append(self.lanes[lane].num_bytes)
 
     def settle(self, lane: str, laps: Sequence[float]) -> None:
-        """Give a lane and each sweep their seconds and bytes, once its work is done.
+        """Give a lane and the sweeps since it was settled their seconds and bytes, once its work is done.
 
         Args:
             lane: Its name.
-            laps: Its busy seconds before the first sweep and during each.
+            laps: Its busy seconds since then, before the next sweep began and during each.
         """
         total = self.lanes[lane]
-        total.busy_s = sum(laps)
+        total.busy_s += sum(laps)
         marks = [*self._marks[lane], total.num_bytes]
-        assert len(laps) == len(marks) == len(self.sweeps) + 1, (lane, len(laps), len(marks), len(self.sweeps))
-        for index, sweep in enumerate(self.sweeps):
-            sweep.lanes[lane] = LaneTrace(marks[index + 1] - marks[index], laps[index + 1])
+        self._marks[lane] = [total.num_bytes]
+        late, *parts = (LaneTrace(stop - first, lap) for (first, stop), lap in zip(pairwise(marks), laps, strict=True))
+        first = len(self.sweeps) - len(parts)
+        if first:
+            self.sweeps[first - 1].lanes[lane].add(late)
+        for sweep, part in zip(self.sweeps[first:], parts, strict=True):
+            sweep.lanes[lane] = part
+
+    def add_up(self) -> None:
+        """Make few sweeps of many, all of them settled: a batch that takes a night keeps no more than a short one."""
+        earlier, last = self.sweeps[:-MOST_SWEEPS], self.sweeps[-MOST_SWEEPS:]
+        with_prompts = [sweep for sweep in earlier if sweep.num_fresh_tokens]
+        without = [sweep for sweep in earlier if not sweep.num_fresh_tokens]
+        self.sweeps = [
+            *(_sum(sweeps) for sweeps in (with_prompts, without) if sweeps),
+            *last,
+        ]  # at once: others read it
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -102,3 +127,18 @@ class Trace:
             yield
         finally:
             self.phases[name] += time.perf_counter() - start
+
+
+def _sum(sweeps: Sequence[SweepTrace]) -> SweepTrace:
+    total = SweepTrace(
+        num_fresh_tokens=sum(sweep.num_fresh_tokens for sweep in sweeps),
+        num_decode_tokens=sum(sweep.num_decode_tokens for sweep in sweeps),
+        elapsed_s=sum(sweep.elapsed_s for sweep in sweeps),
+        began_s=sweeps[0].began_s,
+        lanes={name: LaneTrace() for name in sweeps[0].lanes},
+        num_sweeps=sum(sweep.num_sweeps for sweep in sweeps),
+    )
+    for sweep in sweeps:
+        for name, lane in sweep.lanes.items():
+            total.lanes[name].add(lane)
+    return total
