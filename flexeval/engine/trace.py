@@ -114,10 +114,8 @@ class Trace:
         earlier, last = self.sweeps[:-MOST_SWEEPS], self.sweeps[-MOST_SWEEPS:]
         with_prompts = [sweep for sweep in earlier if sweep.num_fresh_tokens]
         without = [sweep for sweep in earlier if not sweep.num_fresh_tokens]
-        self.sweeps = [
-            *(_sum(sweeps) for sweeps in (with_prompts, without) if sweeps),
-            *last,
-        ]  # at once: others read it
+        sums = [_sum(sweeps) for sweeps in (with_prompts, without) if sweeps]
+        self.sweeps = [*sums, *last]  # at once: other threads read it
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
