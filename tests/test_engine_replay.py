@@ -264,5 +264,10 @@ def test_only_rows_that_decode_are_filled_up() -> None:
     fresh = RowPlan(token_ids=range(5), positions=range(5), fresh=(FreshSpan(node=0, start=0, length=5),))
     span = DecodeSpan(group=0, start=0, log_length=0, own_tokens=(), first_own_positions=(), version=0)
     decode = dataclasses.replace(fresh, fresh=(), decode=(span,))
+    full = dataclasses.replace(decode, token_ids=range(SIZES[-1]), positions=range(SIZES[-1]))
     too_long = dataclasses.replace(decode, token_ids=range(SIZES[-1] + 1), positions=range(SIZES[-1] + 1))
-    assert [Replay.size(plan) for plan in (fresh, decode, too_long)] == [None, SIZES[0], None]
+    anatomy, tapes = Anatomy(tiny_config("llama"), torch.float32), DispatchTapes()
+    replay = Replay(anatomy, lambda: tapes, lambda layer: True)
+    assert [replay.size(plan) for plan in (fresh, decode, full, too_long)] == [None, SIZES[0], SIZES[-1], None]
+    unpacked = Replay(anatomy, lambda: tapes, lambda layer: True, most_tokens=SIZES[-1] - 1)
+    assert [unpacked.size(plan) for plan in (decode, full)] == [SIZES[0], None]

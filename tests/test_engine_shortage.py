@@ -128,6 +128,31 @@ def test_a_full_tier_splits_the_batch_too(model: str, expected: object, monkeypa
         assert len(engine.usage().splits) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "at"), [("run_layer", 2), ("embed", 1)])
+def test_a_batch_is_split_where_memory_runs_out_while_launches_are_recorded(
+    name: str, at: int, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was being recorded ends: the device would take nothing else."""
+    call, num_calls = getattr(Anatomy, name), 0
+
+    def fail(*args: Any, **options: Any) -> Any:
+        nonlocal num_calls
+        num_calls += torch.cuda.is_current_stream_capturing()
+        if torch.cuda.is_current_stream_capturing() and num_calls == at:
+            torch.empty(2**20, device="cuda")
+            raise CUDA
+        return call(*args, **options)
+
+    many = [Request(prompt=f"Question: {number} Answer:", max_tokens=6, ignore_eos=True) for number in range(12)]
+    with load(model, device="cuda") as engine:
+        expected = [completion.text for completion in engine.generate(many)]
+    monkeypatch.setattr(Anatomy, name, fail)
+    with load(model, device="cuda") as engine:
+        assert [completion.text for completion in engine.generate(many)] == expected
+        assert num_calls > at and len(engine.usage().splits) == 1
+
+
 def test_memory_may_run_out_again_and_again(model: str, expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
     listen = Listener()
     with load(model) as engine:

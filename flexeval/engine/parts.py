@@ -168,7 +168,10 @@ class EngineParts:
         if self._device.type != "cuda" or has_experts or self._is_apart:
             return None
         stream = torch.cuda.Stream(self._device)
-        return Replay(self._anatomy, lambda: CudaTapes(stream), self._weights.bind_in_place)
+        weights = self._weights
+        return Replay(
+            self._anatomy, lambda: CudaTapes(stream), weights.bind_in_place, most_tokens=weights.most_tokens_in_place
+        )
 
     def _make_rows(self, maker: RowMaker, plans: Sequence[RowPlan]) -> list[Row]:
         sizes = [None if self._replay is None else self._replay.size(plan) for plan in plans]

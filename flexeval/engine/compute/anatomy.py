@@ -24,6 +24,7 @@ from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_l
 from flexeval.engine.compute.channels import Keys
 from flexeval.engine.compute.experts import Experts, Fetch, experts_per_token, find_experts, register_experts
 from flexeval.engine.compute.linear import make_coded
+from flexeval.engine.compute.norms import fuse_norms
 from flexeval.engine.compute.port import (
     ATTENTION_NAME,
     Attend,
@@ -82,6 +83,7 @@ class Anatomy:
         self.config = copy.deepcopy(config)  # transformers shares configs between models
         self.dtype = dtype
         self.model = build_on_meta(self.config, dtype, attention=ATTENTION_NAME)
+        fuse_norms(self.model)
         self._port = AttentionPort()
         self.keys: Keys | None = None
         """What becomes of keys on their way to attention; None leaves them as they are."""

@@ -37,11 +37,12 @@ class Entrance:
         if not self._is_recordable:
             return self._enter()
         if self._tape is None:
-            self._tape = self._tapes.new()
+            tape = self._tapes.new()
             with self._tapes.recording():
-                self._tape.begin()
+                tape.begin()
                 self._enter()
-                self._tape.end()
+                tape.end()
+            self._tape = tape
         self._tape.replay()
 
     def _enter(self) -> None:

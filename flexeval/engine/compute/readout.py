@@ -27,6 +27,8 @@ from flexeval.request import TokenRequest, TopLogprobs
 Floats = npt.NDArray[np.float32]
 CHUNK_BYTES = 2**28
 """Logits of one chunk in float32 at most."""
+TILE = 64
+"""Positions of a chunk come in multiples of this, where there are as many: products are computed in tiles."""
 
 
 class Tokens(NamedTuple):
@@ -108,7 +110,8 @@ def read_row(
     """
     positions, num_top = Positions(plan), min(num_top_logprobs, vocab_size)
     # Two arrays of a chunk's size, with a keeper or without: how logits are cut must not depend on what others ask.
-    size = max(1, CHUNK_BYTES // (4 * vocab_size * 2))
+    size = CHUNK_BYTES // (4 * vocab_size * 2)
+    size = size - size % TILE if size > TILE else max(1, size)
     chunks = positions.chunks(size, hidden_1TD.device, has_shifts=keeper is not None)
     readings = []
     for chunk in chunks:

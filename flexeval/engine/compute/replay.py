@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
+from math import inf
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,7 +27,7 @@ from flexeval.engine.compute.steady import AttendAt, Steady, leave, record_stead
 from flexeval.engine.compute.tape import Tape, Tapes
 from flexeval.planning.rows import RowPlan
 
-SIZES = (8, 16, 32, 64, 128)
+SIZES = (8, 16, 32, 64, 128, 256, 512)
 """Tokens that rows are filled up to; longer rows keep the device busy by themselves."""
 STEADY_STEPS = 4
 """A row that has come so often is recorded with its attention: that takes the host about as long as ten steps."""
@@ -74,26 +75,36 @@ class _Records:
 class Replay:
     """Runs the layers of decode rows, from recordings where there are any."""
 
-    def __init__(self, anatomy: Anatomy, new_tapes: Callable[[], Tapes], bind: Callable[[int], bool]):
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        new_tapes: Callable[[], Tapes],
+        bind: Callable[[int], bool],
+        *,
+        most_tokens: float = inf,
+    ):
         """Layers of `anatomy`.
 
         Args:
             anatomy: The model.
             new_tapes: Tapes for one row of a sweep: recordings of several rows take turns, and may not share memory.
             bind: Lets a layer compute with its weights where they lie for good; False where there is no such place.
+            most_tokens: Rows of more are computed with weights that are unpacked over others: they are not for here.
         """
         self._anatomy = anatomy
         self._new_tapes = new_tapes
         self._bind = bind
+        self._most_tokens = most_tokens
         self._tapes: dict[int, Tapes] = {}
         self._records: dict[tuple[int, int], _Records] = {}
         self._steady: dict[int, Steady | None] = {}  # by row, in this sweep
         self._is_possible = self._stays = True
 
-    @staticmethod
-    def size(plan: RowPlan) -> int | None:
+    def size(self, plan: RowPlan) -> int | None:
         """Tokens that a row is filled up to; None for one that is not for here: too long, or with prompts in it."""
-        return None if plan.fresh else next((size for size in SIZES if size >= plan.num_tokens), None)
+        if plan.fresh or plan.num_tokens > self._most_tokens:
+            return None
+        return next((size for size in SIZES if size >= plan.num_tokens), None)
 
     def begin(self, row: Row, attend_at: AttendAt | None) -> Embedded:
         """Before the first layer: bring what goes into a row's layers to where they read it, and start.

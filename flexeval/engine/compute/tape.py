@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
 
 _WAITED = "called a synchronizing CUDA operation"
+_ROOM_BYTES = 2**28
+"""Kept free of what the allocator holds while launches are recorded: a recording takes new memory, in pieces of 20 MiB
+and more, and meanwhile nothing can be given back."""
 
 
 class Tape(Protocol):
@@ -47,16 +50,20 @@ class Tapes(Protocol):
 class CudaTape:
     """One CUDA graph."""
 
-    def __init__(self, pool: Any):
+    def __init__(self, pool: Any, begun: list[CudaTape]):
+        """In a pool's memory; while it records it is in `begun`."""
         self._graph = torch.cuda.CUDAGraph()
         self._pool = pool
+        self._begun = begun
 
     def begin(self) -> None:
         """Capture the current stream. Lanes go on in their own threads: they must not end it."""
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._begun.append(self)
 
     def end(self) -> None:
         """End the capture."""
+        self._begun.remove(self)
         self._graph.capture_end()
 
     def replay(self) -> None:
@@ -71,17 +78,26 @@ class CudaTapes:
         """Recorded on `stream`, which cannot be the default one; each that is used takes a workspace of cuBLAS."""
         self._stream = stream
         self._pool = torch.cuda.graph_pool_handle()
+        self._begun: list[CudaTape] = []
 
     def new(self) -> CudaTape:
         """An empty graph."""
-        return CudaTape(self._pool)
+        return CudaTape(self._pool, self._begun)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """On a stream of its own, after what has been enqueued so far."""
+        """On a stream of its own, after what has been enqueued so far. An error ends what is being recorded."""
+        if _room(self._stream.device) < _ROOM_BYTES:
+            torch.cuda.empty_cache()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            yield
+            try:
+                yield
+            except BaseException:
+                for tape in [*self._begun]:  # a stream that goes on recording takes nothing else
+                    with suppress(RuntimeError):
+                        tape.end()
+                raise
         torch.cuda.current_stream().wait_stream(self._stream)
 
     @contextmanager
@@ -97,3 +113,10 @@ class CudaTapes:
             finally:
                 torch.cuda.set_sync_debug_mode(before)
         found += [text for one in caught if _WAITED in (text := str(one.message))]
+
+
+def _room(device: torch.device) -> float:
+    """Bytes that the allocator may still take of a device."""
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(free, allowed - torch.cuda.memory_reserved(device))

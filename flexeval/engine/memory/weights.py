@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
+from math import inf
 
 import torch
 from torch import Tensor
@@ -207,6 +208,12 @@ class WeightStore:
         """Where a layer's tensors lie for a row of so many tokens; None if they are unpacked first, over others."""
         is_unpacked = self._layouts[layer].num_coded_values and row_tokens > self._few_tokens[layer]
         return None if is_unpacked else slab.data_ptr()
+
+    @property
+    def most_tokens_in_place(self) -> float:
+        """Tokens of a row up to which no layer's tensors are unpacked over others."""
+        pairs = zip(self._layouts, self._few_tokens, strict=True)
+        return min((few_tokens for layout, few_tokens in pairs if layout.num_coded_values), default=inf)
 
     def bind_in_place(self, layer: int) -> bool:
         """Let a layer compute rows of few tokens with its tensors where they lie; False where they do not stay."""

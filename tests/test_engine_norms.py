@@ -1,0 +1,95 @@
+"""RMS norms that run in one launch: only those that compute one, and with its numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_config
+from torch import Tensor, nn
+
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.norms import fuse_norms
+
+SIZE = 48
+
+
+class PlainRMSNorm(nn.Module):
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(SIZE, generator=torch.Generator().manual_seed(1)))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(hidden.dtype)
+
+
+class OffsetRMSNorm(PlainRMSNorm):
+    """Gemma's."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) * (1 + self.weight) / self.weight
+
+
+class GatedRMSNorm(PlainRMSNorm):
+    def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden if gate is None else hidden * gate)
+
+
+class BiasedRMSNorm(PlainRMSNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(SIZE))
+
+
+class CenteredRMSNorm(PlainRMSNorm):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden - hidden.mean(-1, keepdim=True))
+
+
+def is_fused(module: nn.Module) -> bool:
+    return "forward" in vars(module)
+
+
+@pytest.mark.parametrize("kind", [OffsetRMSNorm, GatedRMSNorm, BiasedRMSNorm, CenteredRMSNorm])
+def test_other_norms_stay_as_they_are(kind: type[PlainRMSNorm]) -> None:
+    module = kind()
+    fuse_norms(module)
+    assert not is_fused(module)
+
+
+def test_on_a_cpu_a_norm_computes_what_it_did() -> None:
+    module, hidden = PlainRMSNorm(), torch.randn(7, SIZE, dtype=torch.bfloat16)
+    module.bfloat16()
+    expected = module(hidden)
+    fuse_norms(module)
+    assert is_fused(module) and torch.equal(module(hidden), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_on_a_gpu_a_norm_computes_the_same_in_one_launch(dtype: torch.dtype, error: float) -> None:
+    """Against float64, by relative error; rounded once, it is at least as near as rounded twice."""
+    module, hidden = PlainRMSNorm().cuda().to(dtype), torch.randn(7, 5, SIZE, device="cuda").to(dtype)
+    wide = hidden.double()
+    exact = module.weight.double() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.eps)
+    plain_error = ((module(hidden) - exact).abs() / exact.abs()).max()
+    fuse_norms(module)
+    fused_error = ((module(hidden) - exact).abs() / exact.abs()).max()
+    assert fused_error <= max(error, plain_error) and fused_error <= error
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        module(hidden)
+        torch.cuda.synchronize()
+    assert sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "gpt_oss", "deepseek_v3", "olmo2", "phi3", "granite"])
+def test_the_norms_of_families_are_found(family: str) -> None:
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    norms = [
+        module
+        for root in [anatomy.model, *anatomy.layers]
+        for module in root.modules()
+        if "RMSNorm" in type(module).__name__
+    ]
+    assert norms and all(map(is_fused, norms))
