@@ -33,6 +33,7 @@ from flexeval.engine.compute.port import (
     AttentionPort,
     register_attention,
 )
+from flexeval.engine.compute.rotary import fuse_rotary
 from flexeval.engine.compute.spec import TensorSpec
 from flexeval.engine.compute.vocabulary import Vocabulary
 from flexeval.errors import UnsupportedModelError
@@ -84,6 +85,7 @@ class Anatomy:
         self.dtype = dtype
         self.model = build_on_meta(self.config, dtype, attention=ATTENTION_NAME)
         fuse_norms(self.model)
+        fuse_rotary(self.model)
         self._port = AttentionPort()
         self.keys: Keys | None = None
         """What becomes of keys on their way to attention; None leaves them as they are."""
