@@ -46,9 +46,10 @@ def _fuse(module: nn.Module, epsilon: float) -> None:
     plain = module.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
-        weight_D = module.get_parameter("weight")
-        if hidden_states.is_cuda and hidden_states.dtype == weight_D.dtype:
-            return rms_norm(hidden_states, weight_D.shape, weight_D, epsilon)
+        if hidden_states.is_cuda:
+            weight_D = module.get_parameter("weight")
+            if hidden_states.dtype == weight_D.dtype:
+                return rms_norm(hidden_states, weight_D.shape, weight_D, epsilon)
         out: Tensor = plain(hidden_states)
         return out
 
