@@ -227,6 +227,24 @@ def test_a_wrong_entry_is_named(entry: str, message: str, tmp_path: Path) -> Non
     assert entry in caught.value.what
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("max_eval_instances=-1", "max_eval_instances=-1 is not a whole number, at least 1"),
+        ("max_train_instances=-5", "max_train_instances=-5 is not a whole number, at least 0"),
+        ("num_outputs=0", "num_outputs=0 is not"),
+        ("max_eval_instances=1.5", "max_eval_instances=1.5 is not"),
+        ("temperature=x", "temperature='x' is not a number"),
+        ("temperature=nan", "temperature=.*nan.* is not a number"),
+        ("tokenizer=..", "cannot make the scenario: .*tokenizer"),
+    ],
+)
+def test_arguments_that_are_no_counts_are_named(argument: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        suite_in(tmp_path, build_suite(f"simple_mcqa:model=text,{argument}")).collect()
+    assert "simple_mcqa" in str(caught.value)
+
+
 def test_an_entry_for_another_model_is_not_passed_over(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'gsm:model=openai/gpt2' is for other models.*model=text"):
         suite_in(tmp_path, build_suite("gsm:model=openai/gpt2")).collect()

@@ -33,7 +33,7 @@ from helm.common.local_context import LocalContext
 
 from flexeval.benchmark.helm.convert import Batch, from_helm, to_helm
 from flexeval.benchmark.helm.metrics import Metrics
-from flexeval.errors import RequestError, ResultsError
+from flexeval.errors import ConfigError, RequestError, ResultsError
 from flexeval.files import write_text
 from flexeval.request import Completion, Request
 
@@ -102,9 +102,14 @@ class RunRoom:
         """Make the questions of a run and the requests that ask them. May download what the scenario needs.
 
         Raises:
+            ConfigError: The scenario does not take the entry's arguments.
             RequestError: HELM asks for something that no engine can do.
         """
-        scenario = create_scenario(spec.scenario_spec)
+        try:
+            scenario = create_scenario(spec.scenario_spec)
+        except (TypeError, ValueError) as error:  # of an argument that is none of its own
+            mend = "Correct the arguments of its entry"
+            raise ConfigError(f"HELM cannot make the scenario: {error}", where=spec.name, mend=mend) from error
         instances = scenario.get_instances(get_scenario_cache_path(str(self._data_of(scenario.name)), scenario.name))
         if any(instance.id is None for instance in instances):
             instances = with_instance_ids(instances)
