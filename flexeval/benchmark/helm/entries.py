@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -48,6 +49,8 @@ _LEAST = {
     "num_trials": 1,
 }
 """Counts in HELM's adapter specs; None where there is no limit."""
+_LONGEST_NAME = 255
+"""Bytes that file systems take."""
 
 
 def build_run_specs(entry: str, suite: Suite, deployment: str, max_eval_instances: int | None) -> list[RunSpec]:
@@ -74,6 +77,8 @@ def build_run_specs(entry: str, suite: Suite, deployment: str, max_eval_instance
             f"the run entry {entry!r} is for other models", where=str(suite.path), mend="Write model=text in it"
         )
     for spec in specs:
+        if len(os.fsencode(spec.name)) > _LONGEST_NAME:
+            raise ValueError(f"{spec.name!r} is too long for the name of the run's directory")
         _check(spec.adapter_spec)
     return [_limit(spec, max_eval_instances) for spec in specs]
 

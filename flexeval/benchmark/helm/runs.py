@@ -22,6 +22,7 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import downsample_eval_instances
 from helm.benchmark.scenarios.scenario import (
     EVAL_SPLITS,
+    Instance,
     Scenario,
     create_scenario,
     get_scenario_cache_path,
@@ -102,17 +103,15 @@ class RunRoom:
         """Make the questions of a run and the requests that ask them. May download what the scenario needs.
 
         Raises:
-            ConfigError: The scenario does not take the entry's arguments.
+            ConfigError: The scenario's questions cannot be asked, or not be told apart.
             RequestError: HELM asks for something that no engine can do.
+            Exception: Whatever the scenario raises.
         """
-        try:
-            scenario = create_scenario(spec.scenario_spec)
-        except (TypeError, ValueError) as error:  # of an argument that is none of its own
-            mend = "Correct the arguments of its entry"
-            raise ConfigError(f"HELM cannot make the scenario: {error}", where=spec.name, mend=mend) from error
+        scenario = create_scenario(spec.scenario_spec)
         instances = scenario.get_instances(get_scenario_cache_path(str(self._data_of(scenario.name)), scenario.name))
         if any(instance.id is None for instance in instances):
             instances = with_instance_ids(instances)
+        _check(instances, spec.name)
         adapter_spec = spec.adapter_spec
         if adapter_spec.max_eval_instances is not None:
             splits = adapter_spec.eval_splits or EVAL_SPLITS
@@ -154,6 +153,23 @@ class RunRoom:
         _write(directory / "stats.json", [asdict_without_nones(stat) for stat in stats])
         _write(directory / "per_instance_stats.json", [asdict_without_nones(stat) for stat in per_instance])
         return per_instance
+
+
+def _check(instances: Sequence[Instance], where: str) -> None:
+    """Raise `ConfigError` for what HELM would find when all is answered, or never.
+
+    Two questions of one id can be in different splits: examples that stand before a question are never scored.
+    """
+    seen: set[tuple[str | None, str | None]] = set()
+    for instance in instances:
+        texts = [instance.input.text, *(reference.output.text for reference in instance.references)]
+        if odd := [text for text in (instance.id, *texts) if not isinstance(text, str)]:
+            what = f"question {instance.id!r} has {odd[0]!r} where a text belongs"
+            raise ConfigError(what, where=where, mend="Correct the task")
+        if (name := (instance.id, instance.split)) in seen:
+            what = f"two questions have the id {instance.id!r}"
+            raise ConfigError(what, where=where, mend="Give each of the task's questions an id of its own, or none")
+        seen.add(name)
 
 
 def _refuse_shortened(request_states: Sequence[RequestState], where: str) -> None:
