@@ -382,6 +382,11 @@ def test_help_goes_to_the_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (OSError(errno.EISDIR, "Is a directory", "new", None, "page"), 2, "Is a directory (page). Move what is there"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), 2, "No such file or directory (files). Some"),
         (OSError(errno.EMFILE, "Too many open files", "log"), 2, "Too many open files (log). Allow for more"),
+        (
+            ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+            2,
+            "memory ran out: libtorch_cpu.so",
+        ),
         (MemoryError("Unable to allocate 9 GiB"), 2, "error[capacity]: memory ran out: Unable to allocate 9 GiB. Ask"),
     ],
 )

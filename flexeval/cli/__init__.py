@@ -123,7 +123,9 @@ def main() -> None:
             raise
         path = str(error.filename2 or error.filename or "files")
         _fail(str(DiskError(str(error.strerror), where=path, mend=_MENDS[error.errno])), DiskError.code)
-    except MemoryError as error:
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # as below a `ulimit -v`
+            raise
         what = f"memory ran out{f': {error}' if str(error) else ''}. Ask for less at a time, or end other programs"
         _fail(what, CapacityError.code)
     if code == _INTERRUPTED:
