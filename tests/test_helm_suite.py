@@ -284,10 +284,10 @@ def test_a_task_that_makes_no_questions_is_named(
 
 
 def test_an_example_may_have_the_id_of_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    both = [question("r?", name="x", split="train"), question(name="x")]
-    monkeypatch.setattr(SimpleMCQAScenario, "get_instances", lambda self, output_path: both)
+    examples = [question("r?", name="x", split="train"), question("s?", name="x", split="train")]
+    monkeypatch.setattr(SimpleMCQAScenario, "get_instances", lambda *_: [*examples, question(name="x")])
     (request,) = suite_in(tmp_path, build_suite(LETTERS)).collect()
-    assert "r?" in request.prompt and "q?" in request.prompt
+    assert "r?" in request.prompt and "s?" in request.prompt and "q?" in request.prompt
 
 
 def test_an_entry_for_another_model_is_not_passed_over(tmp_path: Path) -> None:

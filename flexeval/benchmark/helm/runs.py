@@ -22,6 +22,7 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import downsample_eval_instances
 from helm.benchmark.scenarios.scenario import (
     EVAL_SPLITS,
+    TRAIN_SPLIT,
     Instance,
     Scenario,
     create_scenario,
@@ -111,11 +112,11 @@ class RunRoom:
         instances = scenario.get_instances(get_scenario_cache_path(str(self._data_of(scenario.name)), scenario.name))
         if any(instance.id is None for instance in instances):
             instances = with_instance_ids(instances)
-        _check(instances, spec.name)
         adapter_spec = spec.adapter_spec
         if adapter_spec.max_eval_instances is not None:
             splits = adapter_spec.eval_splits or EVAL_SPLITS
             instances = downsample_eval_instances(instances, adapter_spec.max_eval_instances, splits)
+        _check(instances, spec.name)
         instances = DataPreprocessor(spec.data_augmenter_spec).preprocess(instances, _PARALLELISM)
         adapter = AdapterFactory.get_adapter(adapter_spec, self._tokenizer_service)
         request_states = adapter.adapt(instances, _PARALLELISM)
@@ -156,17 +157,14 @@ class RunRoom:
 
 
 def _check(instances: Sequence[Instance], where: str) -> None:
-    """Raise `ConfigError` for what HELM would find when all is answered, or never.
-
-    Two questions of one id can be in different splits: examples that stand before a question are never scored.
-    """
+    """Raise `ConfigError` for what HELM would find when all is answered, or never; examples may share an id."""
     seen: set[tuple[str | None, str | None]] = set()
     for instance in instances:
         texts = [instance.input.text, *(reference.output.text for reference in instance.references)]
         if odd := [text for text in (instance.id, *texts) if not isinstance(text, str)]:
             what = f"question {instance.id!r} has {odd[0]!r} where a text belongs"
             raise ConfigError(what, where=where, mend="Correct the task")
-        if (name := (instance.id, instance.split)) in seen:
+        if (name := (instance.id, instance.split)) in seen and instance.split != TRAIN_SPLIT:
             what = f"two questions have the id {instance.id!r}"
             raise ConfigError(what, where=where, mend="Give each of the task's questions an id of its own, or none")
         seen.add(name)
