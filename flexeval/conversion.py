@@ -6,7 +6,9 @@ torch, transformers and gguf are imported when a conversion starts, which happen
 from __future__ import annotations
 
 import io
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -97,8 +99,9 @@ def convert(gguf: Path, directory: Path) -> str:
     Raises:
         ModelError: The file is damaged, or holds something that transformers cannot read.
         CapacityError: The unpacked weights do not fit in memory.
-        DiskError: They do not fit on the disk.
+        DiskError: They do not fit on the disk, or the file cannot be read.
     """
+    file_bytes = gguf.stat().st_size
     header = read_header(gguf)
     num_bytes = 2 * header.num_elements
     if num_bytes > (free_bytes := psutil.virtual_memory().available):
@@ -108,9 +111,27 @@ def convert(gguf: Path, directory: Path) -> str:
             mend=_MEND,
         )
     print(f"Converting {gguf.name} to fp16, once: {format_size(num_bytes)}", file=sys.stderr)
-    split_note = convert_tokenizer(gguf, directory, header)
-    _convert_weights(gguf, directory)
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        copy = Path(folder) / gguf.name
+        _copy(gguf, copy, file_bytes)
+        try:
+            split_note = convert_tokenizer(copy, directory, header)
+            _convert_weights(copy, directory)
+        except ModelError as error:
+            raise ModelError(error.what, where=str(gguf), mend=error.mend) from error
     return f"dequantized from {header.quantization}{split_note}"
+
+
+def _copy(gguf: Path, copy: Path, file_bytes: int) -> None:
+    """Copy the file to where nobody changes it: readers map it, and what is cut short under them kills the process."""
+    try:
+        shutil.copyfile(gguf, copy)
+    except OSError as error:
+        what = f"it cannot be copied before it is converted: {error.strerror}"
+        mend = "Check the disks, make room there, or name another folder in FLEXEVAL_CACHE"
+        raise DiskError(what, where=f"{gguf} to {copy.parent}", mend=mend) from error
+    if copy.stat().st_size != file_bytes:
+        raise ModelError("it was changed while it was read", where=str(gguf), mend="Wait until it is whole")
 
 
 def convert_tokenizer(gguf: Path, directory: Path, header: GgufHeader) -> str:

@@ -35,6 +35,10 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a write knows none
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

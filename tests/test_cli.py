@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -380,6 +382,11 @@ def test_help_goes_to_the_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (OSError(errno.EISDIR, "Is a directory", "new", None, "page"), 2, "Is a directory (page). Move what is there"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), 2, "No such file or directory (files). Some"),
         (OSError(errno.EMFILE, "Too many open files", "log"), 2, "Too many open files (log). Allow for more"),
+        (
+            ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+            2,
+            "memory ran out: libtorch_cpu.so",
+        ),
         (MemoryError("Unable to allocate 9 GiB"), 2, "error[capacity]: memory ran out: Unable to allocate 9 GiB. Ask"),
     ],
 )
@@ -456,6 +463,36 @@ def test_a_screen_without_a_letter_shows_its_number(suite: Path, monkeypatch: py
     assert call(monkeypatch, "run", "--suite", suite, "--model", "./\udcff/\u00e9", "--out", suite.parent / "out") == 2
     sys.stdout.flush()
     assert b"preparing ./\\udcff/\\xe9" in sys.stdout.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def shell(line: str, **environment: str) -> tuple[int, str]:
+    """Run a line of shell that begins with `flexeval`; its exit code, and what it wrote."""
+    command = ["bash", "-o", "pipefail", "-c", f"{Path(sys.executable).parent}/{line}"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True)
+    return done.returncode, (done.stdout + done.stderr).decode()
+
+
+def test_a_reader_that_has_read_enough_is_no_bug() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([Path(sys.executable).parent / "flexeval", "schema", "results"], stdout=writing)
+    os.close(writing)
+    assert done.returncode == 141
+
+
+def test_a_mistake_that_cannot_be_said_has_its_exit_code() -> None:
+    assert shell("flexeval compare 2> /dev/full") == (2, "")
+
+
+def test_another_encoding_of_the_locale_s_reads_utf8_all_the_same() -> None:
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code, text = shell("flexeval report ./\u00e9", **ascii_alone)
+    assert code == 2 and "no results here (\\xe9)" in text, text
+
+
+def test_no_file_takes_the_number_of_a_closed_one() -> None:
+    program = "import os, flexeval.cli as cli; cli._stand_in_for_closed_files(); os._exit(os.open('/', 0))"
+    assert subprocess.run(["bash", "-c", f'{sys.executable} -c "{program}" <&- >&- 2>&-']).returncode == 3
 
 
 @pytest.mark.parametrize(

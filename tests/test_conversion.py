@@ -1,5 +1,6 @@
 """GGUF files, made on the spot: what is converted, and what is refused."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,6 +140,31 @@ def test_truncated_files_leave_nothing(write_gguf: WriteGguf, size: int) -> None
     with pytest.raises(ModelError, match="truncated or corrupt"):
         resolve(str(path))
     assert cached_files(path) == []
+
+
+def test_a_file_that_is_cut_short_while_it_is_converted_kills_nobody(
+    write_gguf: WriteGguf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers map what they read, so it is a copy that they are given."""
+    from flexeval import conversion
+
+    path = write_gguf()
+    monkeypatch.setattr(conversion, "_convert_weights", cutting(conversion._convert_weights, path))
+    resolve(str(path))
+    whole = write_gguf(kind=GGMLQuantizationType.F16)
+    monkeypatch.setattr(conversion, "_copy", cutting(conversion._copy, whole))
+    with pytest.raises(ModelError, match=r"changed while it was read.*Tiny Llama.gguf"):
+        resolve(str(whole))
+
+
+def cutting(real: Callable[..., None], path: Path) -> Callable[..., None]:
+    """Cut a file short before something is done."""
+
+    def call(*args: object) -> None:
+        os.truncate(path, 4096)
+        real(*args)
+
+    return call
 
 
 def nan(weights: dict[str, np.ndarray]) -> None:

@@ -97,8 +97,8 @@ def test_rows_come_back_from_json_and_from_a_file(tmp_path):
     rows["request"], rows["is_text"] = 2**64 - 1, [True, False, False, True]
     assert (from_json(to_json(rows)) == rows).all()
     for some in (rows, rows[:0]):
-        save(some, tmp_path / "deep" / "rows.parquet")
-        back = load(tmp_path / "deep" / "rows.parquet")
+        save(some, tmp_path / "not UTF-8 \udcff" / "rows.parquet")
+        back = load(tmp_path / "not UTF-8 \udcff" / "rows.parquet")
         assert back.dtype == rows.dtype and (back == some).all()
 
 

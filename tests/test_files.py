@@ -31,6 +31,13 @@ def test_a_failure_leaves_what_was_there(error: type[BaseException], tmp_path: P
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_a_disk_that_is_full_is_said_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match="No space left on device") as caught, replacing(path):
+        Path("/dev/full").write_bytes(b"x" * 100_000)
+    assert caught.value.filename == str(path)
+
+
 def test_text_that_no_encoding_knows_is_written_readably(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "東 \ud800")
     assert (tmp_path / "file").read_bytes() == "東 \\ud800".encode()

@@ -19,6 +19,7 @@ from test_journal import FIRST, FORKED, PLAIN, SECOND
 from tiny_directory import write_tiny_model
 
 from flexeval.backends.loading import open_model
+from flexeval.benchmark.suites import load_suite
 from flexeval.checkpoints import check_weights, read_config
 from flexeval.conversion import read_header
 from flexeval.engine.checkpoint import SafetensorsCheckpoint
@@ -34,6 +35,17 @@ from flexeval.tokenizer import encode, open_tokenizer
 
 ODD = ("-1", "0", "1e999", "NaN", "1" * 400, "null", "true", '""', "[]", "{}", '"../x"', '"\\ud800"', "[" * 2000, "2.5")
 """Instead of a JSON value."""
+SUITE = """
+entries: [
+  {description: "mmlu:model=text,subject=anatomy", priority: 1, groups: ["mine", "yours"]}
+  {description: "gsm:model=text", priority: 2}
+]
+description: "What it is for"
+max_eval_instances: 20
+num_train_trials: 1
+chat_template: false
+packaged_data: ["mmlu"]
+"""
 LENGTHS = (0, 1, 7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 """Instead of eight bytes that may be a length."""
 
@@ -116,7 +128,7 @@ def targets(tmp_path: Path, write_gguf: WriteGguf) -> dict[str, Target]:  # noqa
         checkpoint.rest()
         checkpoint.layer(1)
 
-    add("gguf", whole_gguf, lambda: read_header(whole_gguf), 0.17, 12_000)
+    add("gguf", whole_gguf, lambda: read_header(whole_gguf), 0.16, 12_000)
     add(
         "safetensors", weights / "model.safetensors", lambda: check_weights(weights, read_config(weights)), 0.27, header
     )
@@ -134,6 +146,9 @@ def targets(tmp_path: Path, write_gguf: WriteGguf) -> dict[str, Target]:  # noqa
     for name, share in (("tokenizer.json", 0.01), ("tokenizer_config.json", 0.02)):
         add(name, tokenizer / name, lambda: encode(open_tokenizer(tokenizer), "what is 12 and why?"), share, 2_000)
     add("journal", tmp_path / "journal.jsonl", read_journal, 0.1)
+    suite = tmp_path / "suite.conf"
+    suite.write_text(SUITE)
+    add("suite", suite, lambda: load_suite(str(suite)), 0.01)
     add("policy", tmp_path / "policy.json", lambda: Policy.load(tmp_path / "policy.json"), 0.015)
     return found
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helm.benchmark.scenarios.scenario import Input, Instance, Output, Reference
+from helm.benchmark.scenarios.simple_scenarios import SimpleMCQAScenario
 from helm_support import FakeEngine, build_card, build_suite, run_suite, tokenizer_dir
 
 from flexeval.assets import Asset
@@ -225,6 +227,67 @@ def test_a_wrong_entry_is_named(entry: str, message: str, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=message) as caught:
         suite_in(tmp_path, build_suite(entry)).collect()
     assert entry in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("max_eval_instances=-1", "max_eval_instances=-1 is not a whole number, at least 1"),
+        ("max_train_instances=-5", "max_train_instances=-5 is not a whole number, at least 0"),
+        ("num_outputs=0", "num_outputs=0 is not"),
+        ("max_eval_instances=1.5", "max_eval_instances=1.5 is not"),
+        ("temperature=x", "temperature='x' is not a number"),
+        ("temperature=nan", "temperature=.*nan.* is not a number"),
+        ("tokenizer=..", "questions cannot be made: TypeError: .*tokenizer"),
+    ],
+)
+def test_arguments_that_are_no_counts_are_named(argument: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        suite_in(tmp_path, build_suite(f"simple_mcqa:model=text,{argument}")).collect()
+    assert "simple_mcqa" in str(caught.value)
+
+
+def test_a_run_that_no_directory_can_be_named_after_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is too long for the name of the run's directory"):
+        suite_in(tmp_path, build_suite(f"mmlu:model=text,subject={'x' * 300}")).collect()
+
+
+def question(text: Any = "q?", *, answer: Any = "a", name: Any = None, split: str = "test") -> Instance:
+    reference = Reference(Output(text=answer), tags=["correct"])
+    return Instance(input=Input(text=text), references=[reference], split=split, id=name)
+
+
+@pytest.mark.parametrize(
+    ("instances", "words"),
+    [
+        ([question(name="x"), question("r?", name="x")], "two questions have the id 'x'.*an id of its own"),
+        ([question(name=3)], "question 3 has 3 where a text belongs"),
+        ([question(None)], "question 'id0' has None where a text belongs"),
+        ([question(answer=None)], "question 'id0' has None where a text belongs"),
+        (None, "questions cannot be made: TypeError: 'NoneType'"),
+        (SystemExit(0), "questions cannot be made: SystemExit: 0"),
+        (ZeroDivisionError("by zero"), "questions cannot be made: ZeroDivisionError: by zero"),
+    ],
+)
+def test_a_task_that_makes_no_questions_is_named(
+    instances: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_instances(self: SimpleMCQAScenario, output_path: str) -> Any:
+        if isinstance(instances, BaseException):
+            raise instances
+        return instances
+
+    monkeypatch.setattr(SimpleMCQAScenario, "get_instances", get_instances)
+    with pytest.raises(ConfigError, match=words) as caught:
+        suite_in(tmp_path, build_suite(LETTERS)).collect()
+    assert "simple_mcqa" in str(caught.value.where)
+
+
+def test_an_example_may_have_the_id_of_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [question("r?", name="x", split="train"), question("s?", name="x", split="train")]
+    monkeypatch.setattr(SimpleMCQAScenario, "get_instances", lambda *_: [*examples, question(name="x")])
+    (request,) = suite_in(tmp_path, build_suite(LETTERS)).collect()
+    assert "r?" in request.prompt and "s?" in request.prompt and "q?" in request.prompt
 
 
 def test_an_entry_for_another_model_is_not_passed_over(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flexeval import models
 from flexeval.errors import DataError, ModelError
@@ -22,9 +24,6 @@ TINY_LLAMA = {
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """A Hugging Face directory with one small weight file."""
-    import torch
-    from safetensors.torch import save_file
-
     directory = tmp_path / "My Model"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(TINY_LLAMA))
@@ -54,6 +53,16 @@ def test_the_fingerprint_follows_the_files(directory: Path) -> None:
     (directory / "tokenizer.json").write_text("{}")
     seen.append(fingerprint(source))
     assert len(set(seen)) == 4
+
+
+def test_the_fingerprint_sees_another_matrix_in_the_middle(directory: Path) -> None:
+    """As a model has that was trained on, and that a run must not be resumed with."""
+    source, seen = resolve(str(directory)), set()
+    for value in (1.0, 2.0, 2.0):
+        matrices = {name: torch.full((1024, 512), value if name == "b" else 0.0) for name in "abc"}
+        save_file(matrices, directory / "model.safetensors")
+        seen.add(fingerprint(source))
+    assert len(seen) == 2
 
 
 def test_a_directory_without_config(tmp_path: Path) -> None:

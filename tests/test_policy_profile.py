@@ -61,9 +61,16 @@ def test_of_another_machine_or_a_damaged_one_there_is_none(monkeypatch: pytest.M
     path = path_of(machine)
     whole = path.read_text()
     assert load(machine) is not None and load(machine | {"cores": "999"}) is None
-    for broken in (whole[:-9], "[]", json.dumps(json.loads(whole) | {"rates": {"launch_s": "fast"}})):
-        path.write_text(broken)
-        assert load(machine) is None
+    for launch_s in ("fast", float("nan"), float("inf"), -1.0):
+        rates = json.loads(whole)["rates"] | {"launch_s": launch_s}
+        for broken in (whole[:-9], "[]", json.dumps(json.loads(whole) | {"rates": rates})):
+            path.write_text(broken)
+            assert load(machine) is None
+    monkeypatch.setattr(hardware, "measure", never)
+    for other in ("lunch_s", 'launch_s": 1.0, "more_s'):
+        path.write_text(whole.replace("launch_s", other))
+        with pytest.raises(AssertionError, match="was measured"):
+            detect("cpu", Limits(), torch.float32)
     path.write_text(whole)
     path_of(machine | {"cores": "999"}).write_text(whole)
     assert load(machine | {"cores": "999"}) is None, "a file of another machine"

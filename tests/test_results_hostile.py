@@ -58,10 +58,11 @@ def write(directory: Path, value: object) -> Path:
     return directory
 
 
-def test_what_is_not_changed_is_read(tmp_path: Path) -> None:
-    results = RunResults.load(write(tmp_path / "run", RESULTS))
+@pytest.mark.parametrize("name", ["run", "new\nline", "not UTF-8 \udcff"])
+def test_what_is_not_changed_is_read(name: str, tmp_path: Path) -> None:
+    results = RunResults.load(write(tmp_path / name, RESULTS))
     assert json.loads(json.dumps(dataclasses.asdict(results))) == RESULTS
-    assert write_report(results, tmp_path / "run").is_file()
+    assert write_report(results, tmp_path / name).is_file()
 
 
 @pytest.mark.parametrize("setting", ["../../x", "/etc/x", "..", "", "a/b", "a\0b", "x" * 300])

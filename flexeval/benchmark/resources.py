@@ -64,7 +64,7 @@ def import_file(path: Path, name: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         what = f"cannot import a task's file: {type(error).__name__}: {error}"
         mend = "Correct the file, or install what it imports"

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pyhocon import ConfigFactory, ConfigTree  # type: ignore[import-untyped]
-from pyhocon.exceptions import ConfigException  # type: ignore[import-untyped]
-from pyparsing import ParseBaseException
 
 from flexeval.benchmark.data import PACKAGED
 from flexeval.benchmark.lm_eval.files import PREFIX, read_reference
@@ -62,9 +60,10 @@ def load_suite(name_or_path: str) -> Suite:
         return _lm_eval_suite(name_or_path)
     path = _find(name_or_path)
     try:
-        tree = ConfigFactory.parse_string(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, ConfigException, ParseBaseException) as error:
-        raise ConfigError(f"not a suite file: {error}", where=str(path), mend="Write it in HOCON") from error
+        tree = ConfigFactory.parse_string(path.read_text(encoding="utf-8"), basedir=str(path.parent))
+    except Exception as error:  # the reader raises whatever a wrong file leads to
+        what = f"not a suite file: {error or type(error).__name__}"
+        raise ConfigError(what, where=str(path), mend="Write it in HOCON") from error
     return _read(tree, path)
 
 
@@ -116,17 +115,26 @@ def _read(tree: Any, path: Path) -> Suite:
             raise refuse(f"unknown key {stray[0]!r} in an entry", f"Keys are: {', '.join(sorted(_ENTRY_KEYS))}")
         if entry["description"] in groups:
             raise refuse(f"entry {entry['description']!r} stands there twice", "Remove one")
-        groups[entry["description"]] = tuple(entry.get("groups", ()))
+        extra = entry.get("groups", [])
+        if not _is_texts(extra):
+            raise refuse(f"groups={json.dumps(extra, default=str)} is no list of names", "Write groups: [NAME, ...]")
+        groups[entry["description"]] = tuple(extra)
     if not groups:
         raise refuse("the suite has no entries", "Add one")
     for key in ("max_eval_instances", "num_train_trials"):
         value = tree.get(key, None)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (type(value) is not int or value < 1):
             raise refuse(f"{key}={value!r} is not a positive number", "Write a number, or leave it out for HELM's")
     has_chat_template = tree.get("chat_template", False)
     if not isinstance(has_chat_template, bool):
         raise refuse(f"chat_template={has_chat_template!r} is neither true nor false", "Write true, or leave it out")
-    packaged = tuple(tree.get("packaged_data", ()))
+    description = tree.get("description", "")
+    if not isinstance(description, str):
+        raise refuse(f"description={json.dumps(description, default=str)} is no text", "Write a sentence in quotes")
+    packaged = tree.get("packaged_data", [])
+    if not _is_texts(packaged):
+        what = f"packaged_data={json.dumps(packaged, default=str)} is no list of names"
+        raise refuse(what, "Write packaged_data: [NAME, ...]")
     if stray := sorted(set(packaged) - PACKAGED.keys()):
         raise refuse(f"no packaged data for {stray[0]!r}", f"There are: {', '.join(sorted(PACKAGED))}")
     return Suite(
@@ -134,9 +142,13 @@ def _read(tree: Any, path: Path) -> Suite:
         path=path,
         entries=tuple(groups),
         groups={description: extra for description, extra in groups.items() if extra},
-        description=tree.get("description", ""),
+        description=description,
         max_eval_instances=tree.get("max_eval_instances", None),
         num_train_trials=tree.get("num_train_trials", None),
         chat_template=has_chat_template,
-        packaged_data=packaged,
+        packaged_data=tuple(packaged),
     )
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

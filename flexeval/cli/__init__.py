@@ -6,8 +6,10 @@ that `check` found to be worse.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
+import locale
 import os
 import signal
 import sys
@@ -24,6 +26,8 @@ from flexeval.cli import bench, check, data, evaluate, new_task, plan, prepare, 
 from flexeval.errors import CapacityError, ConfigError, DiskError, FlexevalError
 
 _INTERRUPTED = 130
+_UNREAD = 141
+"""As the shell says of a program that `head` has read enough of: 128 + SIGPIPE."""
 _is_debugging = False
 """Whether a mistake of the user's is shown with its traceback."""
 _ELSEWHERE = "Make room there, or name another place"
@@ -95,6 +99,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait give way: beside other work, 4x as fast
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # ragged rows fragment a GPU's memory
+    _speak_utf8()
+    _stand_in_for_closed_files()
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters that a path or an answer has
         if isinstance(stream, io.TextIOWrapper):
             with suppress(OSError):
@@ -102,6 +108,8 @@ def main() -> None:
     try:
         with _ended_by_signals():
             code = app(standalone_mode=False)
+    except SystemExit as error:  # typer's, whose 1 is for a pipe that nobody reads any more
+        sys.exit(_UNREAD if isinstance(error.__context__, BrokenPipeError) else error.code)
     except KeyboardInterrupt:  # while the command line is put together
         code = _INTERRUPTED
     except FlexevalError as error:
@@ -115,12 +123,30 @@ def main() -> None:
             raise
         path = str(error.filename2 or error.filename or "files")
         _fail(str(DiskError(str(error.strerror), where=path, mend=_MENDS[error.errno])), DiskError.code)
-    except MemoryError as error:
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # as below a `ulimit -v`
+            raise
         what = f"memory ran out{f': {error}' if str(error) else ''}. Ask for less at a time, or end other programs"
         _fail(what, CapacityError.code)
     if code == _INTERRUPTED:
         print("flexeval: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
     sys.exit(code)
+
+
+def _speak_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding: HELM reads its data in the locale's."""
+    if codecs.lookup(locale.getencoding()).name == "utf-8" or sys.flags.utf8_mode:
+        return
+    streams = f"{sys.stdout.encoding if sys.stdout else 'ascii'}:backslashreplace"
+    environment = {"PYTHONIOENCODING": streams} | os.environ | {"PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _stand_in_for_closed_files() -> None:
+    """Open the standard files that are closed: else the next file opened takes what libraries write to those."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(file, True)
+    os.close(file)
 
 
 @contextmanager
@@ -142,5 +168,6 @@ def _ended_by_signals() -> Iterator[None]:
 def _fail(message: str, code: str) -> NoReturn:
     if _is_debugging:
         traceback.print_exc()
-    print(f"flexeval: error[{code}]:", " ".join(message.split()), file=sys.stderr)
+    with suppress(OSError):  # a full disk, a pipe that nobody reads: the code says it as well
+        print(f"flexeval: error[{code}]:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

@@ -6,7 +6,7 @@ How much memory of the host is free is `memory.py`'s question; how fast anything
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -79,6 +79,16 @@ class Hardware:
         return {Tier.GPU: self.gpu_bytes, Tier.CPU: self.cpu_bytes, Tier.DISK: self.disk_bytes}[tier]
 
 
+_MEASURED = {field.name for field in fields(Hardware)} - {
+    "device",
+    "gpu_bytes",
+    "cpu_bytes",
+    "disk_bytes",
+    "host_attention_bytes_per_s",
+}
+"""Rates that a profile must have, and no others."""
+
+
 def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -> Hardware:
     """Measure this machine within `limits`, but for attention on the CPU beside a GPU. Raises `ConfigError`.
 
@@ -105,7 +115,9 @@ def detect(device: Literal["cuda", "cpu"], limits: Limits, dtype: torch.dtype) -
 @cache
 def _rates(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path | None) -> dict[str, float]:
     known = profile.load(machine_of(device, dtype, disk_dir))
-    return measure(device, dtype, disk_dir) if known is None else known.rates
+    if known is None or known.rates.keys() != _MEASURED:
+        return measure(device, dtype, disk_dir)
+    return known.rates
 
 
 def machine_of(device: str, dtype: torch.dtype, disk_dir: Path | None) -> dict[str, str]:

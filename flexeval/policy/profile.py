@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -84,9 +85,13 @@ def load(machine: Mapping[str, str]) -> Profile | None:
     """The profile of a machine; None where there is none that can be read."""
     with suppress(OSError, ValueError):
         profile = typed.read(Profile, read_json(path_of(machine)))
-        if profile.format == FORMAT and profile.machine == machine and min(profile.rates.values()) >= 0:
+        if profile.format == FORMAT and profile.machine == machine and all(map(_is_rate, profile.rates.values())):
             return profile
     return None
+
+
+def _is_rate(value: float) -> bool:
+    return 0 <= value < math.inf
 
 
 def summarize(machine: Mapping[str, str], measured: Sequence[Mapping[str, float]]) -> Profile:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow
+
 from flexeval.files import replacing, write_text
+from flexeval.parquet import save_table
 from flexeval.report.compare import compare
 from flexeval.report.frames import frames
 from flexeval.report.render.bitmap import bitmap
@@ -33,8 +36,7 @@ def write_report(results: RunResults, directory: Path) -> Path:
     write_text(directory / TABLE_FILE, table(comparison))
     tables = frames(comparison)
     for name, frame in {PARQUET_FILE: tables.tasks, QUESTIONS_FILE: tables.questions}.items():
-        with replacing(directory / name) as path:
-            frame.to_parquet(path, index=False)
+        save_table(pyarrow.Table.from_pandas(frame, preserve_index=False), directory / name)
     if (drawn := picture(comparison)) is not None and (dots := bitmap(comparison)) is not None:
         write_text(directory / PICTURE_FILE, drawn)
         with replacing(directory / BITMAP_FILE) as path:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from helm.benchmark.adaptation.adapter_spec import AdapterSpec
 from helm.benchmark.presentation.run_entry import RunEntry
 from helm.benchmark.run import run_entries_to_run_specs
 from helm.benchmark.run_spec import RunSpec
@@ -37,6 +40,18 @@ _SILENT = frozenset(
 )
 """Arguments in the name of a run that people need not see, unless two tasks would have one name."""
 
+_LEAST = {
+    "max_eval_instances": 1,
+    "max_train_instances": 0,
+    "max_tokens": 0,
+    "num_outputs": 1,
+    "num_train_trials": 1,
+    "num_trials": 1,
+}
+"""Counts in HELM's adapter specs; None where there is no limit."""
+_LONGEST_NAME = 255
+"""Bytes that file systems take."""
+
 
 def build_run_specs(entry: str, suite: Suite, deployment: str, max_eval_instances: int | None) -> list[RunSpec]:
     """Return the runs that a suite's entry stands for.
@@ -61,7 +76,22 @@ def build_run_specs(entry: str, suite: Suite, deployment: str, max_eval_instance
         raise ConfigError(
             f"the run entry {entry!r} is for other models", where=str(suite.path), mend="Write model=text in it"
         )
+    for spec in specs:
+        if len(os.fsencode(spec.name)) > _LONGEST_NAME:
+            raise ValueError(f"{spec.name!r} is too long for the name of the run's directory")
+        _check(spec.adapter_spec)
     return [_limit(spec, max_eval_instances) for spec in specs]
+
+
+def _check(adapter_spec: AdapterSpec) -> None:
+    """Raise `ValueError` for counts and temperatures that are none: HELM takes what an entry says as it is."""
+    for name, least in _LEAST.items():
+        value = getattr(adapter_spec, name)
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{name}={value!r} is not a whole number, at least {least}")
+    temperature = adapter_spec.temperature
+    if type(temperature) not in (int, float) or not math.isfinite(temperature):
+        raise ValueError(f"temperature={temperature!r} is not a number")
 
 
 def task_names(specs: Sequence[RunSpec]) -> list[str]:

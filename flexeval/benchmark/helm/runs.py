@@ -22,6 +22,8 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import downsample_eval_instances
 from helm.benchmark.scenarios.scenario import (
     EVAL_SPLITS,
+    TRAIN_SPLIT,
+    Instance,
     Scenario,
     create_scenario,
     get_scenario_cache_path,
@@ -33,7 +35,7 @@ from helm.common.local_context import LocalContext
 
 from flexeval.benchmark.helm.convert import Batch, from_helm, to_helm
 from flexeval.benchmark.helm.metrics import Metrics
-from flexeval.errors import RequestError, ResultsError
+from flexeval.errors import ConfigError, RequestError, ResultsError
 from flexeval.files import write_text
 from flexeval.request import Completion, Request
 
@@ -102,7 +104,9 @@ class RunRoom:
         """Make the questions of a run and the requests that ask them. May download what the scenario needs.
 
         Raises:
+            ConfigError: The scenario's questions cannot be asked, or not be told apart.
             RequestError: HELM asks for something that no engine can do.
+            Exception: Whatever the scenario raises.
         """
         scenario = create_scenario(spec.scenario_spec)
         instances = scenario.get_instances(get_scenario_cache_path(str(self._data_of(scenario.name)), scenario.name))
@@ -112,6 +116,7 @@ class RunRoom:
         if adapter_spec.max_eval_instances is not None:
             splits = adapter_spec.eval_splits or EVAL_SPLITS
             instances = downsample_eval_instances(instances, adapter_spec.max_eval_instances, splits)
+        _check(instances, spec.name)
         instances = DataPreprocessor(spec.data_augmenter_spec).preprocess(instances, _PARALLELISM)
         adapter = AdapterFactory.get_adapter(adapter_spec, self._tokenizer_service)
         request_states = adapter.adapt(instances, _PARALLELISM)
@@ -149,6 +154,20 @@ class RunRoom:
         _write(directory / "stats.json", [asdict_without_nones(stat) for stat in stats])
         _write(directory / "per_instance_stats.json", [asdict_without_nones(stat) for stat in per_instance])
         return per_instance
+
+
+def _check(instances: Sequence[Instance], where: str) -> None:
+    """Raise `ConfigError` for what HELM would find when all is answered, or never; examples may share an id."""
+    seen: set[tuple[str | None, str | None]] = set()
+    for instance in instances:
+        texts = [instance.input.text, *(reference.output.text for reference in instance.references)]
+        if odd := [text for text in (instance.id, *texts) if not isinstance(text, str)]:
+            what = f"question {instance.id!r} has {odd[0]!r} where a text belongs"
+            raise ConfigError(what, where=where, mend="Correct the task")
+        if (name := (instance.id, instance.split)) in seen and instance.split != TRAIN_SPLIT:
+            what = f"two questions have the id {instance.id!r}"
+            raise ConfigError(what, where=where, mend="Give each of the task's questions an id of its own, or none")
+        seen.add(name)
 
 
 def _refuse_shortened(request_states: Sequence[RequestState], where: str) -> None:

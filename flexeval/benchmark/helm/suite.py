@@ -35,7 +35,7 @@ from flexeval.benchmark.network import impatient_downloads
 from flexeval.benchmark.resources import import_tasks
 from flexeval.benchmark.suites import Suite
 from flexeval.cache import cache_root
-from flexeval.errors import ConfigError, RequestError, ResultsError
+from flexeval.errors import ConfigError, FlexevalError, RequestError, ResultsError
 from flexeval.request import Completion, Request
 from flexeval.results import InstanceResult, TaskInfo
 
@@ -94,7 +94,7 @@ class HelmSuite:
 
         Raises:
             DataError: Data of some runs cannot be had; it names all of them and the paths they are expected at.
-            ConfigError: A run entry cannot be built.
+            ConfigError: A run entry cannot be built, or a task fails.
             RequestError: HELM asks for something that no engine can do.
         """
         import_tasks()
@@ -184,7 +184,7 @@ class HelmSuite:
                     specs += build_run_specs(entry, self._suite, self._card.deployment, self._max_eval_instances)
             except ConfigError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 found = diagnose(error)
                 if found is None:
                     raise ConfigError(
@@ -211,10 +211,10 @@ class HelmSuite:
                     if lacks := room.metrics.missing(spec):
                         missing[task] += lacks
                     run = room.adapt(spec)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 found = diagnose(error)
                 if found is None:
-                    raise
+                    raise error if isinstance(error, FlexevalError) else _broken(spec, error) from error
                 missing[task].append(found)
                 continue
             if not run.requests:
@@ -251,3 +251,10 @@ class HelmSuite:
         if type(run.scenario).__module__.startswith("helm."):
             return packaged_source(run.scenario.name, self._data_of(run.scenario.name) / "scenarios")
         return run.scenario.description
+
+
+def _broken(spec: RunSpec, error: BaseException) -> ConfigError:
+    """Say that a task failed, which is its own fault, or that of what its entry asks."""
+    what = f"the task's questions cannot be made: {type(error).__name__}: {error}"
+    mend = "Correct the task, or its entry's arguments; flexeval --debug shows where it failed"
+    return ConfigError(what, where=spec.name, mend=mend)
