@@ -26,7 +26,7 @@ def profile(
     from flexeval.backends.options import read_limits
     from flexeval.policy.hardware import machine_of
     from flexeval.policy.profile import path_of, save, summarize
-    from flexeval.policy.rates import measure
+    from flexeval.policy.rates.machine import measure
     from flexeval.progress import choose_progress
 
     console = Console()

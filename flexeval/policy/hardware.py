@@ -1,6 +1,6 @@
 """The machine as the cost model sees it: capacities and rates. Knows no model, no workload and no policy.
 
-How much memory of the host is free is `memory.py`'s question; how fast anything is `rates.py`'s.
+How much memory of the host is free is `memory.py`'s question; how fast anything is `rates/`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from flexeval.config import Limits
 from flexeval.policy import profile
 from flexeval.policy.memory import free_host_bytes
 from flexeval.policy.policy import Tier
-from flexeval.policy.rates import measure, no_folder
+from flexeval.policy.rates.disk import no_folder
+from flexeval.policy.rates.machine import measure
 from flexeval.shelf import prepared_shelf
 
 GPU_USABLE_SHARE = 31 / 32
