@@ -56,7 +56,11 @@ class Hardware:
     product_s: float
     """Seconds that any product takes beside reading its matrix; 0 on a GPU, where a launch is counted for it."""
     attention_flops_per_s: float
-    """Causal attention within a prompt on the compute device, the pairs that it hides counted as well."""
+    """Causal attention within a prompt on the compute device; on a GPU, pairs that it hides are counted as well."""
+    attention_part_s: float
+    """Seconds that a head takes with each token beside its pairs, for each part of a context; 0 on a GPU."""
+    single_attention_flops_per_s: float
+    """Attention to keys that are read for one token alone; on a GPU, where reading is counted for it, as of prompts."""
     elementwise_per_s: float
     """Numbers that a layer's operations between its products make: norms, rotary embedding, activation, residuals."""
     softmax_per_s: float

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import silu
 
-from flexeval.policy.rates.attention import attention_rate
+from flexeval.policy.rates.attention import attention_rates
 from flexeval.policy.rates.disk import disk_rates
 from flexeval.policy.rates.products import few_token_rates, matmul_rate
 from flexeval.policy.rates.timing import FAST_BUDGET_S, best_seconds
@@ -17,8 +17,8 @@ PROBE_BYTES = 32 * 2**20
 """Bytes of a timed copy."""
 ELEMENTWISE_SIZES = {"cpu": (2048, 768, 64), "cuda": (4096, 8192, 128)}
 """Tokens, width and head size of timed operations: of a row's size, so that results lie in memory as a layer's do."""
-LOGITS_SIZES = {"cpu": (32, 32768), "cuda": (512, 32768)}
-"""Positions and vocabulary of the timed readings of logits."""
+LOGITS_SIZES = {"cpu": (512, 32768), "cuda": (512, 32768)}
+"""Positions and vocabulary of the timed readings of logits: many, for memory that is asked for anew takes its time."""
 NUM_RANKED = 32
 """Tokens that the timed search for the most probable finds."""
 
@@ -27,7 +27,7 @@ def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path |
     """The rates of `Hardware` by their names there, in about a second. Raises `ConfigError`."""
     to_gpu, from_gpu = _link_rates() if device == "cuda" else (0.0, 0.0)
     single, few, product_s, launch_s = few_token_rates(device, dtype)
-    softmax, ranking = _logits_rates(device, dtype)
+    attention, (softmax, ranking) = attention_rates(device, dtype), _logits_rates(device, dtype)
     disk_read, disk_write = disk_rates(disk_dir) if disk_dir else (0.0, 0.0)
     return {
         "to_gpu_bytes_per_s": to_gpu,
@@ -38,7 +38,9 @@ def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path |
         "single_product_bytes_per_s": single,
         "few_product_bytes_per_s": few,
         "product_s": product_s,
-        "attention_flops_per_s": attention_rate(device, dtype),
+        "attention_flops_per_s": attention.flops_per_s,
+        "attention_part_s": attention.part_s,
+        "single_attention_flops_per_s": attention.single_flops_per_s,
         "elementwise_per_s": _elementwise_rate(device, dtype),
         "softmax_per_s": softmax,
         "ranking_per_s": ranking,
