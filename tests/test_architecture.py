@@ -36,7 +36,7 @@ BANS = (
     Ban(
         "flexeval/policy/*",
         ("torch", "transformers"),
-        unless=("flexeval/policy/hardware.py", "flexeval/policy/rates.py"),
+        unless=("flexeval/policy/hardware.py", "flexeval/policy/rates/*"),
     ),
     Ban("flexeval/engine/*", ("tokenizers", "flexeval.benchmark", "flexeval.report", "flexeval.models")),
     Ban("flexeval/engine/compute/*", ("flexeval.engine.memory",)),

@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, tiny_config
 
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.elementwise import _Count, results_per_token
-from flexeval.policy import rates
+from flexeval.policy.rates import machine
 
 
 def test_a_layer_is_counted_as_by_hand() -> None:
@@ -35,5 +35,5 @@ def test_what_is_timed_makes_as_many_as_it_says(dtype: torch.dtype, monkeypatch:
         counted.append(found.num_results)
         return 1.0
 
-    monkeypatch.setattr(rates, "_best_seconds", count)
-    assert rates._elementwise_rate("cpu", dtype) == pytest.approx(counted[0], rel=0.01)
+    monkeypatch.setattr(machine, "best_seconds", count)
+    assert machine._elementwise_rate("cpu", dtype) == pytest.approx(counted[0], rel=0.01)

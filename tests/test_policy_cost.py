@@ -5,15 +5,8 @@ from dataclasses import replace
 import pytest
 from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_30B, OPT_125M, T4, generating, opt, scoring
 
-from flexeval.policy.cost import (
-    HOST_WAIT_SHARE,
-    OPERATIONS_PER_HOST_ROW,
-    OPERATIONS_PER_LOAD,
-    OPERATIONS_PER_STEP,
-    PACKED_RATE,
-    CostModel,
-    Lane,
-)
+from flexeval.policy.computing import OPERATIONS_PER_STEP, PACKED_RATE, attention_seconds, product_seconds
+from flexeval.policy.cost import HOST_WAIT_SHARE, OPERATIONS_PER_HOST_ROW, OPERATIONS_PER_LOAD, CostModel, Lane
 from flexeval.policy.hardware import Hardware
 from flexeval.policy.policy import Policy, Split, Tier
 from flexeval.policy.sweeps import plan_sweeps
@@ -261,8 +254,7 @@ def test_a_shared_prefix_is_read_once_a_call():
 
 def test_products_take_what_was_measured_with_one_token_and_with_few():
     """Between them lies a line; further tokens are multiplied at the peak rate."""
-    model = CostModel(shape=OPT_125M, workload=scoring(1), hardware=LAPTOP)
-    one, few, some, many = (model._product_seconds(tokens, 1e6, num_bytes=2e6) for tokens in (1, 16, 8.5, 1016))
+    one, few, some, many = (product_seconds(LAPTOP, tokens, 1e6, num_bytes=2e6) for tokens in (1, 16, 8.5, 1016))
     assert (one, few) == pytest.approx((2e6 / 20e9, 2e6 / 10e9))
     assert some == pytest.approx((one + few) / 2)
     assert many - few == pytest.approx(2 * 1e6 * 1000 / 0.1e12)
@@ -271,7 +263,10 @@ def test_products_take_what_was_measured_with_one_token_and_with_few():
 def test_a_layer_on_a_cpu_takes_its_operations_its_attention_and_python():
     """A rate that doubles saves half of the seconds that its formula gives."""
     work, shape = scoring(4, 100), replace(OPT_125M, num_layers=1)
-    cost = {"elementwise_per_s": 400 * (8 + 3 + 2) * 768 / 2e9, "attention_flops_per_s": 4 * 768 * 4 * 100**2 / 0.05e12}
+    cost = {
+        "elementwise_per_s": 400 * (8 + 3 + 2) * 768 / 2e9,
+        "attention_flops_per_s": 4 * 768 * 4 * 100 * 101 / 2 / 0.05e12,
+    }
     before = cost_of(Policy(), shape, work, LAPTOP).total_s
     for rate, seconds in cost.items():
         faster = replace(LAPTOP, **{rate: 2 * getattr(LAPTOP, rate)})
@@ -280,6 +275,25 @@ def test_a_layer_on_a_cpu_takes_its_operations_its_attention_and_python():
     assert slow - before == pytest.approx(OPERATIONS_PER_STEP * LAPTOP.launch_s)
     of_seven = cost_of(Policy(), replace(shape, num_matrices=7), work, LAPTOP).total_s
     assert of_seven - before == pytest.approx(7 * LAPTOP.product_s), "one call, and no product is free"
+
+
+def test_attention_on_a_cpu_takes_its_parts_its_pairs_and_the_reading_of_keys():
+    """A prompt's pairs are those seen; of a shared key that one call reads, the first query takes the longest."""
+    prefill = plan_sweeps(Policy(), scoring(4, 100))["prefill"]
+    pair_s = 4 * 64 / LAPTOP.attention_flops_per_s
+    assert attention_seconds(OPT_125M, LAPTOP, prefill) == pytest.approx(
+        12 * (4 * 100 * 101 / 2 * pair_s + 400 * LAPTOP.attention_part_s)
+    )
+    shared = replace(generating(8, 10), mean_context_tokens=100)
+    decode = plan_sweeps(Policy(group_sequences=8), shared)["decode"]
+    num_own, num_header = 8 * (10 + 16), 90
+    assert (decode.num_kv_read, decode.num_parts) == (num_own + num_header, 16)
+    single_s = 4 * 64 / LAPTOP.single_attention_flops_per_s
+    assert attention_seconds(OPT_125M, LAPTOP, decode) == pytest.approx(
+        12 * ((num_own + num_header) * single_s + 7 * num_header * pair_s + 16 * LAPTOP.attention_part_s)
+    )
+    on_gpu = attention_seconds(OPT_125M, T4, prefill)
+    assert on_gpu == pytest.approx(12 * 4 * 100**2 * 4 * 64 / T4.attention_flops_per_s), "as FlexGen has it"
 
 
 def test_logits_cost_their_head_and_what_is_read_off_them():

@@ -1,6 +1,6 @@
 """Corrections from measured sweeps: of machines whose rates are off by known factors, and whether moving pays."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -59,7 +59,7 @@ def measured(true: CostModel, policy: Policy, parts: list[Sweep], waiting: float
 
 def one(sweep: Sweep, share: float = 1.0) -> Sweep:
     """One sweep as planned, or a part of one."""
-    names = ("num_tokens", "num_pairs", "num_logits_rows", "num_kv_read", "num_own_read", "num_kv_written")
+    names = [field.name for field in fields(Sweep) if field.name not in ("phase", "num_sweeps", "num_calls")]
     return replace(sweep, num_sweeps=1, **{name: share * getattr(sweep, name) for name in names})
 
 

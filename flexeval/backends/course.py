@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import log
 from typing import NamedTuple
 
@@ -205,7 +205,7 @@ class Course:
 
 _EULER = 0.5772
 """Euler's constant: the largest of n exponential numbers is (ln n + this) times as large as one, in the mean."""
-_SCALED = ("num_tokens", "num_pairs", "num_logits_rows", "num_kv_read", "num_own_read", "num_kv_written")
+_SCALED = tuple(field.name for field in fields(Sweep) if field.name not in ("phase", "num_sweeps", "num_calls"))
 
 
 class _Ends(NamedTuple):

@@ -26,7 +26,7 @@ def profile(
     from flexeval.backends.options import read_limits
     from flexeval.policy.hardware import machine_of
     from flexeval.policy.profile import path_of, save, summarize
-    from flexeval.policy.rates import measure
+    from flexeval.policy.rates.machine import measure
     from flexeval.progress import choose_progress
 
     console = Console()
@@ -71,6 +71,8 @@ _WORDS = {
     "few_product_bytes_per_s": ("matrices times few tokens", 1e-9, "GB/s"),
     "product_s": ("any product of few tokens", 1e6, "us"),
     "attention_flops_per_s": ("attention in prompts", 1e-12, "TFLOP/s"),
+    "attention_part_s": ("a token and head in attention", 1e9, "ns"),
+    "single_attention_flops_per_s": ("attention of one token", 1e-12, "TFLOP/s"),
     "elementwise_per_s": ("simple operations", 1e-9, "billion numbers/s"),
     "softmax_per_s": ("log-softmax", 1e-9, "billion logits/s"),
     "ranking_per_s": ("the most probable tokens", 1e-9, "billion logits/s"),

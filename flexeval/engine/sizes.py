@@ -121,6 +121,8 @@ def measure_workload(requests: Sequence[TokenRequest], *, is_apart: bool = False
         num_prompt_pairs=sum(
             n * (node.first_position + n) for n, node in zip(usage.num_tokens, tree.nodes, strict=True)
         ),
+        num_hidden_pairs=sum(n * (n - 1) // 2 for n in usage.num_tokens),
+        num_prompt_parts=sum(n * len(tree.path(node)) for node, n in enumerate(usage.num_tokens)),
         num_generated_tokens=sum(stream.max_tokens for _, stream in generating),
         max_generated_tokens=max(stream.max_tokens for stream in streams),
         num_logits_rows=sum(stream.max_tokens > 0 for stream in streams) + num_scored,

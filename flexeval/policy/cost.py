@@ -13,24 +13,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from flexeval.policy.computing import OPERATIONS_PER_STEP, compute_seconds
 from flexeval.policy.correction import NO_CORRECTION, Correction
-from flexeval.policy.experts import fetched_part, met_part
+from flexeval.policy.experts import fetched_part
 from flexeval.policy.placement import Linear, Placement
 from flexeval.policy.policy import KINDS, Policy, Tier
-from flexeval.policy.profile import FEW_TOKENS
 from flexeval.policy.room import RoomModel
-from flexeval.policy.sparse import SHEET_BYTES, value_bytes
+from flexeval.policy.sparse import value_bytes
 from flexeval.policy.sweeps import Sweep, plan_sweeps
 from flexeval.policy.work import ModelShape, Workload
 
 if TYPE_CHECKING:  # hardware.py measures with torch; predicting must not need it
     from flexeval.policy.hardware import Hardware
 
-KERNELS_PER_CALL = 24
-"""Kernels a decoder layer launches: 7 matrix products, 2 norms, rotary, attention, activation, residuals, KV append."""
-OPERATIONS_PER_STEP = 200
-"""Small operations that take as long as Python for a row that decodes at a layer, beside a GPU's lanes: about 1 ms.
-Where weights and KV stay on the GPU, a step is one recording instead. On a CPU any layer call takes as long."""
 OPERATIONS_PER_LOAD = 400
 """Small operations that take as long as Python from one load of KV to the next: about 2 ms beside a GPU's lanes."""
 OPERATIONS_PER_HOST_ROW = 200
@@ -41,10 +36,6 @@ HOST_WAIT_SHARE = 0.25
 one of the two and this part of the other. On an H200 0.22 and 0.26 (OPT-30B, `none` and `kv4`), 0.40 (Qwen2.5-32B)."""
 LEAST_HOST_ROWS = 3
 """Rows of a sweep from which on the CPU and the link have work at the same time, at every layer."""
-KEEPING_RANKINGS, KEEPING_PASSES = 2, 3
-"""Searches for the most probable, and operations on all of the vocabulary, with which a distribution is kept."""
-PACKED_RATE = 0.55
-"""Part of the device's memory bandwidth at which products of few tokens read matrices as they rest."""
 EXPOSED_SHARE = 0.01
 """Share of every lane's time that overlap does not hide; makes the search prefer less of it among equals."""
 UNFINISHED_SHARE = 0.01
@@ -172,7 +163,7 @@ class CostModel:
         def moved(item_bytes: Mapping[str, float], *tiers: Tier) -> Linear:
             return sum(size * placement.counts[kind][tier] for kind, size in item_bytes.items() for tier in tiers)
 
-        seconds = {Lane.COMPUTE: self.compute_seconds(sweep)}
+        seconds = {Lane.COMPUTE: compute_seconds(shape, self.workload, hardware, sweep)}
         if hardware.home is Tier.GPU:
             if sweep.num_kv_read:
                 step_s = shape.num_layers * sweep.num_calls * OPERATIONS_PER_STEP * hardware.launch_s
@@ -196,70 +187,6 @@ class CostModel:
             seconds[Lane.DISK_READ] = moved(read_bytes, Tier.DISK) / hardware.disk_read_bytes_per_s
             seconds[Lane.DISK_WRITE] = moved(written_bytes, Tier.DISK) / hardware.disk_write_bytes_per_s
         return {lane: self.correction.of_lane(sweep.phase, lane) * busy_s for lane, busy_s in seconds.items()}
-
-    def compute_seconds(self, sweep: Sweep) -> float:
-        """Seconds the compute device is busy in one sweep.
-
-        A layer call of t tokens takes as long as products of few tokens, 2 P / peak for each further one, launches
-        (see `_product_seconds`), what any product takes on a CPU, and what its other operations make. Attention takes
-        4 H D operations a pair (FlexGen, appendix A.3) and reads the KV once, or copies it first; where keys are
-        chosen, every score is written out. A packed slab is unpacked once a layer, or read as it rests by every call of
-        few tokens. Of experts, only those that tokens chose are read, and unpacked where the sweep is short.
-        """
-        shape, hardware = self.shape, self.hardware
-        call_tokens = sweep.num_tokens / sweep.num_calls
-        is_on_cpu = hardware.home is Tier.CPU
-        pair_flops = 4 * shape.num_query_heads * shape.head_size
-        num_results = sweep.num_tokens * shape.results_per_token
-        if is_on_cpu:  # queries, keys and values are gathered for attention, and its output twice put in its place
-            num_results += sweep.num_tokens * (3 * shape.num_query_heads + 2 * shape.num_kv_heads) * shape.head_size
-        num_copied = 2 * shape.decode_copies if is_on_cpu else 0  # written and read again
-        device_bytes = (1 + num_copied) * sweep.num_kv_read * shape.kv_bytes_per_token
-        if shape.is_kv_coded and not sweep.num_kv_read:  # prompts are coded, and attended to as they come back
-            device_bytes += 2 * sweep.num_tokens * (shape.kv_bytes_per_token + shape.kv_compute_bytes_per_token)
-        if shape.sparsity is not None:
-            device_bytes += SHEET_BYTES * shape.num_query_heads * sweep.num_pairs
-        if shape.is_packed and call_tokens <= shape.few_tokens:
-            device_bytes += sweep.num_calls * shape.layer_bytes / PACKED_RATE
-            products_s = self._product_seconds(call_tokens, shape.layer_params, num_bytes=0)
-        else:
-            matrix_bytes = shape.layer_compute_bytes * met_part(shape, call_tokens)
-            products_s = self._product_seconds(call_tokens, shape.layer_params, num_bytes=matrix_bytes)
-            unpacked_bytes = shape.layer_bytes + shape.layer_compute_bytes if shape.is_packed else 0
-            device_bytes += unpacked_bytes * fetched_part(shape, sweep.num_tokens)
-        num_launches = OPERATIONS_PER_STEP if is_on_cpu else KERNELS_PER_CALL
-        layer_s = (
-            sweep.num_calls * (products_s + shape.num_matrices * hardware.product_s + num_launches * hardware.launch_s)
-            + pair_flops * sweep.num_pairs / hardware.attention_flops_per_s
-            + num_results / hardware.elementwise_per_s
-            + device_bytes / hardware.memory_bytes_per_s
-        )
-        return shape.num_layers * layer_s + self._head_seconds(sweep)
-
-    def _product_seconds(self, num_tokens: float, num_params: float, *, num_bytes: float) -> float:
-        """Seconds of the products of a call with matrices of so many numbers, of which it reads so many bytes.
-
-        Measured with one token and with few, and between them on a line: on a CPU kernels differ, on a GPU reading
-        rules. Further tokens are multiplied at the peak rate. That is a roofline (Williams et al., 2009) summed rather
-        than maximized: peak * t / (t + t_half).
-        """
-        hardware = self.hardware
-        single_s = num_bytes / hardware.single_product_bytes_per_s
-        few_s = num_bytes / hardware.few_product_bytes_per_s
-        if num_tokens <= FEW_TOKENS:
-            return single_s + (few_s - single_s) * max(0.0, num_tokens - 1) / (FEW_TOKENS - 1)
-        return few_s + 2 * num_params * (num_tokens - FEW_TOKENS) / hardware.flops_per_s
-
-    def _head_seconds(self, sweep: Sweep) -> float:
-        """Seconds of the head where logits are wanted, and of what is read off them."""
-        shape, hardware, work = self.shape, self.hardware, self.workload
-        num_params, call_rows = shape.vocab_size * shape.hidden_size, sweep.num_logits_rows / sweep.num_calls
-        head_s = self._product_seconds(call_rows, num_params, num_bytes=num_params * shape.dtype_bytes)
-        head_s += hardware.product_s
-        num_rankings = work.has_top + KEEPING_RANKINGS * work.is_kept
-        logit_s = 1 / hardware.softmax_per_s + num_rankings / hardware.ranking_per_s
-        logit_s += KEEPING_PASSES * work.is_kept / hardware.elementwise_per_s
-        return sweep.num_calls * head_s + sweep.num_logits_rows * shape.vocab_size * logit_s
 
     def peak_bytes(self, policy: Policy, placement: Placement) -> dict[Tier, Linear]:
         """Most bytes of each tier in use at once."""

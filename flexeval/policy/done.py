@@ -32,6 +32,8 @@ def _count(phase: str, plans: Sequence[RowPlan]) -> Sweep:
         num_tokens=sum(plan.num_tokens for plan in plans),
         num_calls=len(plans),
         num_pairs=num_pairs,
+        num_hidden_pairs=sum(span.length * (span.length - 1) // 2 for plan in plans for span in plan.fresh),
+        num_parts=sum(plan.num_tokens + sum(ancestor.length for ancestor in plan.ancestors) for plan in plans),
         num_logits_rows=sum(len(plan.scores) + len(plan.generators) for plan in plans),
         num_kv_read=num_own + num_shared,
         num_own_read=num_own,

@@ -1,6 +1,6 @@
 """The machine as the cost model sees it: capacities and rates. Knows no model, no workload and no policy.
 
-How much memory of the host is free is `memory.py`'s question; how fast anything is `rates.py`'s.
+How much memory of the host is free is `memory.py`'s question; how fast anything is `rates/`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from flexeval.config import Limits
 from flexeval.policy import profile
 from flexeval.policy.memory import free_host_bytes
 from flexeval.policy.policy import Tier
-from flexeval.policy.rates import measure, no_folder
+from flexeval.policy.rates.disk import no_folder
+from flexeval.policy.rates.machine import measure
 from flexeval.shelf import prepared_shelf
 
 GPU_USABLE_SHARE = 31 / 32
@@ -55,7 +56,11 @@ class Hardware:
     product_s: float
     """Seconds that any product takes beside reading its matrix; 0 on a GPU, where a launch is counted for it."""
     attention_flops_per_s: float
-    """Causal attention within a prompt on the compute device, the pairs that it hides counted as well."""
+    """Causal attention within a prompt on the compute device; on a GPU, pairs that it hides are counted as well."""
+    attention_part_s: float
+    """Seconds that a head takes with each token beside its pairs, for each part of a context; 0 on a GPU."""
+    single_attention_flops_per_s: float
+    """Attention to keys that are read for one token alone; on a GPU, where reading is counted for it, as of prompts."""
     elementwise_per_s: float
     """Numbers that a layer's operations between its products make: norms, rotary embedding, activation, residuals."""
     softmax_per_s: float

@@ -24,7 +24,7 @@ from flexeval.cache import cache_root
 from flexeval.environment import processor
 from flexeval.files import read_json, write_json
 
-FORMAT = 3
+FORMAT = 4
 """Of the file; measured again where it is another."""
 FEW_TOKENS = 16
 """Tokens of the product that is measured as one of few."""

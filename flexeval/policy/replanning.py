@@ -6,12 +6,12 @@ won back, and a good deal more: what a placement that never ran would take is fo
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from flexeval.policy.cost import CostModel
 from flexeval.policy.policy import KINDS, Policy, Tier
 from flexeval.policy.search import search
-from flexeval.policy.sweeps import DECODE, PREFILL, plan_sweeps
+from flexeval.policy.sweeps import DECODE, PREFILL, Sweep, plan_sweeps
 
 LEAST_GAIN = 0.1
 """Share of the rest's seconds that must be saved beside what moving costs: factors are known to a few percent."""
@@ -66,7 +66,7 @@ def _ending_seconds(model: CostModel, policy: Policy) -> float:
     return float((model.workload.max_generated_tokens - 1) * sweep_s)
 
 
-_COUNTS = ("num_tokens", "num_pairs", "num_logits_rows", "num_kv_read", "num_own_read", "num_kv_written")
+_COUNTS = tuple(field.name for field in fields(Sweep) if field.name not in ("phase", "num_sweeps", "num_calls"))
 
 
 def tell_move(before: Policy, after: Policy) -> str:

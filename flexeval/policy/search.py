@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from flexeval.config import format_size
 from flexeval.errors import CapacityError
+from flexeval.policy.computing import KERNELS_PER_CALL
 from flexeval.policy.correction import NO_CORRECTION, Correction
-from flexeval.policy.cost import KERNELS_PER_CALL, CostModel
+from flexeval.policy.cost import CostModel
 from flexeval.policy.policy import Policy, Split, Tier, apart
 from flexeval.policy.program import best_placement, least_seconds, missing_bytes
 from flexeval.policy.work import ModelShape, Workload
@@ -144,7 +145,7 @@ def _grid(model: CostModel) -> Iterator[Policy]:
 def _row_sizes(model: CostModel) -> list[int]:
     """The power of two from which layer calls run near their peak rate, twice that, and a half and a sixteenth of it.
 
-    A call of t tokens runs at peak * t / (t + t_half) (see `CostModel.compute_seconds`): 8 t_half gives 8/9 of peak, 16
+    A call of t tokens runs at peak * t / (t + t_half) (see `computing.compute_seconds`): 8 t_half gives 8/9 of peak, 16
     t_half 16/17. The smaller ones are for tight memory.
     """
     shape, hardware = model.shape, model.hardware

@@ -28,7 +28,11 @@ class Sweep:
     num_calls: int
     """Layer calls they take at each layer."""
     num_pairs: float
-    """Pairs of a new token and a token it attends to."""
+    """Pairs of a new token and a token it attends to; a stretch of a prompt counts as a square."""
+    num_hidden_pairs: float
+    """Of these, the ones that causality hides."""
+    num_parts: float
+    """Pairs of a new token and a part of its context that it attends to apart: its own, and each that others share."""
     num_logits_rows: float
     """Positions whose logits are computed."""
     num_kv_read: float
@@ -60,6 +64,8 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
         num_tokens=num_tokens,
         num_calls=ceil(num_tokens / policy.row_tokens),
         num_pairs=workload.num_prompt_pairs / num_prefills,
+        num_hidden_pairs=workload.num_hidden_pairs / num_prefills,
+        num_parts=workload.num_prompt_parts / num_prefills,
         num_logits_rows=workload.num_logits_rows / num_prefills,
         num_kv_read=0,
         num_own_read=0,
@@ -80,6 +86,8 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
         num_tokens=num_active,
         num_calls=num_calls,
         num_pairs=num_active * (workload.mean_context_tokens + half_generated),
+        num_hidden_pairs=0,
+        num_parts=num_active * (1 + (num_shared > 0)),
         num_logits_rows=num_active,
         num_kv_read=num_active * (num_own + half_generated) + num_calls * num_shared,
         num_own_read=num_active * (num_own + half_generated),

@@ -95,6 +95,10 @@ class Workload:
     """Mean prompt length of a sequence, its shared prefix included: what its last prompt token attends to."""
     num_prompt_pairs: float
     """Of a prompt token and a token in its context or its own stretch, which is computed as a square, over all."""
+    num_hidden_pairs: float
+    """Of these, the ones that causality hides: a token and a later one of its own stretch."""
+    num_prompt_parts: int
+    """Of a prompt token and a part of its context that it attends to apart: its own stretch, and each prefix before."""
     num_generated_tokens: int
     """Tokens to generate at most: the sum of `max_tokens` over generating sequences."""
     max_generated_tokens: int

@@ -1,0 +1,1 @@
+"""How fast this machine computes, moves and reads: timed with torch. Knows no model and no policy."""
