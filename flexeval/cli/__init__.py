@@ -168,6 +168,8 @@ def _ended_by_signals() -> Iterator[None]:
 def _fail(message: str, code: str) -> NoReturn:
     if _is_debugging:
         traceback.print_exc()
-    with suppress(OSError):  # a full disk, a pipe that nobody reads: the code says it as well
+    try:
         print(f"flexeval: error[{code}]:", " ".join(message.split()), file=sys.stderr)
+    except OSError:  # a full disk, a pipe that nobody reads: the code says it, unless what is left fails at the end too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(2)
