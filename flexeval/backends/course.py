@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import log
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from flexeval.policy.cost import CostModel
 from flexeval.policy.measured import MeasuredSweep, correct, seconds_of
 from flexeval.policy.policy import Policy
 from flexeval.policy.replanning import better_policy, is_worth_a_search
-from flexeval.policy.sweeps import DECODE, PREFILL, Sweep, plan_sweeps
+from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, Sweep, plan_sweeps
 from flexeval.policy.work import Workload
 from flexeval.request import FinishReason, TokenRequest, TokenResult
 
@@ -205,7 +205,6 @@ class Course:
 
 _EULER = 0.5772
 """Euler's constant: the largest of n exponential numbers is (ln n + this) times as large as one, in the mean."""
-_SCALED = tuple(field.name for field in fields(Sweep) if field.name not in ("phase", "num_sweeps", "num_calls"))
 
 
 class _Ends(NamedTuple):
@@ -220,13 +219,13 @@ class _Ends(NamedTuple):
 def _part(sweep: Sweep, num_tokens: float) -> Sweep:
     """So many tokens of a phase, as if one sweep had them."""
     return replace(
-        sweep, num_sweeps=1, **{name: num_tokens / sweep.num_tokens * getattr(sweep, name) for name in _SCALED}
+        sweep, num_sweeps=1, **{name: num_tokens / sweep.num_tokens * getattr(sweep, name) for name in COUNTS}
     )
 
 
 def _less(sweep: Sweep, done: Sweep) -> Sweep:
     """What is left of a phase, as if one sweep had it."""
-    return replace(sweep, **{name: max(0.0, getattr(sweep, name) - getattr(done, name)) for name in _SCALED})
+    return replace(sweep, **{name: max(0.0, getattr(sweep, name) - getattr(done, name)) for name in COUNTS})
 
 
 def _measured(sweep: SweepTrace) -> MeasuredSweep:

@@ -7,7 +7,7 @@ from math import log
 
 from flexeval.backends.padded_batch import BatchTrace
 from flexeval.bench.figures import LaneFigures, PhaseFigures, ScalePoint
-from flexeval.engine.trace import SweepTrace
+from flexeval.engine.trace import SweepTrace, add_up
 
 
 def split_phases(sweeps: Sequence[SweepTrace]) -> dict[str, PhaseFigures]:
@@ -19,22 +19,20 @@ def split_phases(sweeps: Sequence[SweepTrace]) -> dict[str, PhaseFigures]:
         "prefill": [sweep for sweep in sweeps if sweep.num_fresh_tokens],
         "decode": [sweep for sweep in sweeps if not sweep.num_fresh_tokens],
     }
-    return {name: _add_up(chosen) for name, chosen in phases.items() if chosen}
+    return {name: _figures(chosen) for name, chosen in phases.items() if chosen}
 
 
-def _add_up(sweeps: Sequence[SweepTrace]) -> PhaseFigures:
-    elapsed_s = sum(sweep.elapsed_s for sweep in sweeps)
-    lanes = {}
-    for name in sweeps[0].lanes:
-        busy_s = sum(sweep.lanes[name].busy_s for sweep in sweeps)
-        num_bytes = sum(sweep.lanes[name].num_bytes for sweep in sweeps)
-        lanes[name] = LaneFigures(num_bytes=num_bytes, busy_s=busy_s, utilization=busy_s / elapsed_s)
+def _figures(sweeps: Sequence[SweepTrace]) -> PhaseFigures:
+    total = add_up(sweeps)
     return PhaseFigures(
-        elapsed_s=elapsed_s,
-        num_sweeps=sum(sweep.num_sweeps for sweep in sweeps),
-        num_fresh_tokens=sum(sweep.num_fresh_tokens for sweep in sweeps),
-        num_decode_tokens=sum(sweep.num_decode_tokens for sweep in sweeps),
-        lanes=lanes,
+        elapsed_s=total.elapsed_s,
+        num_sweeps=total.num_sweeps,
+        num_fresh_tokens=total.num_fresh_tokens,
+        num_decode_tokens=total.num_decode_tokens,
+        lanes={
+            name: LaneFigures(num_bytes=lane.num_bytes, busy_s=lane.busy_s, utilization=lane.busy_s / total.elapsed_s)
+            for name, lane in total.lanes.items()
+        },
     )
 
 

@@ -186,7 +186,7 @@ class EngineParts:
         num_decode = sum(plan.num_tokens for plan in plans) - num_fresh
         if len(self.trace.sweeps) >= 2 * MOST_SWEEPS:
             self.settle()
-            self.trace.add_up()
+            self.trace.shorten()
         self.trace.begin_sweep(
             SweepTrace(num_fresh_tokens=num_fresh, num_decode_tokens=num_decode, done=done_by(plans))
         )

@@ -109,12 +109,12 @@ class Trace:
         for sweep, part in zip(self.sweeps[first:], parts, strict=True):
             sweep.lanes[lane] = part
 
-    def add_up(self) -> None:
+    def shorten(self) -> None:
         """Make few sweeps of many, all of them settled: a batch that takes a night keeps no more than a short one."""
         earlier, last = self.sweeps[:-MOST_SWEEPS], self.sweeps[-MOST_SWEEPS:]
         with_prompts = [sweep for sweep in earlier if sweep.num_fresh_tokens]
         without = [sweep for sweep in earlier if not sweep.num_fresh_tokens]
-        sums = [_sum(sweeps) for sweeps in (with_prompts, without) if sweeps]
+        sums = [add_up(sweeps) for sweeps in (with_prompts, without) if sweeps]
         self.sweeps = [*sums, *last]  # at once: other threads read it
 
     @contextmanager
@@ -127,7 +127,8 @@ class Trace:
             self.phases[name] += time.perf_counter() - start
 
 
-def _sum(sweeps: Sequence[SweepTrace]) -> SweepTrace:
+def add_up(sweeps: Sequence[SweepTrace]) -> SweepTrace:
+    """Sweeps as one, all of them settled; at least one."""
     total = SweepTrace(
         num_fresh_tokens=sum(sweep.num_fresh_tokens for sweep in sweeps),
         num_decode_tokens=sum(sweep.num_decode_tokens for sweep in sweeps),

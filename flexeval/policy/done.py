@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from flexeval.planning.rows import RowPlan
-from flexeval.policy.sweeps import DECODE, PREFILL, Sweep
+from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, Sweep
 
 
 def done_by(plans: Sequence[RowPlan]) -> dict[str, Sweep]:
@@ -41,18 +41,13 @@ def _count(phase: str, plans: Sequence[RowPlan]) -> Sweep:
     )
 
 
-_COUNTS = tuple(
-    field.name for field in fields(Sweep) if field.name not in ("phase", "num_sweeps", "num_tokens", "num_calls")
-)
-
-
 def total(sweeps: Sequence[Sweep]) -> Sweep:
     """All that some sweeps of one phase do, at least one, as if one had done it."""
-    counts = {name: sum(getattr(sweep, name) for sweep in sweeps) for name in ("num_tokens", "num_calls", *_COUNTS)}
+    counts = {name: sum(getattr(sweep, name) for sweep in sweeps) for name in ("num_calls", *COUNTS)}
     return replace(sweeps[0], **counts)
 
 
 def as_planned(work: Sweep, plan: Sweep) -> tuple[float, Sweep]:
     """How many sweeps of the plan's size do `work`, maybe a part of one, and what each of them does. Not of no work."""
     num_sweeps = work.num_tokens / plan.num_tokens
-    return num_sweeps, replace(plan, **{name: getattr(work, name) / num_sweeps for name in _COUNTS})
+    return num_sweeps, replace(plan, **{name: getattr(work, name) / num_sweeps for name in COUNTS})

@@ -6,12 +6,12 @@ won back, and a good deal more: what a placement that never ran would take is fo
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from flexeval.policy.cost import CostModel
 from flexeval.policy.policy import KINDS, Policy, Tier
 from flexeval.policy.search import search
-from flexeval.policy.sweeps import DECODE, PREFILL, Sweep, plan_sweeps
+from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, plan_sweeps
 
 LEAST_GAIN = 0.1
 """Share of the rest's seconds that must be saved beside what moving costs: factors are known to a few percent."""
@@ -61,12 +61,9 @@ def _ending_seconds(model: CostModel, policy: Policy) -> float:
     sweep = plan_sweeps(policy, model.workload).get(DECODE)
     if sweep is None:
         return 0.0
-    half = replace(sweep, **{name: getattr(sweep, name) / 2 for name in _COUNTS})
+    half = replace(sweep, **{name: getattr(sweep, name) / 2 for name in COUNTS})
     sweep_s = max(model.sweep_bounds(half, model.lane_seconds(policy, half, model.place(policy))))
     return float((model.workload.max_generated_tokens - 1) * sweep_s)
-
-
-_COUNTS = tuple(field.name for field in fields(Sweep) if field.name not in ("phase", "num_sweeps", "num_calls"))
 
 
 def tell_move(before: Policy, after: Policy) -> str:

@@ -5,7 +5,7 @@ Knows sequences and tokens; no machine, no placement and no sizes of a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import ceil
 
 from flexeval.policy.policy import Policy
@@ -41,6 +41,10 @@ class Sweep:
     """Of these, the ones of sequences' own contexts."""
     num_kv_written: float
     """Tokens whose keys and values are added to it."""
+
+
+COUNTS = tuple(field.name for field in fields(Sweep) if field.name not in ("phase", "num_sweeps", "num_calls"))
+"""What grows with the work that a sweep does."""
 
 
 def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:

@@ -17,7 +17,7 @@ PROBE_BYTES = 32 * 2**20
 """Bytes of a timed copy."""
 ELEMENTWISE_SIZES = {"cpu": (2048, 768, 64), "cuda": (4096, 8192, 128)}
 """Tokens, width and head size of timed operations: of a row's size, so that results lie in memory as a layer's do."""
-LOGITS_SIZES = {"cpu": (512, 32768), "cuda": (512, 32768)}
+LOGITS_SIZES = (512, 32768)
 """Positions and vocabulary of the timed readings of logits: many, for memory that is asked for anew takes its time."""
 NUM_RANKED = 32
 """Tokens that the timed search for the most probable finds."""
@@ -74,7 +74,7 @@ def _elementwise_rate(device: str, dtype: torch.dtype) -> float:
 
 def _logits_rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """Logits a second that become log-probabilities, and that are searched for the highest."""
-    logits = torch.randn(*LOGITS_SIZES[device], device=device).to(dtype)
+    logits = torch.randn(*LOGITS_SIZES, device=device).to(dtype)
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
     softmax_s, ranking_s = (
         best_seconds(run, device, budget_s=FAST_BUDGET_S)
