@@ -39,7 +39,7 @@ def test_rotary_embeddings_that_change_with_the_length_leave_a_model_countable(
     changes = {"rope_parameters": rope, "original_max_position_embeddings": 64, "max_position_embeddings": 256}
     anatomy = Anatomy(tiny_config(family, **changes), torch.float32)
     kinds = [module.rope_type for module in anatomy.model.modules() if hasattr(module, "rope_type")]
-    assert anatomy.kv_shape(0) and results_per_token(anatomy) > 0
+    assert anatomy.kv_shape(0) and results_per_token(anatomy, torch.device("cpu")) > 0
     assert kinds == [module.rope_type for module in anatomy.model.modules() if hasattr(module, "rope_type")] != []
     made = [name for module in anatomy.model.modules() for name in vars(module) if name.endswith("long_inv_freq")]
     assert not made, "without memory, they would be found and used by calls with it"

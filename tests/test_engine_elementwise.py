@@ -12,17 +12,29 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.elementwise import _Count, results_per_token
 from flexeval.policy.rates import machine
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
 
 def test_a_layer_is_counted_as_by_hand() -> None:
     width, heads, kv_heads, inner = 64, 64, 32, 128
     norms = 2 * (3 * width + 3)  # squares, their mean, epsilon, root; scaled, weighted
     rotary = 4.5 * (heads + kv_heads)  # times cosines, half negated, put together, times sines, added
-    assert results_per_token(Anatomy(tiny_config("llama"), torch.float32)) == norms + rotary + 2 * inner + 2 * width
+    anatomy = Anatomy(tiny_config("llama"), torch.float32)
+    assert results_per_token(anatomy, CPU) == norms + rotary + 2 * inner + 2 * width
+
+
+def test_what_is_one_launch_on_a_gpu_is_counted_once() -> None:
+    """And for a GPU only."""
+    width, heads, kv_heads, inner = 64, 64, 32, 128
+    anatomy = Anatomy(tiny_config("llama"), torch.float32)
+    on_cpu = results_per_token(anatomy, CPU)
+    assert results_per_token(anatomy, GPU) == 2 * width + heads + kv_heads + inner + 2 * width
+    assert results_per_token(anatomy, CPU) == on_cpu
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_counted(family: str) -> None:
-    assert 8 * 64 < results_per_token(Anatomy(tiny_config(family), torch.float32)) < 64 * 64
+    assert 8 * 64 < results_per_token(Anatomy(tiny_config(family), torch.float32), CPU) < 64 * 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

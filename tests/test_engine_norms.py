@@ -8,6 +8,7 @@ from tiny_models import tiny_config
 from torch import Tensor, nn
 
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.fusion import Fusion
 from flexeval.engine.compute.norms import fuse_norms
 
 SIZE = 48
@@ -54,7 +55,7 @@ def is_fused(module: nn.Module) -> bool:
 @pytest.mark.parametrize("kind", [OffsetRMSNorm, GatedRMSNorm, BiasedRMSNorm, CenteredRMSNorm])
 def test_other_norms_stay_as_they_are(kind: type[PlainRMSNorm]) -> None:
     module = kind()
-    fuse_norms(module)
+    fuse_norms(module, Fusion())
     assert not is_fused(module)
 
 
@@ -62,7 +63,7 @@ def test_on_a_cpu_a_norm_computes_what_it_did() -> None:
     module, hidden = PlainRMSNorm(), torch.randn(7, SIZE, dtype=torch.bfloat16)
     module.bfloat16()
     expected = module(hidden)
-    fuse_norms(module)
+    fuse_norms(module, Fusion())
     assert is_fused(module) and torch.equal(module(hidden), expected)
 
 
@@ -74,7 +75,7 @@ def test_on_a_gpu_a_norm_computes_the_same_in_one_launch(dtype: torch.dtype, err
     wide = hidden.double()
     exact = module.weight.double() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.eps)
     plain_error = ((module(hidden) - exact).abs() / exact.abs()).max()
-    fuse_norms(module)
+    fuse_norms(module, Fusion())
     fused_error = ((module(hidden) - exact).abs() / exact.abs()).max()
     assert fused_error <= max(error, plain_error) and fused_error <= error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from flexeval.engine.compute import rotary
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.fusion import Fusion
 from flexeval.engine.compute.rotary import fuse_rotary
 
 
@@ -40,14 +41,14 @@ def is_fused(module: nn.Module) -> bool:
 def test_what_rotates_otherwise_stays(other: rotary.Rotate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
     module = LlamaAttention(tiny_config("llama"), 0)
-    fuse_rotary(module)
+    fuse_rotary(module, Fusion())
     assert not is_fused(module)
 
 
 def test_only_the_model_at_hand_calls_ours() -> None:
     before = modeling_llama.apply_rotary_pos_emb
     module = LlamaAttention(tiny_config("llama"), 0)
-    fuse_rotary(module)
+    fuse_rotary(module, Fusion())
     assert is_fused(module)
     assert modeling_llama.apply_rotary_pos_emb is before
     assert not is_fused(LlamaAttention(tiny_config("llama"), 0))

@@ -74,7 +74,7 @@ def model_shape(
         hidden_bytes_per_token=text.hidden_size * anatomy.dtype.itemsize,
         vocab_size=text.vocab_size,
         dtype_bytes=anatomy.dtype.itemsize,
-        results_per_token=results_per_token(anatomy),
+        results_per_token=results_per_token(anatomy, device),
         few_tokens=codec.few_tokens(device) if codec is not None and takes_coded else 0,
         decode_copies=0 if sparsity else decode_copies(device, heads_per_kv=num_query_heads // num_kv_heads),
         num_matrices=num_matrices,

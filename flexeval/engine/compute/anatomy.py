@@ -23,6 +23,8 @@ from flexeval.engine.compute.binding import bind, fill_buffers, place_of, unchan
 from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
 from flexeval.engine.compute.channels import Keys
 from flexeval.engine.compute.experts import Experts, Fetch, experts_per_token, find_experts, register_experts
+from flexeval.engine.compute.fusion import Fusion
+from flexeval.engine.compute.gates import fuse_gates
 from flexeval.engine.compute.linear import make_coded
 from flexeval.engine.compute.norms import fuse_norms
 from flexeval.engine.compute.port import (
@@ -84,8 +86,10 @@ class Anatomy:
         self.config = copy.deepcopy(config)  # transformers shares configs between models
         self.dtype = dtype
         self.model = build_on_meta(self.config, dtype, attention=ATTENTION_NAME)
-        fuse_norms(self.model)
-        fuse_rotary(self.model)
+        self.fusion = Fusion()
+        """What of it is one launch instead of several."""
+        for fuse in (fuse_norms, fuse_rotary, fuse_gates):
+            fuse(self.model, self.fusion)
         self._port = AttentionPort()
         self.keys: Keys | None = None
         """What becomes of keys on their way to attention; None leaves them as they are."""

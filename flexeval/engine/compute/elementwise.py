@@ -18,12 +18,12 @@ NUM_TOKENS = 64
 """Of the call: enough for what does not grow with them to be little."""
 
 
-def results_per_token(anatomy: Anatomy, layer: int = 0) -> float:
-    """Numbers that a layer's operations write for each token; products, attention and experts do not count."""
+def results_per_token(anatomy: Anatomy, device: torch.device, layer: int = 0) -> float:
+    """Numbers that a layer's operations write for each token on `device`; products, attention, experts do not count."""
     ids_1T = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta")
     embedded = anatomy.embed(ids_1T, torch.arange(NUM_TOKENS, device="meta")[None])
     hidden_1TD, call = embedded.hidden_1TD, embedded.calls[layer]
-    with torch.inference_mode(), _Count() as count:
+    with torch.inference_mode(), anatomy.fusion.counting(device), _Count() as count:
         if anatomy.experts[layer] is None:
             anatomy.run_layer(layer, hidden_1TD, call, _attend)
         else:  # what comes behind attention depends on what a router chooses

@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import rms_norm
 
+from flexeval.engine.compute.fusion import Fusion
+
 _EPSILONS = ("variance_epsilon", "eps")
 _TOLERANCE = 1e-5
 """Of float32: a norm that computes anything else is farther away."""
 
 
-def fuse_norms(model: nn.Module) -> None:
+def fuse_norms(model: nn.Module, fusion: Fusion) -> None:
     """Let the RMS norms of a model (Zhang and Sennrich 2019) run as torch's own, where they compute the same.
 
     Theirs rounds once, transformers' twice: in 16 bits results differ by a rounding. On a CPU all stays as it is.
     """
     for module in model.modules():
         if "RMSNorm" in type(module).__name__ and (epsilon := _epsilon(module)) is not None:
-            _fuse(module, epsilon)
+            _fuse(module, epsilon, fusion)
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -42,11 +44,11 @@ def _epsilon(module: nn.Module) -> float | None:
     return epsilon if torch.allclose(theirs_2D, ours_2D, rtol=_TOLERANCE, atol=_TOLERANCE) else None
 
 
-def _fuse(module: nn.Module, epsilon: float) -> None:
+def _fuse(module: nn.Module, epsilon: float, fusion: Fusion) -> None:
     plain = module.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
-        if hidden_states.is_cuda:
+        if fusion.applies(hidden_states):
             weight_D = module.get_parameter("weight")
             if hidden_states.dtype == weight_D.dtype:
                 return rms_norm(hidden_states, weight_D.shape, weight_D, epsilon)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexeval.engine.kernels import has_triton
+from flexeval.engine.compute.fusion import Fusion
 
 _NAME = "apply_rotary_pos_emb"
 """What transformers calls it, in the file of each family."""
@@ -22,18 +22,21 @@ _TOLERANCE = 1e-6
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 
-def fuse_rotary(root: nn.Module) -> None:
+def fuse_rotary(root: nn.Module, fusion: Fusion) -> None:
     """Let the attention modules under `root` rotate by our kernel where theirs does the same (Su et al. 2021).
 
     Only these modules call it: transformers stays as it is. The kernel rounds once, transformers three times: in 16
     bits results differ by a rounding. On a CPU all stays as it is.
     """
+    fused: dict[FunctionType, FunctionType] = {}
     for module in root.modules():
         forward = inspect.unwrap(type(module).forward)
         if isinstance(forward, FunctionType) and _NAME in forward.__code__.co_names:
             theirs = forward.__globals__.get(_NAME)
             if theirs is not None and _rotates_halves(theirs):
-                module.forward = MethodType(_calling_ours(forward, theirs), module)
+                if forward not in fused:
+                    fused[forward] = _calling_ours(forward, theirs, fusion)
+                module.forward = MethodType(fused[forward], module)
 
 
 @cache
@@ -57,13 +60,14 @@ def _rotate(x_1NTH: Tensor, cos_1TH: Tensor, sin_1TH: Tensor) -> Tensor:
     return x_1NTH * cos_1TH[:, None] + torch.cat([-second, first], dim=-1) * sin_1TH[:, None]
 
 
-@cache
-def _calling_ours(forward: FunctionType, theirs: Rotate) -> FunctionType:
+def _calling_ours(forward: FunctionType, theirs: Rotate, fusion: Fusion) -> FunctionType:
     """The same function, for which the name stands for ours."""
 
     def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        if args or options or not (_fits(q, cos, sin) and _fits(k, cos, sin)):
+        if args or options or not (fusion.applies(q) and _fits(q, cos, sin) and _fits(k, cos, sin)):
             return theirs(q, k, cos, sin, *args, **options)
+        if q.is_meta:
+            return q.clone(), k.clone()  # writes as many numbers
         from flexeval.engine.compute.rotary_kernel import rotate
 
         return rotate(q, cos, sin), rotate(k, cos, sin)
@@ -80,11 +84,10 @@ def _calling_ours(forward: FunctionType, theirs: Rotate) -> FunctionType:
 
 
 def _fits(x_1NTH: Tensor, cos_1TH: Tensor, sin_1TH: Tensor) -> bool:
-    """Whether the kernel can do it: a packed row on a GPU, all of a head rotated."""
+    """Whether the kernel can do it: a packed row, all of a head rotated."""
     shape = (1, x_1NTH.shape[2], x_1NTH.shape[3])
     return (
-        has_triton(x_1NTH.device)
-        and x_1NTH.shape[0] == 1
+        x_1NTH.shape[0] == 1
         and cos_1TH.shape == sin_1TH.shape == shape
         and x_1NTH.shape[-1] % 2 == 0
         and all(tensor.stride(-1) == 1 for tensor in (x_1NTH, cos_1TH, sin_1TH))
