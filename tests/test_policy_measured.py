@@ -33,23 +33,23 @@ def measured(true: CostModel, policy: Policy, parts: list[Sweep], waiting: float
     home = true.hardware.home
     hosted = {kind: {**tiers, Tier.DISK: 0} for kind, tiers in placement.counts.items()}
     busy: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
-    elapsed_s = 0.0
+    bounds = []
     for index, part in enumerate(parts):
         here = replace(placement, counts=hosted)
         all_lanes, link_lanes = (true.lane_seconds(policy, part, place) for place in (placement, here))
-        elapsed_s += max(true.sweep_bounds(part, all_lanes))
         if index:
             everything = {tier: true.shape.num_layers * (tier is home) for tier in Tier}
             placed: list[Placement] = [
                 replace(place, counts={**place.counts, "weights": everything}) for place in (placement, here)
             ]
             all_lanes, link_lanes = (true.lane_seconds(policy, part, place) for place in placed)
+        bounds.append(list(true.sweep_bounds(part, all_lanes)))
         for lane in all_lanes:
             chosen = link_lanes if lane in (Lane.TO_GPU, Lane.FROM_GPU) else all_lanes
             busy[lane] += float(chosen[lane])
     return MeasuredSweep(
         done={part.phase: part for part in parts},
-        elapsed_s=waiting * elapsed_s,
+        elapsed_s=waiting * max(map(sum, zip(*bounds, strict=True))),
         compute_s=busy[Lane.COMPUTE],
         in_s=busy[Lane.TO_GPU] + busy[Lane.DISK_READ],
         out_s=busy[Lane.FROM_GPU] + busy[Lane.DISK_WRITE],

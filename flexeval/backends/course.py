@@ -6,18 +6,19 @@ Joins the engine's trace to the cost model; chooses nothing itself.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from typing import NamedTuple
 
-from flexeval.backends.gauging import phase_plans
+from flexeval.backends.gauging import measured_sweep, phase_plans
 from flexeval.engine.executor import Executor
 from flexeval.engine.trace import SweepTrace
 from flexeval.meter import PhasePlan
 from flexeval.policy.correction import Correction
 from flexeval.policy.cost import CostModel
-from flexeval.policy.measured import MeasuredSweep, correct, seconds_of
+from flexeval.policy.measured import correct, seconds_of
 from flexeval.policy.policy import Policy
 from flexeval.policy.replanning import better_policy, is_worth_a_search
 from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, Sweep, plan_sweeps
@@ -28,6 +29,8 @@ FIRST_BLOCK_SHARE = 1 / 16
 """Of the batch's foretold seconds, those of the first block; it is looked at again whenever twice as much is done."""
 LEAST_MEASURED_S = 0.5
 """A block takes at least so many seconds: fewer tell little."""
+LEAST_SWEEPS = {PREFILL: 2, DECODE: 8}
+"""And has so many sweeps of each phase, where the plan has: the first make kernels, and record launches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +61,9 @@ class Course:
 
         Args:
             executor: Answers the batch.
-            model: Of the whole batch, without correction.
+            model: Of the whole batch, corrected by what is known before anything of the work is computed.
             requests: The batch.
-            known: What was measured of this model before.
+            known: What was measured of this model until now.
             moving: What another placement would take; None where there must be none.
         """
         self._executor, self._requests, self._moving = executor, requests, moving
@@ -81,6 +84,7 @@ class Course:
         self._next_share = FIRST_BLOCK_SHARE
         self._is_corrected = False
         self._num_done = dict.fromkeys(self._sweeps, 0)
+        self._num_sweeps = dict.fromkeys(self._sweeps, 0)
         self._prompts_left = _part(self._sweeps[PREFILL], model.workload.num_prompt_tokens)
         self._elapsed_s = 0.0
         self._num_steps_ended = self._num_steps_allowed_ended = self._num_ended = self._num_stopped = 0
@@ -105,11 +109,13 @@ class Course:
         self._elapsed_s += last.elapsed_s
         for phase, done in last.done.items():
             self._num_done[phase] += int(done.num_tokens)
+            self._num_sweeps[phase] += 1
         if PREFILL in last.done:
             self._prompts_left = _less(self._prompts_left, last.done[PREFILL])
         if DECODE in last.done:
             self._ends.append(_Ends(self._num_done[DECODE], self._num_stopped))
-        if self._elapsed_s < LEAST_MEASURED_S or not all(self._num_done.values()):
+        least = {phase: min(LEAST_SWEEPS[phase], sweep.num_sweeps) for phase, sweep in self._sweeps.items()}
+        if self._elapsed_s < LEAST_MEASURED_S or any(self._num_sweeps[phase] < num for phase, num in least.items()):
             return False
         done_s = sum(plan.elapsed_s * self._num_done[name] / plan.num_tokens for name, plan in self.plan.items())
         if done_s < self._next_share * self.foretold_s:
@@ -128,11 +134,11 @@ class Course:
         return replace(self._model, correction=self.correction, workload=workload or self._model.workload)
 
     def _correct(self) -> None:
-        """Correct the model by all sweeps so far."""
+        """Correct the model by the sweeps so far."""
         self._executor.settle()
-        sweeps = [sweep for sweep in self._executor.trace.sweeps if sweep.num_sweeps == 1]
+        sweeps = _but_first([sweep for sweep in self._executor.trace.sweeps if sweep.num_sweeps == 1])
         self.correction = correct(
-            self._model, self._executor.policy, [_measured(sweep) for sweep in sweeps], self.correction
+            self._model, self._executor.policy, [measured_sweep(sweep) for sweep in sweeps], self.correction
         )
         self._is_corrected = True
 
@@ -228,14 +234,13 @@ def _less(sweep: Sweep, done: Sweep) -> Sweep:
     return replace(sweep, **{name: max(0.0, getattr(sweep, name) - getattr(done, name)) for name in COUNTS})
 
 
-def _measured(sweep: SweepTrace) -> MeasuredSweep:
-    """What the engine's lanes did, as the cost model has them. The one for hidden states goes both ways, equally."""
-    busy = {name: lane.busy_s for name, lane in sweep.lanes.items()}
-    return MeasuredSweep(
-        done=sweep.done,
-        elapsed_s=sweep.elapsed_s,
-        compute_s=busy["compute"],
-        in_s=busy["weights"] + busy["disk"] + busy["kv_in"] + busy["hidden"] / 2,
-        out_s=busy["kv_out"] + busy["hidden"] / 2,
-        host_attention_s=busy["host_attention"],
-    )
+def _but_first(sweeps: Sequence[SweepTrace]) -> list[SweepTrace]:
+    """All sweeps but the first one of each phase, which makes its kernels, unless there is no other of that phase."""
+    num_sweeps = Counter(phase for sweep in sweeps for phase in sweep.done)
+    begun = {phase for phase, num in num_sweeps.items() if num == 1}
+    kept = []
+    for sweep in sweeps:
+        if sweep.done.keys() <= begun:
+            kept.append(sweep)
+        begun |= sweep.done.keys()
+    return kept

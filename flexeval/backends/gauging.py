@@ -1,4 +1,4 @@
-"""Reads off where an engine stands in its batch. Knows its trace; asks nothing of a device."""
+"""Reads off where an engine stands in its batch, and what sweeps took. Knows its trace; asks nothing of a device."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping
 
 from flexeval.engine.executor import Executor
+from flexeval.engine.trace import SweepTrace
 from flexeval.meter import Gauge, PhasePlan
 from flexeval.policy.cost import Cost
+from flexeval.policy.measured import MeasuredSweep
 from flexeval.policy.sweeps import Sweep
 
 
@@ -40,4 +42,17 @@ def read_gauge(executor: Executor, num_layers: int) -> Gauge:
         num_decode_tokens=num_decode_tokens,
         elapsed_s=sum(sweep.elapsed_s for sweep in done) + (time.perf_counter() - at_work.began_s if at_work else 0.0),
         used_bytes=executor.used_bytes(),
+    )
+
+
+def measured_sweep(sweep: SweepTrace) -> MeasuredSweep:
+    """What the engine's lanes did, as the cost model has them. The one for hidden states goes both ways, equally."""
+    busy = {name: lane.busy_s for name, lane in sweep.lanes.items()}
+    return MeasuredSweep(
+        done=sweep.done,
+        elapsed_s=sweep.elapsed_s,
+        compute_s=busy["compute"],
+        in_s=busy["weights"] + busy["disk"] + busy["kv_in"] + busy["hidden"] / 2,
+        out_s=busy["kv_out"] + busy["hidden"] / 2,
+        host_attention_s=busy["host_attention"],
     )

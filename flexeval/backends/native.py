@@ -153,9 +153,18 @@ class Engine:
         """What the engine itself is asked, equal requests once. Raises `RequestError`."""
         return Batch(self.text, requests).token_requests
 
-    def cost_model(self, requests: Sequence[Request]) -> CostModel:
-        """What any policy would cost for these requests on this machine. Raises `RequestError`."""
-        return self._placements.cost_model(self._count(self.token_requests(requests)))
+    def cost_model(self, requests: Sequence[Request], *, tried_under: Policy | None = None) -> CostModel:
+        """What any policy would cost for these requests on this machine. Raises `RequestError`.
+
+        Args:
+            requests: The work.
+            tried_under: The policy that a trial is made under first, if there was none yet and the work is worth one.
+        """
+        asked = self.token_requests(requests)
+        workload = self._count(asked)
+        if tried_under is not None:
+            self._placements.try_out(tried_under, workload, asked)
+        return self._placements.cost_model(workload)
 
     def place(self, requests: Sequence[Request], *, on_layer: OnLayer = lambda done, layers: None) -> PlanSummary:
         """Choose a policy for these requests and load the weights to where it wants them.
@@ -214,9 +223,11 @@ class Engine:
         """
         policy: Policy | None = None
         while batch.unanswered:
-            workload = self._count([batch.token_requests[index] for index in batch.unanswered])
+            requests = [batch.token_requests[index] for index in batch.unanswered]
+            workload = self._count(requests)
             try:
-                policy = work(self._placements.ready(workload, policy, on_layer), workload, policy is not None)
+                is_again = policy is not None
+                policy = work(self._placements.ready(workload, requests, policy, on_layer), workload, is_again)
                 if policy is None:
                     return
             except Exception as error:

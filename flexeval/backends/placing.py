@@ -14,12 +14,13 @@ from flexeval.backends.course import Course, Moving
 from flexeval.backends.loading import OpenModel, cap_gpu_memory
 from flexeval.backends.placed import OnLayer, Placed, place_weights
 from flexeval.backends.shortage import cannot_split, does_not_load, full_tier
+from flexeval.backends.trial import try_out
 from flexeval.config import Limits
 from flexeval.engine.codecs.kv_format import make_format
 from flexeval.engine.memory.host_rate import host_attention_rate
 from flexeval.engine.sizes import model_shape
 from flexeval.errors import CapacityError
-from flexeval.policy.correction import NO_CORRECTION
+from flexeval.policy.correction import NO_CORRECTION, Correction
 from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, Tier
@@ -53,6 +54,7 @@ class Placements:
             vocabulary_codec=opened.vocabulary_codec,
         )
         self._hardware: Hardware | None = None
+        self._tried: Correction | None = None
         self._correction = NO_CORRECTION
         self._search_s = 0.0
 
@@ -68,14 +70,30 @@ class Placements:
         return add_up([*self._past, *([self.at_hand.usage()] if self.at_hand is not None else [])])
 
     def cost_model(self, workload: Workload) -> CostModel:
-        """What any policy would cost for a workload on this machine."""
-        return CostModel(shape=self._shape, workload=workload, hardware=self._measure())
+        """What any policy would cost for a workload on this machine, corrected by a trial where there was one."""
+        correction = self._tried or NO_CORRECTION
+        return CostModel(shape=self._shape, workload=workload, hardware=self._measure(), correction=correction)
 
-    def ready(self, workload: Workload, policy: Policy | None, on_layer: OnLayer) -> Placed:
+    def try_out(self, policy: Policy, workload: Workload, requests: Sequence[TokenRequest]) -> None:
+        """Correct the cost model by a trial, before the first work, where that is long enough for one.
+
+        Args:
+            policy: Under which the work will be done.
+            workload: The work, counted.
+            requests: The same.
+        """
+        if self._tried is None:
+            model = self.cost_model(workload)
+            self._tried = self._correction = try_out(self._opened, model, policy, requests, is_apart=self._is_apart)
+
+    def ready(
+        self, workload: Workload, requests: Sequence[TokenRequest], policy: Policy | None, on_layer: OnLayer
+    ) -> Placed:
         """The weights placed for this workload, and placed anew where their old place is too small.
 
         Args:
             workload: What is to be answered.
+            requests: The same.
             policy: How, where that is known.
             on_layer: Told how far loading is.
         """
@@ -92,6 +110,7 @@ class Placements:
         if fixed is None:
             self._search_s = time.perf_counter() - start
         cap_gpu_memory(self._limits, opened.device)
+        self.try_out(policy, workload, requests)
         start = time.perf_counter()
         executor = place_weights(opened, policy, self._limits, on_layer, is_apart=self._is_apart)
         self.at_hand = Placed(executor, opened.anatomy.num_layers)

@@ -77,16 +77,10 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     Raises:
         UnsupportedModelError: Its layers have no attention heads.
     """
-    tiny = copy.deepcopy(config)
-    text = tiny.get_text_config()
-    if not hasattr(text, "num_attention_heads"):
+    if not hasattr(config.get_text_config(), "num_attention_heads"):
         raise _refusal(config, "it is not built of attention layers")
-    num_layers = text.num_hidden_layers
-    keep = _layers_of_every_kind(text)
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == num_layers and num_layers > keep:
-            setattr(text, name, type(value)(value[:keep]))
-    text.num_hidden_layers = keep
+    tiny = first_layers(config, layers_of_every_kind(config))
+    text = tiny.get_text_config()
     for name, limit in _LIMITS.items():
         value = getattr(text, name, None)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -102,8 +96,20 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     return tiny
 
 
-def _layers_of_every_kind(text: PretrainedConfig) -> int:
-    """How many leading layers hold every kind of layer that the model names, three at least."""
+def first_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The configuration of a model of just the first layers of another."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == text.num_hidden_layers:
+            setattr(text, name, type(value)(value[:num_layers]))
+    text.num_hidden_layers = num_layers
+    return short
+
+
+def layers_of_every_kind(config: PretrainedConfig) -> int:
+    """How many leading layers hold every kind of layer that a model names, three at least."""
+    text = config.get_text_config()
     keep = max(3, min(getattr(text, "first_k_dense_replace", None) or 0, 1) + 1)
     for value in vars(text).values():
         if isinstance(value, list | tuple) and len(value) == text.num_hidden_layers:

@@ -106,6 +106,7 @@ def forecast(
     model = engine.cost_model(requests)
     is_apart = engine.is_deterministic
     policy = choose(model.shape, model.workload, model.hardware, fixed=fixed, is_apart=is_apart)
+    model = engine.cost_model(requests, tried_under=policy)
     cost, counts = model.cost(policy), model.place(policy).counts
     item_bytes = model.room.item_bytes(policy)
     tiers = [tier for tier in Tier if model.hardware.capacity_bytes(tier)]

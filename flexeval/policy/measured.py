@@ -17,7 +17,7 @@ what a plan does not know of how work is cut: prompts that enter one by one as s
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TypeVar
@@ -79,15 +79,12 @@ def correct(
     placement = plain.place(policy)
     lanes = Correction(lanes=_fit_lanes(plain, policy, placement, sweeps, known))
     corrected = replace(plain, correction=lanes)
-    bounds = [
-        {phase: _sweep_seconds(corrected, policy, placement, done) for phase, done in sweep.done.items()}
-        for sweep in sweeps
-    ]
+    bounds = [_bound_seconds(corrected, policy, placement, sweep) for sweep in sweeps]
     cutting = {}
     for phase in {phase for parts in bounds for phase in parts}:
-        as_cut_s = sum(parts.get(phase, 0.0) for parts in bounds)
-        work = total([sweep.done[phase] for sweep in sweeps if phase in sweep.done])
-        cutting[phase] = as_cut_s / seconds_of(corrected, policy, work)
+        done = [sweep.done[phase] for sweep in sweeps if phase in sweep.done]
+        as_cut_s = sum(_sweep_seconds(corrected, policy, placement, one) for one in done)
+        cutting[phase] = as_cut_s / seconds_of(corrected, policy, total(done))
     waiting = _fit(bounds, [sweep.elapsed_s for sweep in sweeps], dict.fromkeys(cutting, 1.0))
     return replace(lanes, waiting=waiting, cutting=cutting)
 
@@ -107,22 +104,13 @@ def seconds_of(model: CostModel, policy: Policy, work: Sweep, *, num_sweeps: flo
 def _fit_lanes(
     model: CostModel, policy: Policy, placement: Placement, sweeps: Sequence[MeasuredSweep], known: Correction
 ) -> dict[tuple[str, str], float]:
-    # What rests on disk comes through a link as well, in pieces: while the disk is read, the link is no further lane.
-    from_host = replace(placement, counts={kind: _without_disk(tiers) for kind, tiers in placement.counts.items()})
-    home = model.hardware.home
-    all_home = {tier: model.shape.num_layers if tier is home else 0 for tier in Tier}
-
-    def without_weights(place: Placement) -> Placement:
-        return replace(place, counts={**place.counts, "weights": all_home})
-
     terms: list[dict[tuple[str, str], float]] = []
     measured: list[float] = []
     for sweep in sweeps:
         figures: dict[str, dict[tuple[str, str], float]] = {name: {} for name in _FIGURES}
-        has_weights = True
-        for phase, done in sweep.done.items():
-            place, hosted = (p if has_weights else without_weights(p) for p in (placement, from_host))
-            has_weights = False  # they came once, for both phases
+        for phase, done, place in _parts(sweep, placement):
+            # What rests on disk comes through a link as well, in pieces: while the disk is read, it is no further lane.
+            hosted = replace(place, counts={kind: _without_disk(tiers) for kind, tiers in place.counts.items()})
             lanes, hosted_lanes = (model.lane_seconds(policy, done, p) for p in (place, hosted))
             for name, of_figure in _FIGURES.items():
                 for lane in of_figure:
@@ -144,6 +132,24 @@ _FIGURES: Mapping[str, tuple[Lane, ...]] = {
     "host_attention_s": (Lane.HOST_ATTENTION,),
 }
 """What is measured of a sweep, and the lanes that it covers."""
+
+
+def _bound_seconds(model: CostModel, policy: Policy, placement: Placement, sweep: MeasuredSweep) -> dict[str, float]:
+    """By phase, its seconds of whatever a sweep takes longest for: lanes do the work of both."""
+    bounds = {
+        phase: [float(s) for s in model.sweep_bounds(done, model.lane_seconds(policy, done, place))]
+        for phase, done, place in _parts(sweep, placement)
+    }
+    together = [sum(seconds) for seconds in zip(*bounds.values(), strict=True)]
+    longest = together.index(max(together))
+    return {phase: seconds[longest] for phase, seconds in bounds.items()}
+
+
+def _parts(sweep: MeasuredSweep, placement: Placement) -> Iterator[tuple[str, Sweep, Placement]]:
+    """The phases of a sweep, and where everything rests for each: weights come once, with the first of them."""
+    for index, (phase, done) in enumerate(sweep.done.items()):
+        coming = placement.counts["weights"] if index == 0 else dict.fromkeys(Tier, 0)
+        yield phase, done, replace(placement, counts={**placement.counts, "weights": coming})
 
 
 def _without_disk(tiers: Mapping[Tier, float]) -> dict[Tier, float]:

@@ -1,0 +1,142 @@
+"""A trial run: how long the compute device takes for layers of this model, held against what the cost model says.
+
+Rates are of single operations, and a machine makes more of a layer than their sum: threads that meet after each, caches
+that one operation leaves to the next, memory that comes anew. So before a run is foretold two short models, of the
+first layer and of some more with random weights, answer a few of its requests with as much in flight as it will have.
+What a sweep of the whole model takes is on the line through both: head, reading off and planning are in its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from math import ceil
+
+from flexeval.backends.gauging import measured_sweep
+from flexeval.backends.loading import OpenModel
+from flexeval.backends.placed import place_weights
+from flexeval.backends.shortage import full_tier, release
+from flexeval.config import Limits
+from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.executor import Executor
+from flexeval.engine.family import first_layers, layers_of_every_kind
+from flexeval.engine.random_checkpoint import RandomCheckpoint
+from flexeval.engine.sizes import measure_workload
+from flexeval.errors import FailedRequestsError
+from flexeval.policy.correction import NO_CORRECTION, Correction
+from flexeval.policy.cost import CostModel
+from flexeval.policy.measured import MeasuredSweep, correct
+from flexeval.policy.policy import Policy, Split, Tier
+from flexeval.request import TokenRequest
+
+LEAST_RUN_S = 10.0
+"""A run that should be shorter is over before a trial has told anything."""
+MOST_SHARE = 0.05
+"""Of a run's foretold seconds, a trial's."""
+LEAST_BYTES = 32 * 2**20
+"""Of the layers of the longer model: more than caches keep from one sweep to the next."""
+NUM_DRAWN = 4
+"""Tokens that a text is continued by."""
+NUM_TIMES = 3
+"""The models answer so often, in turns: at first kernels are made ready; later a sweep counts by its shortest time."""
+
+
+def try_out(
+    opened: OpenModel, model: CostModel, policy: Policy, requests: Sequence[TokenRequest], *, is_apart: bool
+) -> Correction:
+    """What the cost model's seconds of the compute device are to be multiplied by; as they are where no trial pays.
+
+    On a GPU none is made where weights or KV rest elsewhere: moving them takes longer than computing.
+
+    Args:
+        opened: The model.
+        model: Of the run, without correction.
+        policy: Under which it will run.
+        requests: All of it.
+        is_apart: Whether nothing is computed together.
+    """
+    home = model.hardware.home
+    at_home = Split(**{home: 1.0})
+    is_offloaded = policy.weights != at_home or policy.kv != at_home
+    num_layers = model.shape.num_layers
+    most = max(layers_of_every_kind(opened.anatomy.config), 1 + ceil(LEAST_BYTES / model.shape.layer_compute_bytes))
+    run_s = model.cost(policy).total_s
+    if (is_offloaded and home is Tier.GPU) or most >= num_layers or run_s < LEAST_RUN_S:
+        return NO_CORRECTION
+    resting = replace(policy, weights=at_home, kv=at_home, hidden=at_home, host_attention=0.0)
+    share = MOST_SHARE * run_s * num_layers / (NUM_TIMES * (1 + most))
+    sample = _sample(model, resting, requests, most_s=share)
+    if not sample:
+        return NO_CORRECTION
+    try:
+        with ExitStack() as stack:
+            models = [stack.enter_context(_place(opened, depth, resting, is_apart=is_apart)) for depth in (1, most)]
+            times = [[_answer(model, sample) for model in models] for _ in range(NUM_TIMES)]
+    except Exception as error:
+        if full_tier(error, home) is None and not isinstance(error, FailedRequestsError):
+            raise
+        return NO_CORRECTION  # what does not fit will be said of the run itself
+    finally:
+        release(opened.device)
+    short, long = ([_best(sweep) for sweep in zip(*runs, strict=True)] for runs in zip(*times[1:], strict=True))
+    steps = (num_layers - 1) / (most - 1)
+    whole = [_on_line(*pair, steps=steps) for pair in zip(short, long, strict=True)]
+    return replace(correct(model, resting, whole), cutting={})
+
+
+def _sample(model: CostModel, policy: Policy, requests: Sequence[TokenRequest], *, most_s: float) -> list[TokenRequest]:
+    """Requests from all over a run, a row of those that score and a block of those that generate, or fewer.
+
+    The whole model should not need more than `most_s` for them; none where it does for one of each kind.
+    """
+    kinds = [[r for r in requests if r.max_tokens <= 1], [r for r in requests if r.max_tokens > 1]]
+    mean_tokens = model.workload.num_prompt_tokens / model.workload.num_sequences
+    sizes = [ceil(policy.row_tokens / mean_tokens), policy.block_sequences]
+    while True:
+        chosen = [_evenly(kind, size) for kind, size in zip(kinds, sizes, strict=True)]
+        sample = [
+            replace(request, max_tokens=min(request.max_tokens, NUM_DRAWN), eos_ids=frozenset(), is_stopped=None)
+            for kind in chosen
+            for request in kind
+        ]
+        if replace(model, workload=measure_workload(sample)).cost(policy).total_s <= most_s:
+            return sample
+        if max(len(kind) for kind in chosen) == 1:
+            return []
+        sizes = [max(1, len(kind) // 2) for kind in chosen]
+
+
+def _evenly(requests: Sequence[TokenRequest], num: int) -> Sequence[TokenRequest]:
+    return requests[:: max(1, len(requests) // num)][:num]
+
+
+def _place(opened: OpenModel, num_layers: int, policy: Policy, *, is_apart: bool) -> Executor:
+    """A model of the first layers, with random weights."""
+    anatomy = Anatomy(first_layers(opened.anatomy.config, num_layers), opened.anatomy.dtype)
+    short = replace(opened, anatomy=anatomy, checkpoint=RandomCheckpoint(anatomy), content=None)
+    executor = place_weights(short, policy, Limits(), lambda layer, num: None, is_apart=is_apart)
+    if opened.setting.has_key_channels:
+        executor.find_key_channels()
+    return executor
+
+
+def _answer(executor: Executor, requests: Sequence[TokenRequest]) -> list[MeasuredSweep]:
+    """What the sweeps take that answer requests."""
+    executor.trace.begin_batch()
+    executor.execute(requests)
+    return [measured_sweep(sweep) for sweep in executor.trace.sweeps]
+
+
+def _best(times: Sequence[MeasuredSweep]) -> MeasuredSweep:
+    """The shortest of the times that one sweep was made."""
+    return min(times, key=lambda sweep: sweep.elapsed_s)
+
+
+def _on_line(short: MeasuredSweep, long: MeasuredSweep, *, steps: float) -> MeasuredSweep:
+    """A sweep of the whole model, so many `steps` from the short one; the long one is a step from it."""
+    return replace(
+        short,
+        elapsed_s=short.elapsed_s + steps * max(0.0, long.elapsed_s - short.elapsed_s),
+        compute_s=short.compute_s + steps * max(0.0, long.compute_s - short.compute_s),
+    )
