@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexeval.engine.compute import readout
 from flexeval.engine.compute.keeping import Keeper, shifts
@@ -202,6 +204,44 @@ def test_a_vocabulary_larger_than_a_chunk_is_read_one_position_at_a_time(
     head = Head()
     read(hidden_1TD, head)
     assert head.num_positions == [1] * 4
+
+
+class _Logits(TorchDispatchMode):
+    """Sees every tensor as wide as the vocabulary, as long as it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.ndim == 2 and out.shape[-1] == VOCAB_SIZE:
+            self.seen.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+
+@pytest.mark.parametrize("num_top_logprobs", [0, 3])
+@pytest.mark.parametrize("num_kept", [0, 4])
+def test_what_was_read_of_a_chunk_does_not_hold_on_to_its_logits(
+    hidden_1TD: Tensor, monkeypatch: pytest.MonkeyPatch, num_top_logprobs: int, num_kept: int
+) -> None:
+    """A row's wanted positions may have many times the logits of a chunk, which memory has room for."""
+    monkeypatch.setattr(readout, "CHUNK_BYTES", 1)
+    keeper = Keeper(num_kept, VOCAB_SIZE, torch.device("cpu")) if num_kept else None
+    head, logits, fetch = Head(), _Logits(), readout._fetch
+    num_held: list[int] = []
+
+    def count(readings: Any) -> Any:
+        num_held.append(sum(not seen.expired() for seen in logits.seen))
+        return fetch(readings)
+
+    monkeypatch.setattr(readout, "_fetch", count)
+    with logits:
+        read(hidden_1TD, head, num_top_logprobs=num_top_logprobs, keeper=keeper)
+    assert len(head.num_positions) == 4 and len(logits.seen) >= 4
+    assert num_held == [0]
 
 
 def test_nothing_asked_runs_no_head(hidden_1TD: Tensor) -> None:

@@ -163,7 +163,7 @@ def _read(logits_RV: Tensor, chunk: Chunk, samples: Sequence[Sample], num_top: i
     logprobs_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
     token_ids_G = draw_tokens(logits_RV if chunk.is_drawn_only else logits_RV[chunk.drawn_G], samples)
     top_logprobs_RK, top_ids_RK = logprobs_RV.topk(num_top)
-    nothing_R0 = logprobs_RV[:, :0]
+    nothing_R0 = logprobs_RV.new_empty(len(logprobs_RV), 0)  # no view: it would hold on to all of them
     kept = KeptTensors(nothing_R0, nothing_R0) if keeper is None else keeper.keep(logprobs_RV, chunk.shifts_R)
     return _Reading(
         token_ids_G,
