@@ -17,7 +17,6 @@ from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.compute.rectified import fuse_relus
 from flexeval.engine.family import check_family
 from flexeval.errors import ConfigError, ModelError
 from flexeval.models import ModelSource, resolve
@@ -74,8 +73,6 @@ def open_model(model: str | ModelSource, *, setting: str | Setting, device: str,
     config = _read_config(source)
     check_family(config)
     anatomy = Anatomy(config, _pick_dtype(dtype_of(source, chosen, dtype), config, place))
-    if place.type == "cuda":
-        fuse_relus(anatomy)
     weights = open_weights(source, anatomy, chosen)
     return OpenModel(
         source=source,
