@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -11,10 +12,12 @@ import torch
 from torch.nn.functional import linear
 
 from flexeval.policy.profile import FEW_TOKENS
-from flexeval.policy.rates.timing import FAST_BUDGET_S, best_seconds
+from flexeval.policy.rates.timing import FAST_BUDGET_S, best_seconds, sustained_seconds
 
 MATMUL_SIZES = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}
 """Tokens, inputs and outputs of the timed matrix product."""
+LARGE_MATRIX = {"cpu": (1024, 1024), "cuda": (8192, 8192)}
+"""Outputs and inputs of matrices that few tokens are multiplied by: reading one takes far longer than a launch."""
 SMALL_MATRIX = (256, 512)
 """Outputs and inputs of a matrix whose product takes a CPU mostly what any takes."""
 MATRICES_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
@@ -26,12 +29,13 @@ LAUNCH_REPEATS = 5
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large product."""
+    """Operations a second of a large product; on a GPU, of one that goes on."""
     tokens, inputs, outputs = MATMUL_SIZES[device]
     # Random numbers: on ones or zeros a GPU draws less power, and runs faster than it ever does at work.
     left = torch.randn(tokens, inputs, device=device).to(dtype)
     right = torch.randn(outputs, inputs, device=device).to(dtype)
-    return 2 * tokens * inputs * outputs / best_seconds(lambda: left @ right.T, device)
+    timed = sustained_seconds if device == "cuda" else partial(best_seconds, device=device)
+    return 2 * tokens * inputs * outputs / timed(lambda: left @ right.T)
 
 
 class _FewTokenRates(NamedTuple):
@@ -48,8 +52,7 @@ def few_token_rates(device: str, dtype: torch.dtype) -> _FewTokenRates:
 
     A product takes p + bytes / rate: a line through a large and a small matrix, on a CPU. On a GPU p is a launch.
     """
-    _, inputs, outputs = MATMUL_SIZES[device]
-    large = _matrices(device, dtype, outputs, inputs)
+    large = _matrices(device, dtype, *LARGE_MATRIX[device])
     num_bytes = large[0].numel() * large[0].element_size()
     single_s, few_s = (_product_seconds(large, num_tokens) for num_tokens in (1, FEW_TOKENS))
     launch_s = _launch_seconds(device)
