@@ -124,8 +124,10 @@ def test_none_is_made_where_it_tells_nothing(
 ) -> None:
     model = cost_model(opened)
     gpu = replace(LAPTOP, device="cuda", gpu_bytes=2**30, to_gpu_bytes_per_s=1e10, from_gpu_bytes_per_s=1e10)
-    offloaded = replace(POLICY, weights=Split(gpu=0.5, cpu=0.5), kv=Split(gpu=1.0), hidden=Split(gpu=1.0))
-    assert try_out(opened, cost_model(opened, gpu), offloaded).correction == NO_CORRECTION
+    on_gpu = replace(POLICY, weights=Split(gpu=1.0), kv=Split(gpu=1.0), hidden=Split(gpu=1.0))
+    assert try_out(opened, cost_model(opened, gpu), on_gpu).correction == NO_CORRECTION
+    narrow = replace(LAPTOP, cpu_bytes=model.shape.resident_bytes)
+    assert try_out(opened, cost_model(opened, narrow)).correction == NO_CORRECTION
     monkeypatch.setattr(trial, "LEAST_RUN_S", 1.01 * model.cost(POLICY).total_s)
     assert try_out(opened, model).correction == NO_CORRECTION
     monkeypatch.setattr(trial, "LEAST_RUN_S", 0.0)

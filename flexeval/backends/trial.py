@@ -1,4 +1,4 @@
-"""A trial run: how long the compute device takes for layers of this model, held against what the cost model says.
+"""A trial run: how long a CPU takes for layers of this model, held against what the cost model says.
 
 Rates are of single operations, and a machine makes more of a layer than their sum: threads that meet after each, caches
 that one operation leaves to the next, memory that comes anew. So before a run is foretold two short models, of the
@@ -47,7 +47,7 @@ def try_out(
 ) -> Correction:
     """What the cost model's seconds of the compute device are to be multiplied by; as they are where no trial pays.
 
-    On a GPU none is made where weights or KV rest elsewhere: moving them takes longer than computing.
+    On a GPU none is made: its rates tell more, and the host is ahead of it by more than a short model takes.
 
     Args:
         opened: The model.
@@ -56,25 +56,22 @@ def try_out(
         requests: All of it.
         is_apart: Whether nothing is computed together.
     """
-    home = model.hardware.home
-    at_home = Split(**{home: 1.0})
-    is_offloaded = policy.weights != at_home or policy.kv != at_home
-    num_layers = model.shape.num_layers
+    at_home, num_layers = Split(cpu=1.0), model.shape.num_layers
     most = max(layers_of_every_kind(opened.anatomy.config), 1 + ceil(LEAST_BYTES / model.shape.layer_compute_bytes))
     run_s = model.cost(policy).total_s
-    if (is_offloaded and home is Tier.GPU) or most >= num_layers or run_s < LEAST_RUN_S:
+    if model.hardware.home is not Tier.CPU or most >= num_layers or run_s < LEAST_RUN_S:
         return NO_CORRECTION
-    resting = replace(policy, weights=at_home, kv=at_home, hidden=at_home, host_attention=0.0)
-    share = MOST_SHARE * run_s * num_layers / (NUM_TIMES * (1 + most))
-    sample = _sample(model, resting, requests, most_s=share)
-    if not sample:
+    policy = replace(policy, weights=at_home, kv=at_home, hidden=at_home)
+    most_s = MOST_SHARE * run_s * num_layers / (NUM_TIMES * (1 + most))
+    sample = _sample(model, policy, requests, most_s=most_s)
+    if not sample or not _has_room(model, policy, sample, num_layers=1 + most):
         return NO_CORRECTION
     try:
         with ExitStack() as stack:
-            models = [stack.enter_context(_place(opened, depth, resting, is_apart=is_apart)) for depth in (1, most)]
+            models = [stack.enter_context(_place(opened, depth, policy, is_apart=is_apart)) for depth in (1, most)]
             times = [[_answer(model, sample) for model in models] for _ in range(NUM_TIMES)]
     except Exception as error:
-        if full_tier(error, home) is None and not isinstance(error, FailedRequestsError):
+        if full_tier(error, Tier.CPU) is None and not isinstance(error, FailedRequestsError):
             raise
         return NO_CORRECTION  # what does not fit will be said of the run itself
     finally:
@@ -82,7 +79,14 @@ def try_out(
     short, long = ([_best(sweep) for sweep in zip(*runs, strict=True)] for runs in zip(*times[1:], strict=True))
     steps = (num_layers - 1) / (most - 1)
     whole = [_on_line(*pair, steps=steps) for pair in zip(short, long, strict=True)]
-    return replace(correct(model, resting, whole), cutting={})
+    return replace(correct(model, policy, whole), cutting={})
+
+
+def _has_room(model: CostModel, policy: Policy, sample: Sequence[TokenRequest], *, num_layers: int) -> bool:
+    """Whether two short models of so many layers together fit the memory given."""
+    shape = replace(model.shape, num_layers=num_layers, resident_bytes=2 * model.shape.resident_bytes)
+    both = replace(model, shape=shape, workload=measure_workload(sample))
+    return bool(both.peak_bytes(policy, both.place(policy))[Tier.CPU] <= model.hardware.cpu_bytes)
 
 
 def _sample(model: CostModel, policy: Policy, requests: Sequence[TokenRequest], *, most_s: float) -> list[TokenRequest]:

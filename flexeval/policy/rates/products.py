@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from flexeval.policy.profile import FEW_TOKENS
 from flexeval.policy.rates.timing import FAST_BUDGET_S, best_seconds, sustained_seconds
 
-MATMUL_SIZES = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}
+MATMUL_SIZES = {"cpu": (256, 1024, 1024), "cuda": (8192, 8192, 8192)}
 """Tokens, inputs and outputs of the timed matrix product."""
 LARGE_MATRIX = {"cpu": (1024, 1024), "cuda": (8192, 8192)}
 """Outputs and inputs of matrices that few tokens are multiplied by: reading one takes far longer than a launch."""
