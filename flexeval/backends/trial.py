@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from math import ceil
+from statistics import fmean
 
 from flexeval.backends.gauging import measured_sweep
 from flexeval.backends.loading import OpenModel
@@ -39,7 +40,7 @@ LEAST_BYTES = 32 * 2**20
 NUM_DRAWN = 4
 """Tokens that a text is continued by."""
 NUM_TIMES = 3
-"""The models answer so often, in turns: at first kernels are made ready; later a sweep counts by its shortest time."""
+"""The models answer so often, in turns; at first kernels are made ready, and later a sweep counts by its mean."""
 
 
 def try_out(
@@ -76,7 +77,7 @@ def try_out(
         return NO_CORRECTION  # what does not fit will be said of the run itself
     finally:
         release(opened.device)
-    short, long = ([_best(sweep) for sweep in zip(*runs, strict=True)] for runs in zip(*times[1:], strict=True))
+    short, long = ([_mean(sweep) for sweep in zip(*runs, strict=True)] for runs in zip(*times[1:], strict=True))
     steps = (num_layers - 1) / (most - 1)
     whole = [_on_line(*pair, steps=steps) for pair in zip(short, long, strict=True)]
     return replace(correct(model, policy, whole), cutting={})
@@ -132,9 +133,13 @@ def _answer(executor: Executor, requests: Sequence[TokenRequest]) -> list[Measur
     return [measured_sweep(sweep) for sweep in executor.trace.sweeps]
 
 
-def _best(times: Sequence[MeasuredSweep]) -> MeasuredSweep:
-    """The shortest of the times that one sweep was made."""
-    return min(times, key=lambda sweep: sweep.elapsed_s)
+def _mean(times: Sequence[MeasuredSweep]) -> MeasuredSweep:
+    """One sweep that was made several times."""
+    return replace(
+        times[0],
+        elapsed_s=fmean(sweep.elapsed_s for sweep in times),
+        compute_s=fmean(sweep.compute_s for sweep in times),
+    )
 
 
 def _on_line(short: MeasuredSweep, long: MeasuredSweep, *, steps: float) -> MeasuredSweep:
