@@ -16,7 +16,8 @@ _NOTES = (
     "none; gen. tok/s are generated tokens over prefill and decode together. Ratios count every prompt token asked.",
     "A lane's utilization is its busy share of the phase. A bound is what crossed a resource at its measured rate "
     "(compute: matrix products, or the weights read once a sweep from the device's memory); reached is the highest "
-    "bound over the seconds taken.",
+    "bound over the seconds taken. A GPU at its power limit multiplies a few percent faster than products alone, where "
+    "other work lets it rest.",
 )
 
 

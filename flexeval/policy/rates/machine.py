@@ -52,11 +52,14 @@ def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path |
 def _elementwise_rate(device: str, dtype: torch.dtype) -> float:
     """Numbers a second that a layer's operations between its products make: norm, rotary embedding, gate, residual.
 
-    Written out as layers have them: single operations on lone tensors ran at more than twice the rate on a CPU.
+    On a CPU written out as layers have them: single operations on lone tensors ran at more than twice the rate. On a
+    GPU each of them is one launch (see `engine/compute/fusion.py`), which reads a tensor or two and writes one.
     """
     num_tokens, width, head_size = ELEMENTWISE_SIZES[device]
     hidden_TD = torch.randn(num_tokens, width, device=device).to(dtype)
-    cos_TH, sin_TH = (torch.randn(num_tokens, head_size, device=device).to(dtype) for _ in range(2))
+    if device == "cuda":
+        return 2 * hidden_TD.numel() / best_seconds(lambda: hidden_TD + silu(hidden_TD), device, budget_s=FAST_BUDGET_S)
+    cos_TH, sin_TH = (torch.randn(num_tokens, head_size).to(dtype) for _ in range(2))
     is_converted = dtype != torch.float32
 
     def run() -> object:
