@@ -16,8 +16,11 @@ from tiny_directory import write_tiny_model
 
 from flexeval.backends import course
 from flexeval.engine.scheduler import Scheduler
+from flexeval.engine.trace import SweepTrace
+from flexeval.policy.correction import Correction
 from flexeval.policy.cost import CostModel
 from flexeval.policy.policy import Policy, Split, apart
+from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, Sweep
 from flexeval.request import TokenRequest
 
 BLOCKS = Policy(row_tokens=24, sweep_tokens=48, group_sequences=2, num_groups=2)
@@ -69,6 +72,44 @@ def test_a_short_batch_is_not_foretold_again(model: str, monkeypatch: pytest.Mon
     with load(model) as engine:
         engine.generate(MANY)
         assert engine.usage().corrected_s == 0 and engine.gauge().corrected_s is None
+
+
+def traced(number: int, *phases: str) -> SweepTrace:
+    """A sweep with a part of each phase."""
+    done = {phase: Sweep(phase=phase, num_sweeps=1, num_calls=1, **dict.fromkeys(COUNTS, 1.0)) for phase in phases}
+    return SweepTrace(num_fresh_tokens=number, num_decode_tokens=0, done=done)
+
+
+@pytest.mark.parametrize(
+    ("phases", "kept"),
+    [
+        ([(PREFILL,)], [0]),
+        ([(PREFILL,), (PREFILL,)], [1]),
+        ([(PREFILL,), (PREFILL, DECODE), (DECODE,), (PREFILL, DECODE)], [2, 3]),
+        ([(PREFILL,), (DECODE,), (DECODE,)], [0, 2]),
+    ],
+)
+def test_the_first_sweep_of_a_phase_makes_kernels_and_tells_nothing(
+    phases: list[tuple[str, ...]], kept: list[int]
+) -> None:
+    sweeps = [traced(number, *parts) for number, parts in enumerate(phases)]
+    assert [sweep.num_fresh_tokens for sweep in course._but_first(sweeps)] == kept
+
+
+def test_a_block_has_a_few_sweeps_of_each_phase(
+    model: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[int] = []
+
+    def correct(model: CostModel, policy: Policy, sweeps: list[object], known: Correction) -> Correction:
+        looked_at.append(len(sweeps))
+        return known
+
+    monkeypatch.setattr(course, "correct", correct)
+    with load(model, policy="auto") as engine:
+        engine.generate([request for request in MANY if request.max_tokens > 1])
+        num_steps = sum(DECODE in sweep.done for sweep in engine.trace.sweeps)
+    assert num_steps > 8 and looked_at[0] >= 7
 
 
 def test_the_rest_is_placed_anew_and_every_answer_is_the_same_and_given_once(
