@@ -126,6 +126,17 @@ def test_a_model_that_is_right_is_left_alone() -> None:
     assert not is_worth_a_search(replace(model, correction=correction), SPLIT_30B, 1e6, 0.1)
 
 
+def test_of_a_sweep_whose_seconds_tell_nothing_only_its_size_counts() -> None:
+    shape, hardware, policy = MACHINES["gpu"]
+    model = CostModel(shape=shape, workload=MIXED, hardware=hardware)
+    plan = plan_sweeps(policy, MIXED)["prefill"]
+    small = [measured(model, policy, [one(plan, 0.02)]) for _ in range(3)]
+    late = replace(measured(model, policy, [one(plan)]), elapsed_s=1e3, compute_s=1e3)
+    without, found = correct(model, policy, small), correct(model, policy, small, untimed=[late])
+    assert (found.lanes, found.waiting) == (without.lanes, without.waiting)
+    assert 1.0 < found.cutting["prefill"] < without.cutting["prefill"]
+
+
 def test_a_sweep_that_something_else_held_up_counts_little() -> None:
     shape, hardware, policy = MACHINES["cpu"]
     model = CostModel(shape=shape, workload=generating(600), hardware=hardware)

@@ -19,7 +19,7 @@ from flexeval.meter import PhasePlan
 from flexeval.policy.correction import Correction
 from flexeval.policy.cost import CostModel
 from flexeval.policy.measured import correct, seconds_of
-from flexeval.policy.policy import Policy
+from flexeval.policy.policy import Policy, Tier
 from flexeval.policy.replanning import better_policy, is_worth_a_search
 from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, Sweep, plan_sweeps
 from flexeval.policy.work import Workload
@@ -30,7 +30,7 @@ FIRST_BLOCK_SHARE = 1 / 16
 LEAST_MEASURED_S = 0.5
 """A block takes at least so many seconds: fewer tell little."""
 LEAST_SWEEPS = {PREFILL: 2, DECODE: 8}
-"""And has so many sweeps of each phase, where the plan has: the first make kernels, and record launches."""
+"""And has so many sweeps of each phase, where the plan has: on a GPU the first make kernels, and record launches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,9 +136,15 @@ class Course:
     def _correct(self) -> None:
         """Correct the model by the sweeps so far."""
         self._executor.settle()
-        sweeps = _but_first([sweep for sweep in self._executor.trace.sweeps if sweep.num_sweeps == 1])
+        sweeps = [sweep for sweep in self._executor.trace.sweeps if sweep.num_sweeps == 1]
+        first = _first_of_phases(sweeps) if self._model.hardware.home is Tier.GPU else []
+        timed = [measured_sweep(sweep) for sweep in sweeps if sweep not in first]
         self.correction = correct(
-            self._model, self._executor.policy, [measured_sweep(sweep) for sweep in sweeps], self.correction
+            self._model,
+            self._executor.policy,
+            timed,
+            self.correction,
+            untimed=[measured_sweep(sweep) for sweep in first],
         )
         self._is_corrected = True
 
@@ -234,13 +240,13 @@ def _less(sweep: Sweep, done: Sweep) -> Sweep:
     return replace(sweep, **{name: max(0.0, getattr(sweep, name) - getattr(done, name)) for name in COUNTS})
 
 
-def _but_first(sweeps: Sequence[SweepTrace]) -> list[SweepTrace]:
-    """All sweeps but the first one of each phase, which makes its kernels, unless there is no other of that phase."""
+def _first_of_phases(sweeps: Sequence[SweepTrace]) -> list[SweepTrace]:
+    """The first sweep of each phase, in which a GPU's kernels are made, unless there is no other of that phase."""
     num_sweeps = Counter(phase for sweep in sweeps for phase in sweep.done)
     begun = {phase for phase, num in num_sweeps.items() if num == 1}
-    kept = []
+    first = []
     for sweep in sweeps:
-        if sweep.done.keys() <= begun:
-            kept.append(sweep)
+        if not sweep.done.keys() <= begun:
+            first.append(sweep)
         begun |= sweep.done.keys()
-    return kept
+    return first

@@ -64,7 +64,12 @@ class MeasuredSweep:
 
 
 def correct(
-    model: CostModel, policy: Policy, sweeps: Sequence[MeasuredSweep], known: Correction = NO_CORRECTION
+    model: CostModel,
+    policy: Policy,
+    sweeps: Sequence[MeasuredSweep],
+    known: Correction = NO_CORRECTION,
+    *,
+    untimed: Sequence[MeasuredSweep] = (),
 ) -> Correction:
     """What `model` is to be multiplied by, from sweeps under `policy`.
 
@@ -73,6 +78,7 @@ def correct(
         policy: What the sweeps ran under.
         sweeps: What was measured, at least one.
         known: What was held before, of other sweeps on this machine.
+        untimed: Further sweeps, whose seconds tell nothing, but how they were cut.
     """
     sweeps = sweeps[-MOST_SWEEPS:]
     plain = replace(model, correction=NO_CORRECTION)
@@ -81,11 +87,12 @@ def correct(
     corrected = replace(plain, correction=lanes)
     bounds = [_bound_seconds(corrected, policy, placement, sweep) for sweep in sweeps]
     cutting = {}
-    for phase in {phase for parts in bounds for phase in parts}:
-        done = [sweep.done[phase] for sweep in sweeps if phase in sweep.done]
+    for phase in {phase for sweep in (*untimed, *sweeps) for phase in sweep.done}:
+        done = [sweep.done[phase] for sweep in (*untimed, *sweeps) if phase in sweep.done]
         as_cut_s = sum(_sweep_seconds(corrected, policy, placement, one) for one in done)
         cutting[phase] = as_cut_s / seconds_of(corrected, policy, total(done))
-    waiting = _fit(bounds, [sweep.elapsed_s for sweep in sweeps], dict.fromkeys(cutting, 1.0))
+    start = {phase: 1.0 for parts in bounds for phase in parts}
+    waiting = _fit(bounds, [sweep.elapsed_s for sweep in sweeps], start)
     return replace(lanes, waiting=waiting, cutting=cutting)
 
 
