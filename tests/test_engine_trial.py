@@ -151,6 +151,16 @@ def test_memory_that_runs_out_in_it_is_told_by_the_run_itself(
         assert try_out(opened, cost_model(opened)).correction == NO_CORRECTION
 
 
+def test_a_family_of_which_a_layer_alone_is_no_model_runs_without_one(
+    opened: OpenModel, worth_it: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("layer 3 must attend to all")
+
+    monkeypatch.setattr(trial, "first_layers", refuse)
+    assert try_out(opened, cost_model(opened)).correction == NO_CORRECTION
+
+
 @pytest.mark.parametrize("setting", ["none", "w4kv4"])
 def test_a_run_is_foretold_by_its_trial_and_answered_as_without(
     directory: Path, placed: list[int], monkeypatch: pytest.MonkeyPatch, setting: str

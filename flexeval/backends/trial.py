@@ -68,19 +68,37 @@ def try_out(
     if not sample or not _has_room(model, policy, sample, num_layers=1 + most):
         return NO_CORRECTION
     try:
-        with ExitStack() as stack:
-            models = [stack.enter_context(_place(opened, depth, policy, is_apart=is_apart)) for depth in (1, most)]
-            times = [[_answer(model, sample) for model in models] for _ in range(NUM_TIMES)]
-    except Exception as error:
-        if full_tier(error, Tier.CPU) is None and not isinstance(error, FailedRequestsError):
-            raise
-        return NO_CORRECTION  # what does not fit will be said of the run itself
+        times = _measure(opened, (1, most), policy, sample, is_apart=is_apart)
     finally:
         release(opened.device)
+    if times is None:
+        return NO_CORRECTION
     short, long = ([_mean(sweep) for sweep in zip(*runs, strict=True)] for runs in zip(*times[1:], strict=True))
     steps = (num_layers - 1) / (most - 1)
     whole = [_on_line(*pair, steps=steps) for pair in zip(short, long, strict=True)]
     return replace(correct(model, policy, whole), cutting={})
+
+
+def _measure(
+    opened: OpenModel,
+    depths: Sequence[int],
+    policy: Policy,
+    requests: Sequence[TokenRequest],
+    *,
+    is_apart: bool,
+) -> list[list[list[MeasuredSweep]]] | None:
+    """Each time that requests were answered, by model: what their sweeps took. None where they cannot be."""
+    with ExitStack() as stack:
+        try:
+            models = [stack.enter_context(_place(opened, depth, policy, is_apart=is_apart)) for depth in depths]
+        except Exception:  # no room, or a family of which a layer alone is no model: the run itself may go well
+            return None
+        try:
+            return [[_answer(model, requests) for model in models] for _ in range(NUM_TIMES)]
+        except Exception as error:
+            if full_tier(error, Tier.CPU) is None and not isinstance(error, FailedRequestsError):
+                raise
+            return None  # what does not fit will be said of the run itself
 
 
 def _has_room(model: CostModel, policy: Policy, sample: Sequence[TokenRequest], *, num_layers: int) -> bool:
