@@ -91,7 +91,9 @@ def traced(number: int, *phases: str) -> SweepTrace:
 )
 def test_the_first_sweep_of_a_phase_is_known_by_the_others(phases: list[tuple[str, ...]], first: list[int]) -> None:
     sweeps = [traced(number, *parts) for number, parts in enumerate(phases)]
-    assert [sweep.num_fresh_tokens for sweep in course._first_of_phases(sweeps)] == first
+    found, others = course._first_of_phases(sweeps)
+    assert [sweep.num_fresh_tokens for sweep in found] == first
+    assert others == [sweep for sweep in sweeps if sweep not in found]
 
 
 def test_a_block_has_a_few_sweeps_of_each_phase(

@@ -114,8 +114,10 @@ class Course:
             self._prompts_left = _less(self._prompts_left, last.done[PREFILL])
         if DECODE in last.done:
             self._ends.append(_Ends(self._num_done[DECODE], self._num_stopped))
-        least = {phase: min(LEAST_SWEEPS[phase], sweep.num_sweeps) for phase, sweep in self._sweeps.items()}
-        if self._elapsed_s < LEAST_MEASURED_S or any(self._num_sweeps[phase] < num for phase, num in least.items()):
+        has_few = any(
+            self._num_sweeps[phase] < min(LEAST_SWEEPS[phase], plan.num_sweeps) for phase, plan in self._sweeps.items()
+        )
+        if has_few or self._elapsed_s < LEAST_MEASURED_S:
             return False
         done_s = sum(plan.elapsed_s * self._num_done[name] / plan.num_tokens for name, plan in self.plan.items())
         if done_s < self._next_share * self.foretold_s:
@@ -137,12 +139,11 @@ class Course:
         """Correct the model by the sweeps so far."""
         self._executor.settle()
         sweeps = [sweep for sweep in self._executor.trace.sweeps if sweep.num_sweeps == 1]
-        first = _first_of_phases(sweeps) if self._model.hardware.home is Tier.GPU else []
-        timed = [measured_sweep(sweep) for sweep in sweeps if sweep not in first]
+        first, others = _first_of_phases(sweeps) if self._model.hardware.home is Tier.GPU else ([], sweeps)
         self.correction = correct(
             self._model,
             self._executor.policy,
-            timed,
+            [measured_sweep(sweep) for sweep in others],
             self.correction,
             untimed=[measured_sweep(sweep) for sweep in first],
         )
@@ -240,13 +241,13 @@ def _less(sweep: Sweep, done: Sweep) -> Sweep:
     return replace(sweep, **{name: max(0.0, getattr(sweep, name) - getattr(done, name)) for name in COUNTS})
 
 
-def _first_of_phases(sweeps: Sequence[SweepTrace]) -> list[SweepTrace]:
-    """The first sweep of each phase, in which a GPU's kernels are made, unless there is no other of that phase."""
+def _first_of_phases(sweeps: Sequence[SweepTrace]) -> tuple[list[SweepTrace], list[SweepTrace]]:
+    """The first sweep of each phase that has others, in which a GPU's kernels are made; and all other sweeps."""
     num_sweeps = Counter(phase for sweep in sweeps for phase in sweep.done)
     begun = {phase for phase, num in num_sweeps.items() if num == 1}
-    first = []
+    first: list[SweepTrace] = []
+    others: list[SweepTrace] = []
     for sweep in sweeps:
-        if not sweep.done.keys() <= begun:
-            first.append(sweep)
+        (others if sweep.done.keys() <= begun else first).append(sweep)
         begun |= sweep.done.keys()
-    return first
+    return first, others

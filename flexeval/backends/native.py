@@ -153,18 +153,19 @@ class Engine:
         """What the engine itself is asked, equal requests once. Raises `RequestError`."""
         return Batch(self.text, requests).token_requests
 
-    def cost_model(self, requests: Sequence[Request], *, tried_under: Policy | None = None) -> CostModel:
-        """What any policy would cost for these requests on this machine. Raises `RequestError`.
+    def cost_model(self, requests: Sequence[Request]) -> CostModel:
+        """What any policy would cost for these requests on this machine. Raises `RequestError`."""
+        return self._placements.cost_model(self._count(self.token_requests(requests)))
+
+    def try_out(self, model: CostModel, policy: Policy, requests: Sequence[TokenRequest]) -> CostModel:
+        """The cost model, corrected by a trial under a policy where the work is long enough for one.
 
         Args:
+            model: What `cost_model` says of the work.
+            policy: Under which it will be done.
             requests: The work.
-            tried_under: The policy that a trial is made under first, if there was none yet and the work is worth one.
         """
-        asked = self.token_requests(requests)
-        workload = self._count(asked)
-        if tried_under is not None:
-            self._placements.try_out(tried_under, workload, asked)
-        return self._placements.cost_model(workload)
+        return self._placements.try_out(model, policy, requests)
 
     def place(self, requests: Sequence[Request], *, on_layer: OnLayer = lambda done, layers: None) -> PlanSummary:
         """Choose a policy for these requests and load the weights to where it wants them.

@@ -74,17 +74,17 @@ class Placements:
         correction = self._tried or NO_CORRECTION
         return CostModel(shape=self._shape, workload=workload, hardware=self._measure(), correction=correction)
 
-    def try_out(self, policy: Policy, workload: Workload, requests: Sequence[TokenRequest]) -> None:
-        """Correct the cost model by a trial, before the first work, where that is long enough for one.
+    def try_out(self, model: CostModel, policy: Policy, requests: Sequence[TokenRequest]) -> CostModel:
+        """A cost model, corrected by a trial: made once, before the first work, where that is long enough for one.
 
         Args:
-            policy: Under which the work will be done.
-            workload: The work, counted.
-            requests: The same.
+            model: Of the work.
+            policy: Under which it will be done.
+            requests: The work.
         """
         if self._tried is None:
-            model = self.cost_model(workload)
             self._tried = self._correction = try_out(self._opened, model, policy, requests, is_apart=self._is_apart)
+        return replace(model, correction=self._tried)
 
     def ready(
         self, workload: Workload, requests: Sequence[TokenRequest], policy: Policy | None, on_layer: OnLayer
@@ -110,7 +110,7 @@ class Placements:
         if fixed is None:
             self._search_s = time.perf_counter() - start
         cap_gpu_memory(self._limits, opened.device)
-        self.try_out(policy, workload, requests)
+        self.try_out(self.cost_model(workload), policy, requests)
         start = time.perf_counter()
         executor = place_weights(opened, policy, self._limits, on_layer, is_apart=self._is_apart)
         self.at_hand = Placed(executor, opened.anatomy.num_layers)

@@ -106,13 +106,14 @@ def forecast(
     model = engine.cost_model(requests)
     is_apart = engine.is_deterministic
     policy = choose(model.shape, model.workload, model.hardware, fixed=fixed, is_apart=is_apart)
-    model = engine.cost_model(requests, tried_under=policy)
+    asked = engine.token_requests(requests)
+    model = engine.try_out(model, policy, asked)
     cost, counts = model.cost(policy), model.place(policy).counts
     item_bytes = model.room.item_bytes(policy)
     tiers = [tier for tier in Tier if model.hardware.capacity_bytes(tier)]
     return Forecast(
         setting=setting,
-        summary=summarize(engine.token_requests(requests), is_apart=is_apart),
+        summary=summarize(asked, is_apart=is_apart),
         policy=policy,
         resting_bytes={str(tier): {kind: item_bytes[kind] * counts[kind][tier] for kind in KINDS} for tier in tiers},
         peak_bytes={str(tier): cost.peak_bytes[tier] for tier in tiers},

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch.nn.functional import silu
 
-from flexeval.policy.rates.attention import attention_rates
+from flexeval.policy.rates.attention import HEAD_SIZE, attention_rates
 from flexeval.policy.rates.disk import disk_rates
 from flexeval.policy.rates.products import few_token_rates, matmul_rate
 from flexeval.policy.rates.timing import FAST_BUDGET_S, best_seconds
 
 PROBE_BYTES = 32 * 2**20
 """Bytes of a timed copy."""
-ELEMENTWISE_SIZES = {"cpu": (2048, 768, 64), "cuda": (4096, 8192, 128)}
-"""Tokens, width and head size of timed operations: of a row's size, so that results lie in memory as a layer's do."""
+ELEMENTWISE_SIZES = {"cpu": (2048, 768), "cuda": (4096, 8192)}
+"""Tokens and width of timed operations: of a row's size, so that results lie in memory as a layer's do."""
 LOGITS_SIZES = (512, 32768)
 """Positions and vocabulary of the timed readings of logits: many, for memory that is asked for anew takes its time."""
 NUM_RANKED = 32
@@ -55,18 +55,17 @@ def _elementwise_rate(device: str, dtype: torch.dtype) -> float:
     On a CPU written out as layers have them: single operations on lone tensors ran at more than twice the rate. On a
     GPU each of them is one launch (see `engine/compute/fusion.py`), which reads a tensor or two and writes one.
     """
-    num_tokens, width, head_size = ELEMENTWISE_SIZES[device]
-    hidden_TD = torch.randn(num_tokens, width, device=device).to(dtype)
+    hidden_TD = torch.randn(ELEMENTWISE_SIZES[device], device=device).to(dtype)
     if device == "cuda":
         return 2 * hidden_TD.numel() / best_seconds(lambda: hidden_TD + silu(hidden_TD), device, budget_s=FAST_BUDGET_S)
-    cos_TH, sin_TH = (torch.randn(num_tokens, head_size).to(dtype) for _ in range(2))
+    cos_TH, sin_TH = (torch.randn(len(hidden_TD), HEAD_SIZE[device]).to(dtype) for _ in range(2))
     is_converted = dtype != torch.float32
 
     def run() -> object:
         wide_TD = hidden_TD.float()
         scaled_TD = wide_TD * torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + 1e-6)
         normed_TD = hidden_TD[:1] * scaled_TD.to(dtype)
-        heads_NTH = normed_TD.unflatten(1, (-1, head_size)).transpose(0, 1)
+        heads_NTH = normed_TD.unflatten(1, (-1, HEAD_SIZE[device])).transpose(0, 1)
         left, right = heads_NTH.chunk(2, -1)
         turned_NTH = heads_NTH * cos_TH + torch.cat((-right, left), -1) * sin_TH
         return hidden_TD + silu(hidden_TD) * turned_NTH.transpose(0, 1).flatten(1)
