@@ -123,92 +123,158 @@ INLINE float max_of(floats x) {
     return x[0] > x[1] ? x[0] : x[1];
 }
 
-// `size` numbers from `first` on of each of `count` tokens, as float32.
-INLINE void widen(
-    enum kind kind, const uint8_t *const *tokens, int64_t first, int count, int64_t size, float *numbers
-) {
-    const int64_t width = kind == FLOAT32 ? 4 : 2;
-    for (int t = 0; t < count; t++)
-        for (int64_t i = 0; i < size; i += LANES)
-            *(floats *)(numbers + t * size + i) = load(kind, tokens[t] + (first + i) * width);
+INLINE int bits_of(enum kind kind) {
+    return kind == FLOAT32 ? 32 : kind == CODES8 ? 8 : kind == CODES4 ? 4 : kind == CODES2 ? 2 : 16;
 }
 
-// The same of codes in whole groups: minimum + scale * code. Each `bits` of a group's bytes are a part of it.
-INLINE void decode(
-    int bits, const uint8_t *const *tokens, int64_t num_code_bytes, int64_t group_size, int64_t first, int count,
-    int64_t size, float *numbers
+// So many vectors are read at once.
+INLINE int vectors_of(enum kind kind) {
+    return kind == CODES4 ? 2 : kind == CODES2 ? 4 : 1;
+}
+
+// A block of tokens, of which one head is read: its key, and then its value, each in groups of numbers.
+struct block {
+    const uint8_t *tokens[BLOCK];                // where what is read begins; the last one again behind the last
+    int count;
+    int64_t group_size, key_groups, num_groups;  // of numbers that are no codes, a vector is a group
+    const floats (*affine)[2];                   // scale and minimum of each group of codes, of all tokens
+};
+
+INLINE int64_t group_size_of(enum kind kind, const struct block *block) {
+    return kind < CODES8 ? LANES : block->group_size;
+}
+
+// Numbers that are read, wherever they are: vector `v` at PLACE.
+#define EACH_READ(kind, block, first, last) \
+    for (int64_t size = group_size_of(kind, block), part = size / vectors_of(kind), group = first; group < last; group++) \
+        for (int64_t byte = 0; byte < part; byte += LANES)
+#define PLACE(first, v) ((group - (first)) * size + (v) * part + byte)
+
+// What codes stand for, minimum + scale * code: those of few bits are looked up.
+INLINE floats decode(int bits, ints codes, float scale, float minimum) {
+#if defined(__AVX512F__)
+    const floats fours = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const floats twos = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+    if (bits < 8) return __builtin_shuffle(minimum + scale * (bits == 4 ? fours : twos), codes);  // by their low 4 bits
+#endif
+    return minimum + scale * __builtin_convertvector(codes & ((1 << bits) - 1), floats);
+}
+
+// Some of a token's group as float32. Each `bits` of a group's bytes are a part of it, and become a vector.
+INLINE void read_group(enum kind kind, const struct block *block, int token, int64_t group, int64_t byte, floats *out) {
+    const int bits = bits_of(kind);
+    const uint8_t *const bytes = block->tokens[token] + group * group_size_of(kind, block) * bits / 8 + byte;
+    if (kind < CODES8) {
+        out[0] = load(kind, bytes);
+        return;
+    }
+    const float scale = block->affine[group][0][token], minimum = block->affine[group][1][token];
+    const ints packed = load_bytes(bytes);
+    for (int v = 0; v < vectors_of(kind); v++) out[v] = decode(bits, packed >> v * bits, scale, minimum);
+}
+
+// A query's product with each key.
+INLINE floats multiply(enum kind kind, const struct block *block, const float *query) {
+    floats products[BLOCK] = {0}, read[4];
+    EACH_READ(kind, block, 0, block->key_groups)
+#pragma GCC unroll 16
+        for (int t = 0; t < BLOCK; t++) {
+            read_group(kind, block, t, group, byte, read);
+            for (int v = 0; v < vectors_of(kind); v++)
+                products[t] += *(const floats *)(query + PLACE(0, v)) * read[v];
+        }
+    return sums_of(products);
+}
+
+// Values, by weight.
+INLINE void add(enum kind kind, const struct block *block, floats weights, float *out) {
+    EACH_READ(kind, block, block->key_groups, block->num_groups) {
+        floats sums[2][4] = {{{0}}}, read[4];
+#pragma GCC unroll 16
+        for (int t = 0; t < BLOCK; t++) {
+            read_group(kind, block, t, group, byte, read);
+            for (int v = 0; v < vectors_of(kind); v++) sums[t % 2][v] += weights[t] * read[v];
+        }
+        for (int v = 0; v < vectors_of(kind); v++)
+            *(floats *)(out + PLACE(block->key_groups, v)) += sums[0][v] + sums[1][v];
+    }
+}
+
+// One query: its output so far, and the highest score and the sum of exponentials that go with it, and a block more.
+INLINE void attend_block(
+    enum kind kind, const struct block *block, const struct work *w, const float *query, float *out, float *max,
+    float *sum
 ) {
-    const int64_t code_bytes = group_size * bits / 8;
-    for (int t = 0; t < count; t++)
-        for (int64_t group = first / group_size; group < (first + size) / group_size; group++) {
-            const uint8_t *const codes = tokens[t] + group * code_bytes;
-            uint16_t affine[2];
-            memcpy(affine, tokens[t] + num_code_bytes + group * sizeof affine, sizeof affine);
-            const float scale = _cvtsh_ss(affine[0]), minimum = _cvtsh_ss(affine[1]);
-            float *const part = numbers + t * size + group * group_size - first;
-            for (int64_t i = 0; i < code_bytes; i += LANES) {
-                const ints packed = load_bytes(codes + i);
-                for (int shift = 0; shift < 8; shift += bits) {
-                    const floats code = __builtin_convertvector(packed >> shift & ((1 << bits) - 1), floats);
-                    *(floats *)(part + shift / bits * code_bytes + i) = minimum + scale * code;
-                }
-            }
+    const ints numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, is_token = numbers < block->count;
+    const floats nothing = (floats){0} - INFINITY;
+    floats scores = multiply(kind, block, query);
+    if (w->softcap)
+        for (int t = 0; t < BLOCK; t++) scores[t] = w->softcap * tanhf(scores[t] / w->softcap);
+    scores = (floats)(((ints)scores & is_token) | ((ints)nothing & ~is_token));
+    const float seen = max_of(scores);
+    if (seen > *max) {
+        const float shrink = expf(*max - seen);  // exp(-inf) = 0 at first
+        *max = seen;
+        *sum *= shrink;
+        for (int64_t i = 0; i < w->value_size; i += LANES) *(floats *)(out + i) *= shrink;
+    }
+    const floats weights = exp_of(scores - *max);
+    *sum += sum_of(weights);
+    add(kind, block, weights, out);
+}
+
+// All that is read of a block, as float32, for queries that read it again.
+INLINE void widen(enum kind kind, const struct block *block, int64_t num_numbers, float *numbers) {
+    floats read[4];
+    for (int t = 0; t < BLOCK; t++)
+        EACH_READ(kind, block, 0, block->num_groups) {
+            read_group(kind, block, t, group, byte, read);
+            for (int v = 0; v < vectors_of(kind); v++) *(floats *)(numbers + t * num_numbers + PLACE(0, v)) = read[v];
         }
 }
 
 INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t first_head, int64_t last_head) {
-    const int bits = kind == CODES8 ? 8 : kind == CODES4 ? 4 : kind == CODES2 ? 2 : 0;
-    const int64_t H = w->key_size, W = w->value_size, M = w->heads_per_kv, token_size = (H + W) * w->num_kv_heads;
-    const int64_t num_bytes = token_size * (bits ? bits : kind == FLOAT32 ? 32 : 16) / 8;  // of codes, or all
-    const int64_t token_bytes = num_bytes + (bits ? token_size / w->group_size * 4 : 0);
+    const int64_t H = w->key_size, W = w->value_size, M = w->heads_per_kv, size = H + W;
+    const int64_t group_size = kind >= CODES8 ? w->group_size : LANES, num_groups = size / group_size;
+    const int64_t num_bytes = size * w->num_kv_heads * bits_of(kind) / 8;  // of a token, but for scales and minima
+    const int64_t token_bytes = num_bytes + (kind >= CODES8 ? num_groups * w->num_kv_heads * 4 : 0);
     const int64_t first_row = (part * w->num_kv_heads + first_head) * M;
     const int64_t num_rows = (last_head - first_head) * M;
     float *const out = w->out + first_row * W, *const max = w->lse + first_row, sums[num_rows];
-    float keys[BLOCK * H] __attribute__((aligned(64))), values[BLOCK * W] __attribute__((aligned(64)));
-    const ints numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const floats nothing = (floats){0} - INFINITY;
-    memset(keys, 0, sizeof keys), memset(values, 0, sizeof values), memset(out, 0, num_rows * W * sizeof *out);
+    float numbers[M > 1 ? BLOCK * size : 1] __attribute__((aligned(64)));
+    floats affine[num_groups][2];
+    struct block block = {{0}, 0, group_size, H / group_size, num_groups, affine};
+    struct block wide = {{0}, 0, LANES, H / LANES, size / LANES, NULL};
+    for (int t = 0; t < BLOCK; t++) wide.tokens[t] = (const uint8_t *)(numbers + t * size);
+    memset(out, 0, num_rows * W * sizeof *out);
     for (int64_t row = 0; row < num_rows; row++) max[row] = -INFINITY, sums[row] = 0;
     for (int64_t place = w->bounds[part]; place < w->bounds[part + 1]; place += BLOCK) {
         const int64_t left = w->bounds[part + 1] - place;
-        const int count = left < BLOCK ? left : BLOCK;
-        const ints is_token = numbers < count;
+        block.count = wide.count = left < BLOCK ? left : BLOCK;
         const uint8_t *tokens[BLOCK];
-        for (int t = 0; t < count; t++) tokens[t] = (const uint8_t *)w->logs[part] + w->places[place + t] * token_bytes;
+        for (int t = 0; t < BLOCK; t++) {
+            const int64_t token = w->places[place + (t < block.count ? t : block.count - 1)];
+            tokens[t] = (const uint8_t *)w->logs[part] + token * token_bytes;
+        }
         for (int64_t head = first_head; head < last_head; head++) {
-            const int64_t first = head * (H + W);
-            if (bits) {
-                decode(bits, tokens, num_bytes, w->group_size, first, count, H, keys);
-                decode(bits, tokens, num_bytes, w->group_size, first + H, count, W, values);
-            } else {
-                widen(kind, tokens, first, count, H, keys);
-                widen(kind, tokens, first + H, count, W, values);
+            for (int t = 0; t < BLOCK; t++) block.tokens[t] = tokens[t] + head * size * bits_of(kind) / 8;
+            for (int64_t group = 0; kind >= CODES8 && group < num_groups; group++) {
+                ints pairs;
+                for (int t = 0; t < BLOCK; t++)
+                    memcpy((int32_t *)&pairs + t, tokens[t] + num_bytes + (head * num_groups + group) * 4, 4);
+                const halves scales = __builtin_convertvector(pairs, halves);
+                const halves minima = __builtin_convertvector(pairs >> 16, halves);
+                affine[group][0] = load(FLOAT16, (const uint8_t *)&scales);
+                affine[group][1] = load(FLOAT16, (const uint8_t *)&minima);
             }
+            if (M > 1) widen(kind, &block, size, numbers);
             for (int64_t m = 0; m < M; m++) {
                 const int64_t row = (head - first_head) * M + m;
-                const float *query = w->queries + ((w->tokens[part] * w->num_kv_heads + head) * M + m) * H;
-                floats products[BLOCK] = {0};
-                for (int64_t i = 0; i < H; i += LANES)
-                    for (int t = 0; t < BLOCK; t++)
-                        products[t] += *(const floats *)(query + i) * *(const floats *)(keys + t * H + i);
-                floats scores = sums_of(products);
-                if (w->softcap)
-                    for (int t = 0; t < BLOCK; t++) scores[t] = w->softcap * tanhf(scores[t] / w->softcap);
-                scores = (floats)(((ints)scores & is_token) | ((ints)nothing & ~is_token));
-                const float seen = max_of(scores), before = max[row];
-                if (seen > before) {
-                    const float shrink = expf(before - seen);  // exp(-inf) = 0 at first
-                    max[row] = seen;
-                    sums[row] *= shrink;
-                    for (int64_t i = 0; i < W; i += LANES) *(floats *)(out + row * W + i) *= shrink;
-                }
-                const floats weights = exp_of(scores - max[row]);
-                sums[row] += sum_of(weights);
-                for (int64_t i = 0; i < W; i += LANES) {
-                    floats sum[2] = {*(floats *)(out + row * W + i)};
-                    for (int t = 0; t < BLOCK; t++) sum[t % 2] += weights[t] * *(const floats *)(values + t * W + i);
-                    *(floats *)(out + row * W + i) = sum[0] + sum[1];
-                }
+                const float *const query = w->queries + ((w->tokens[part] * w->num_kv_heads + head) * M + m) * H;
+                if (M > 1)
+                    attend_block(FLOAT32, &wide, w, query, out + row * W, &max[row], &sums[row]);
+                else
+                    attend_block(kind, &block, w, query, out + row * W, &max[row], &sums[row]);
             }
         }
     }
