@@ -30,7 +30,7 @@ from flexeval.engine.compute.partial import Partial
 from flexeval.errors import FlexevalError
 
 SOURCE = Path(__file__).with_name("host_kernel.c")
-PIECES_PER_THREAD = 4
+PIECES_PER_THREAD = 16
 """Pieces of work for each thread that a call should have, so that threads end at about the same time."""
 
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")

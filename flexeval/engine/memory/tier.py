@@ -6,8 +6,10 @@ is copied in and out (`read`, `write`), on the calling lane's thread and stream.
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -18,6 +20,7 @@ from flexeval.directio import BLOCK_BYTES
 from flexeval.errors import CapacityError
 from flexeval.policy.policy import Tier as TierName
 
+HUGE_PAGE_BYTES = 2 * 2**20
 PIECE_BYTES, PIECES_AHEAD = 64 * 2**20, 2
 """What is copied to a GPU in parts goes in pieces, a millisecond of the link each, of which so many stand in its queue:
 the link serves in the order of asking, and a row's hidden states would wait for a whole layer's weights."""
@@ -123,7 +126,7 @@ class MemoryTier(Meter):
                 if self.device.type == "cpu"
                 else torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
             )
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        except (torch.OutOfMemoryError, RuntimeError, OSError, MemoryError) as error:
             raise CapacityError(
                 f"no room for {format_size(num_bytes)} more in {self.name} memory",
                 where=f"{format_size(self.used_bytes)} in use",
@@ -198,10 +201,19 @@ class MemoryExtent:
 
 
 def page_aligned(num_bytes: int) -> Tensor:
-    """Host memory (uint8 `[num_bytes]`) that begins at a block's boundary, as direct transfers want it."""
-    room = torch.empty(num_bytes + BLOCK_BYTES, dtype=torch.uint8)
-    start = -room.data_ptr() % BLOCK_BYTES
-    return room[start : start + num_bytes]
+    """Host memory (uint8 `[num_bytes]`) that begins at a block's boundary, as direct transfers want it.
+
+    Where it is large, in huge pages, if the system gives any: they are made and page-locked twice as fast, and the CPU
+    attends to tokens of many pages.
+    """
+    if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        room = torch.empty(num_bytes + BLOCK_BYTES, dtype=torch.uint8)
+        start = -room.data_ptr() % BLOCK_BYTES
+        return room[start : start + num_bytes]
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def pin(data: Tensor) -> None:
