@@ -14,8 +14,12 @@ from flexeval.engine.compute.host_kernel import HostKernel, Parts, build
 from flexeval.engine.memory.host_rate import host_attention_rate
 
 
-@pytest.fixture
-def kernel() -> HostKernel:
+@pytest.fixture(params=["native", "x86-64-v3"])  # v3: vectors of 256 bits, as of processors without AVX-512
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HostKernel:
+    if request.param != "native":
+        flags = tuple(flag.replace("native", request.param) for flag in host_kernel._FLAGS)
+        monkeypatch.setattr(host_kernel, "_FLAGS", flags)
+        monkeypatch.setattr(host_kernel, "_library", host_kernel._library.__wrapped__)
     made = build(3)
     assert made is not None, "the tests' machine has a compiler"
     return made

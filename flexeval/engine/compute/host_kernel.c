@@ -16,7 +16,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+// Vectors are as long as the processor's: longer ones, GCC takes apart number by number.
+#if defined(__AVX512F__)
 #define LANES 16
+#define EACH_LANE(f) {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)}
+#else
+#define LANES 8
+#define EACH_LANE(f) {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)}
+#endif
+#define ITSELF(i) (i)
+#define ITS_LOW_BITS(i) ((i) % 4)
 #define BLOCK LANES  // tokens: their scores are one vector
 #define MAX_SIZE 1024
 #define INLINE static inline __attribute__((always_inline))
@@ -48,11 +57,7 @@ INLINE floats load(enum kind kind, const uint8_t *numbers) {
 #if defined(__AVX512F__)
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)numbers));
 #else
-    __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)numbers)),
-                       _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)numbers + 1))};
-    floats all;
-    memcpy(&all, parts, sizeof all);
-    return all;
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)numbers));
 #endif
 }
 
@@ -60,11 +65,7 @@ INLINE ints load_bytes(const uint8_t *bytes) {
 #if defined(__AVX512F__)
     return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
 #else
-    __m256i parts[2] = {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes)),
-                        _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(bytes + LANES / 2)))};
-    ints all;
-    memcpy(&all, parts, sizeof all);
-    return all;
+    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
 #endif
 }
 
@@ -85,27 +86,32 @@ INLINE floats exp_of(floats x) {
     return (floats)((ints)(p * (floats)((n + 127) << 23)) & is_normal);
 }
 
-// Lane i of the result is the sum (the maximum) of lanes 2 h k + o and 2 h k + h + o of x for the first half of lanes, of
-// y for the second: folding 16 vectors 8, 4, 2, 1 apart adds up each of them into a lane of its own.
-#define FROM(i, h) ((i) / 8 * 16 + (i) % 8 / (h) * 2 * (h) + (i) % (h))
-#define ALL(h, o) (ints){FROM(0, h) + o, FROM(1, h) + o, FROM(2, h) + o, FROM(3, h) + o, FROM(4, h) + o, \
-    FROM(5, h) + o, FROM(6, h) + o, FROM(7, h) + o, FROM(8, h) + o, FROM(9, h) + o, FROM(10, h) + o, FROM(11, h) + o, \
-    FROM(12, h) + o, FROM(13, h) + o, FROM(14, h) + o, FROM(15, h) + o}
-#define LOW(x, y, h) __builtin_shuffle(x, y, ALL(h, 0))
-#define HIGH(x, y, h) __builtin_shuffle(x, y, ALL(h, h))
-#define FOLD(n, h) \
-    for (int i = 0; i < (n); i++) x[i] = LOW(x[2 * i], x[2 * i + 1], h) + HIGH(x[2 * i], x[2 * i + 1], h)
+// Lanes 2 h k + o and 2 h k + h + o of x for the first half of lanes, of y for the second. Folding as many vectors as there
+// are lanes, half of them apart, a quarter, and so on, adds up each of them into a lane of its own.
+#define LOW_OF(h, i) ((i) / (LANES / 2) * LANES + (i) % (LANES / 2) / (h) * 2 * (h) + (i) % (h))
+#define LOW8(i) LOW_OF(8, i)
+#define LOW4(i) LOW_OF(4, i)
+#define LOW2(i) LOW_OF(2, i)
+#define LOW1(i) LOW_OF(1, i)
+#define LOW(x, y, h) __builtin_shuffle(x, y, (ints)EACH_LANE(LOW##h))
+#define HIGH(x, y, h) __builtin_shuffle(x, y, (ints)EACH_LANE(LOW##h) + h)
+#define FOLD(h) \
+    for (int i = 0; i < (h); i++) x[i] = LOW(x[2 * i], x[2 * i + 1], h) + HIGH(x[2 * i], x[2 * i + 1], h)
 
 INLINE floats sums_of(floats x[LANES]) {
-    FOLD(8, 8);
-    FOLD(4, 4);
-    FOLD(2, 2);
-    FOLD(1, 1);
+#if LANES == 16
+    FOLD(8);
+#endif
+    FOLD(4);
+    FOLD(2);
+    FOLD(1);
     return x[0];
 }
 
 INLINE float sum_of(floats x) {
+#if LANES == 16
     x = LOW(x, x, 8) + HIGH(x, x, 8);
+#endif
     x = LOW(x, x, 4) + HIGH(x, x, 4);
     x = LOW(x, x, 2) + HIGH(x, x, 2);
     return x[0] + x[1];
@@ -117,7 +123,9 @@ INLINE floats larger(floats x, floats y) {
 }
 
 INLINE float max_of(floats x) {
+#if LANES == 16
     x = larger(LOW(x, x, 8), HIGH(x, x, 8));
+#endif
     x = larger(LOW(x, x, 4), HIGH(x, x, 4));
     x = larger(LOW(x, x, 2), HIGH(x, x, 2));
     return x[0] > x[1] ? x[0] : x[1];
@@ -153,8 +161,7 @@ INLINE int64_t group_size_of(enum kind kind, const struct block *block) {
 // What codes stand for, minimum + scale * code: those of few bits are looked up.
 INLINE floats decode(int bits, ints codes, float scale, float minimum) {
 #if defined(__AVX512F__)
-    const floats fours = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const floats twos = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+    const floats fours = EACH_LANE(ITSELF), twos = EACH_LANE(ITS_LOW_BITS);
     if (bits < 8) return __builtin_shuffle(minimum + scale * (bits == 4 ? fours : twos), codes);  // by their low 4 bits
 #endif
     return minimum + scale * __builtin_convertvector(codes & ((1 << bits) - 1), floats);
@@ -205,7 +212,7 @@ INLINE void attend_block(
     enum kind kind, const struct block *block, const struct work *w, const float *query, float *out, float *max,
     float *sum
 ) {
-    const ints numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, is_token = numbers < block->count;
+    const ints numbers = EACH_LANE(ITSELF), is_token = numbers < block->count;
     const floats nothing = (floats){0} - INFINITY;
     floats scores = multiply(kind, block, query);
     if (w->softcap)

@@ -34,7 +34,7 @@ PIECES_PER_THREAD = 16
 """Pieces of work for each thread that a call should have, so that threads end at about the same time."""
 
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
-_LANES, _MAX_SIZE = 16, 1024  # as in the source
+_LANES, _MAX_SIZE = 16, 1024  # as in the source, where vectors are longest
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _CODES = {8: 3, 4: 4, 2: 5}  # by bits
 _POINTERS = ("queries", "logs", "tokens", "bounds", "places", "out", "lse")
