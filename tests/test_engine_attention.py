@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flexeval.engine.codecs.kv_format import CodedFormat, KeysValues, KVCoding, KVFormat, KVLog, KVShape, make_format
 from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.contexts import DecodeBatch
+from flexeval.engine.compute.dense import dense_attention
 from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.host_kernel import build
 from flexeval.engine.compute.host_plan import HostPlan
@@ -162,6 +163,7 @@ def check(
     expected_TNW = torch.stack([tokens.attend(path, options) for path in paths])
     outs, num_read = [PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)], 0
     if plan.decode and q_TNH.device.type == "cpu":
+        outs.append(dense_attention(q_TNH.device)(q_TNH, k_TKH, v_TKW, options, made, context))
         for kernel in (None, build(2)):  # torch's, and ours, which reads heads of some sizes only
             out_TNW, num_read = HostAttention(kernel, num_threads=2)(q_TNH, options, made, context)
             outs.append(out_TNW)

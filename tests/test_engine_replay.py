@@ -22,6 +22,7 @@ from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.replay import MAX_STEADY, SIZES, Replay
 from flexeval.engine.compute.row import Row
 from flexeval.engine.compute.tape import CudaTape
@@ -62,7 +63,8 @@ def run(
     codec: Codec | None = None,
     kv_coding: KVCoding | None = None,
 ) -> list[TokenResult]:
-    """What is answered the second time. Without tapes nothing is replayed."""
+    """What is answered the second time, attending as a GPU does. Without tapes nothing is replayed."""
+    monkeypatch.setattr("flexeval.engine.parts.dense_attention", lambda device: PackedAttention())
     monkeypatch.setattr(
         Executor,
         "_make_replay",

@@ -15,7 +15,8 @@ from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.compute.attention import Attention, PackedAttention
+from flexeval.engine.compute.attention import Attention
+from flexeval.engine.compute.dense import dense_attention
 from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.row import Row, RowMaker
@@ -123,7 +124,7 @@ class EngineParts:
             self.tiers.close()
             raise
         selection = make_selection(sparsity)
-        attention: Attention = PackedAttention() if selection is None else SparseAttention(selection)
+        attention: Attention = SparseAttention(selection) if selection is not None else dense_attention(device)
         self._replay = self._make_replay()
         self._host = AttentionLane(self._lanes["host_attention"], device=device, trace=self.trace)
         self._sweeper = Sweeper(

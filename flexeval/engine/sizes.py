@@ -11,7 +11,7 @@ from flexeval.config import Sparsity
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KVCoding, make_format
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.compute.attention import decode_copies
+from flexeval.engine.compute.dense import decode_copies
 from flexeval.engine.compute.elementwise import results_per_token
 from flexeval.engine.compute.experts import experts_per_token
 from flexeval.engine.compute.vocabulary import PART_VALUES
@@ -49,8 +49,8 @@ def model_shape(
     named = (n for key in _NUM_EXPERTS if isinstance(n := getattr(text, key, None), int) and n > 0)
     experts, active = largest.num_experts or next(named, 1), experts_per_token(text)
     kv_shapes = [anatomy.kv_shape(layer) for layer in kinds.values()]
-    kv_shape = max(kv_shapes, key=lambda shape: make_format(shape, anatomy.dtype, kv_coding).token_bytes)
-    kv_bytes = make_format(kv_shape, anatomy.dtype, kv_coding).token_bytes
+    forms = [make_format(kv_shape, anatomy.dtype, kv_coding) for kv_shape in kv_shapes]
+    form = max(forms, key=lambda form: form.token_bytes)
     num_query_heads = text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_query_heads
     return ModelShape(
@@ -67,8 +67,8 @@ def model_shape(
         num_query_heads=num_query_heads,
         num_kv_heads=num_kv_heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        kv_bytes_per_token=kv_bytes,
-        value_bytes_per_token=kv_bytes * kv_shape.value_size // (kv_shape.key_size + kv_shape.value_size),
+        kv_bytes_per_token=form.token_bytes,
+        value_bytes_per_token=form.token_bytes * form.shape.value_size // (form.shape.key_size + form.shape.value_size),
         sparsity=sparsity,
         kv_compute_bytes_per_token=max(kv.num_values for kv in kv_shapes) * anatomy.dtype.itemsize,
         hidden_bytes_per_token=text.hidden_size * anatomy.dtype.itemsize,
@@ -76,7 +76,7 @@ def model_shape(
         dtype_bytes=anatomy.dtype.itemsize,
         results_per_token=results_per_token(anatomy, device),
         few_tokens=codec.few_tokens(device) if codec is not None and takes_coded else 0,
-        decode_copies=0 if sparsity else decode_copies(device, heads_per_kv=num_query_heads // num_kv_heads),
+        decode_copies=0 if sparsity else decode_copies(device, form, heads_per_kv=num_query_heads // num_kv_heads),
         num_matrices=num_matrices,
         num_experts=max(1, largest.num_experts),
         experts_per_token=active,

@@ -186,10 +186,3 @@ class PackedAttention:
         merge_into(
             out_TNW[tokens], lse_TN[tokens], partial.out_BNQW[0].transpose(0, 1), partial.lse_BNQ[0].transpose(0, 1)
         )
-
-
-def decode_copies(device: torch.device, *, heads_per_kv: int) -> int:
-    """Copies of a group's KV that decode attention makes: gathered, and on a GPU repeated for every query head."""
-    if has_triton(device):
-        return 0
-    return 1 + heads_per_kv if device.type == "cuda" and heads_per_kv > 1 else 1

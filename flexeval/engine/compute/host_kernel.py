@@ -92,10 +92,7 @@ class HostKernel:
 
     def takes(self, log: KVLog) -> bool:
         """Whether it can read such a log."""
-        shape = log.format.shape
-        sizes = (shape.key_size, shape.value_size)
-        is_known = _Kind.of(log.format) is not None and log.data_CB.is_contiguous()
-        return is_known and all(s % _LANES == 0 and s <= _MAX_SIZE for s in sizes)
+        return _reads(log.format) and log.data_CB.is_contiguous()
 
     def __call__(
         self, q_TKMH: Tensor, logs: list[KVLog], parts: Parts, *, scale: float, softcap: float | None
@@ -137,10 +134,20 @@ class HostKernel:
         return Partial(out_PKMW, lse_PKM)
 
 
+def can_read(form: KVFormat) -> bool:
+    """Whether logs of such a format are read here by the kernel, which this compiles at need."""
+    return _reads(form) and _library() is not None
+
+
 def build(num_threads: int) -> HostKernel | None:
     """The kernel with so many threads; None where this machine cannot compile it."""
     library = _library()
     return None if library is None else HostKernel(library, num_threads)
+
+
+def _reads(form: KVFormat) -> bool:
+    sizes = (form.shape.key_size, form.shape.value_size)
+    return _Kind.of(form) is not None and all(size % _LANES == 0 and size <= _MAX_SIZE for size in sizes)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""How fast the CPU attends to KV in host memory while copies to a GPU read the same memory. Knows no policy."""
+"""How fast the CPU attends to KV in host memory, also while copies to a GPU read the same memory. Knows no policy."""
 
 from __future__ import annotations
 
@@ -18,50 +18,61 @@ from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.host_kernel import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row, RowMaker
+from flexeval.engine.memory.tier import page_aligned
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, RowPlan
 from flexeval.team import give_spare_cores, num_spare_cores
 
 CONTEXT_TOKENS = 512
 """Tokens that each query attends to."""
 LOG_BYTES = 512 * 2**20
-"""About, of the log that is attended to: more than caches hold."""
+"""About, of the log that is attended to: more than the caches of a large machine hold."""
+SMALL_LOG_BYTES = 16 * 2**20
+"""The same where the CPU computes everything: more than its cores' own caches."""
 COPY_BYTES = 128 * 2**20
 """Of each copy beside it."""
-BUDGET_S = 0.2
+BUDGET_S, SMALL_BUDGET_S = 0.2, 0.02
 """Of the timed calls; they are two at least."""
 
 
 def host_attention_rate(form: PlainFormat | CodedFormat, num_query_heads: int, *, is_link_busy: bool) -> float:
-    """Bytes of keys and values a second, as the engine has the CPU attend.
+    """Bytes of keys and values a second, as the engine has the CPU attend beside a GPU.
 
     Args:
         form: Of the KV, as it rests.
         num_query_heads: To all KV heads together.
-        is_link_busy: Whether copies to a GPU run all the while.
+        is_link_busy: Whether copies to the GPU run all the while.
     """
-    num_sequences = max(1, LOG_BYTES // (CONTEXT_TOKENS * form.token_bytes))
+    with ThreadPoolExecutor(1) as lane:
+        give_spare_cores(lambda take: lane.submit(take).result())
+        with _copies(is_link_busy):
+            return lane.submit(_rate, form, num_query_heads, num_spare_cores(), LOG_BYTES, BUDGET_S).result()
+
+
+def cpu_attention_rate(form: PlainFormat | CodedFormat, num_query_heads: int) -> float:
+    """Bytes of keys and values a second, as the engine attends where the CPU computes everything."""
+    return _rate(form, num_query_heads, torch.get_num_threads(), SMALL_LOG_BYTES, SMALL_BUDGET_S)
+
+
+def _rate(
+    form: PlainFormat | CodedFormat, num_query_heads: int, num_threads: int, log_bytes: int, budget_s: float
+) -> float:
+    num_sequences = max(1, log_bytes // (CONTEXT_TOKENS * form.token_bytes))
     row, num_tokens = _row(num_sequences)
     num_heads, key_size, value_size = form.shape
     numbers_CKX = torch.randn(CONTEXT_TOKENS, num_heads, key_size + value_size).to(form.dtype)
     tokens_CB = torch.empty(CONTEXT_TOKENS, form.token_bytes, dtype=torch.uint8)
     form.write(numbers_CKX[..., :key_size], numbers_CKX[..., key_size:], tokens_CB)
-    context = _OneLog(KVLog(form, tokens_CB.repeat(num_sequences, 1)))
+    log_CB = page_aligned(num_tokens * form.token_bytes).view(num_sequences, *tokens_CB.shape)
+    context = _OneLog(KVLog(form, log_CB.copy_(tokens_CB).flatten(0, 1)))
     q_TNH = torch.randn(num_sequences, num_query_heads, key_size).to(form.dtype)
     options = AttentionOptions(scale=key_size**-0.5)
-
-    def mean_s() -> float:
-        attend = HostAttention(build(num_spare_cores()), num_spare_cores())
-        seconds: list[float] = []
-        while len(seconds) < 3 or sum(seconds[1:]) < BUDGET_S:  # the first plans and warms up
-            start = time.perf_counter()
-            attend(q_TNH, options, row, context)
-            seconds.append(time.perf_counter() - start)
-        return fmean(seconds[1:])
-
-    with ThreadPoolExecutor(1) as lane:
-        give_spare_cores(lambda take: lane.submit(take).result())
-        with _copies(is_link_busy):
-            return num_tokens * form.token_bytes / lane.submit(mean_s).result()
+    attend = HostAttention(build(num_threads), num_threads)
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds[1:]) < budget_s:  # the first plans and warms up
+        start = time.perf_counter()
+        attend(q_TNH, options, row, context)
+        seconds.append(time.perf_counter() - start)
+    return num_tokens * form.token_bytes / fmean(seconds[1:])
 
 
 class _OneLog:
