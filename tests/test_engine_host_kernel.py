@@ -11,7 +11,7 @@ import torch
 from flexeval.engine.codecs.kv_format import CodedFormat, KVCoding, KVLog, KVShape, PlainFormat, make_format
 from flexeval.engine.compute import host_kernel
 from flexeval.engine.compute.host_kernel import HostKernel, Parts, build
-from flexeval.engine.memory.host_rate import host_attention_rate
+from flexeval.engine.memory.host_rate import cpu_attention_rate, host_attention_rate
 
 
 @pytest.fixture(params=["native", "x86-64-v3"])  # v3: vectors of 256 bits, as of processors without AVX-512
@@ -126,9 +126,18 @@ def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=["plain", "kv4"])
-def test_the_rate_is_measured(coding: KVCoding | None) -> None:
-    form = make_format(KVShape(4, 64, 64), torch.float32, coding)
+def test_the_rate_is_measured(coding: KVCoding | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexeval.engine.memory.host_rate.LOG_BYTES", 64 * 2**20)
+    shape = KVShape(4, 64, 64)
+    form = make_format(shape, torch.float32, coding)
     assert 1e8 < host_attention_rate(form, 8, is_link_busy=False) < 1e12
+    tokens_per_s = cpu_attention_rate(shape, torch.float32, coding, 8)
+    assert tokens_per_s is not None
+    assert 1e8 < tokens_per_s * form.token_bytes < 1e12
+
+
+def test_there_is_no_rate_of_what_it_cannot_read() -> None:
+    assert cpu_attention_rate(KVShape(2, 8, 8), torch.float32, None, 8) is None
 
 
 @pytest.mark.gpu

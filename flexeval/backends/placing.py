@@ -17,7 +17,6 @@ from flexeval.backends.shortage import cannot_split, does_not_load, full_tier
 from flexeval.backends.trial import try_out
 from flexeval.config import Limits
 from flexeval.engine.codecs.kv_format import make_format
-from flexeval.engine.compute.host_kernel import can_read
 from flexeval.engine.memory.host_rate import cpu_attention_rate, host_attention_rate
 from flexeval.engine.sizes import model_shape
 from flexeval.errors import CapacityError
@@ -181,14 +180,13 @@ class Placements:
         if self._hardware is None:
             opened, is_gpu = self._opened, self._opened.device.type == "cuda"
             self._hardware = detect("cuda" if is_gpu else "cpu", self._limits, opened.anatomy.dtype)
-            form = make_format(opened.anatomy.kv_shape(0), opened.anatomy.dtype, opened.kv_coding)
+            kv = (opened.anatomy.kv_shape(0), opened.anatomy.dtype, opened.kv_coding)
             num_heads, fixed = self._shape.num_query_heads, self._fixed_policy
             may_attend_on_host = opened.sparsity is None if fixed is None else fixed.host_attention > 0
             if is_gpu and may_attend_on_host:
-                rate = host_attention_rate(form, num_heads, is_link_busy=True)
+                rate = host_attention_rate(make_format(*kv), num_heads, is_link_busy=True)
                 self._hardware = replace(self._hardware, host_attention_bytes_per_s=rate)
-            elif not is_gpu and opened.sparsity is None and can_read(form):
-                tokens_per_s = cpu_attention_rate(form, num_heads) / form.token_bytes
+            elif not is_gpu and opened.sparsity is None and (tokens_per_s := cpu_attention_rate(*kv, num_heads)):
                 flops_per_s = 4 * self._shape.head_size * num_heads * tokens_per_s
                 self._hardware = replace(self._hardware, single_attention_flops_per_s=flops_per_s)
         return self._hardware

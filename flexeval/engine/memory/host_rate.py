@@ -6,16 +6,25 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from statistics import fmean
 from threading import Event
 
 import numpy as np
 import torch
 
-from flexeval.engine.codecs.kv_format import CodedFormat, KeysValues, KVLog, PlainFormat
+from flexeval.engine.codecs.kv_format import (
+    CodedFormat,
+    KeysValues,
+    KVCoding,
+    KVLog,
+    KVShape,
+    PlainFormat,
+    make_format,
+)
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_attention import HostAttention
-from flexeval.engine.compute.host_kernel import build
+from flexeval.engine.compute.host_kernel import build, can_read
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row, RowMaker
 from flexeval.engine.memory.tier import page_aligned
@@ -53,9 +62,18 @@ def host_attention_rate(form: PlainFormat | CodedFormat, num_query_heads: int, *
             return lane.submit(_rate, form, num_query_heads, num_spare_cores(), log_bytes, BUDGET_S).result()
 
 
-def cpu_attention_rate(form: PlainFormat | CodedFormat, num_query_heads: int) -> float:
-    """Bytes of keys and values a second, as the engine attends where the CPU computes everything."""
-    return _rate(form, num_query_heads, torch.get_num_threads(), SMALL_LOG_BYTES, SMALL_BUDGET_S)
+@cache
+def cpu_attention_rate(
+    shape: KVShape, dtype: torch.dtype, coding: KVCoding | None, num_query_heads: int
+) -> float | None:
+    """Tokens a second, as the engine attends to them where the CPU computes everything; measured once a process.
+
+    None where it gathers them for torch: `policy/rates/` measures that.
+    """
+    form = make_format(shape, dtype, coding)
+    if not can_read(form):
+        return None
+    return _rate(form, num_query_heads, torch.get_num_threads(), SMALL_LOG_BYTES, SMALL_BUDGET_S) / form.token_bytes
 
 
 def _rate(
