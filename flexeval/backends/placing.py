@@ -53,6 +53,7 @@ class Placements:
             sparsity=opened.sparsity,
             vocabulary_codec=opened.vocabulary_codec,
         )
+        self._kv = (opened.anatomy.kv_shape(0), opened.anatomy.dtype, opened.kv_coding)
         self._hardware: Hardware | None = None
         self._tried: Correction | None = None
         self._correction = NO_CORRECTION
@@ -180,13 +181,12 @@ class Placements:
         if self._hardware is None:
             opened, is_gpu = self._opened, self._opened.device.type == "cuda"
             self._hardware = detect("cuda" if is_gpu else "cpu", self._limits, opened.anatomy.dtype)
-            kv = (opened.anatomy.kv_shape(0), opened.anatomy.dtype, opened.kv_coding)
             num_heads, fixed = self._shape.num_query_heads, self._fixed_policy
             may_attend_on_host = opened.sparsity is None if fixed is None else fixed.host_attention > 0
             if is_gpu and may_attend_on_host:
-                rate = host_attention_rate(make_format(*kv), num_heads, is_link_busy=True)
+                rate = host_attention_rate(make_format(*self._kv), num_heads, is_link_busy=True)
                 self._hardware = replace(self._hardware, host_attention_bytes_per_s=rate)
-            elif not is_gpu and opened.sparsity is None and (tokens_per_s := cpu_attention_rate(*kv, num_heads)):
+            elif not is_gpu and opened.sparsity is None and (tokens_per_s := cpu_attention_rate(*self._kv, num_heads)):
                 flops_per_s = 4 * self._shape.head_size * num_heads * tokens_per_s
                 self._hardware = replace(self._hardware, single_attention_flops_per_s=flops_per_s)
         return self._hardware
