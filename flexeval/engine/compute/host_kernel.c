@@ -86,8 +86,9 @@ INLINE floats exp_of(floats x) {
     return (floats)((ints)(p * (floats)((n + 127) << 23)) & is_normal);
 }
 
-// Lanes 2 h k + o and 2 h k + h + o of x for the first half of lanes, of y for the second. Folding as many vectors as there
-// are lanes, half of them apart, a quarter, and so on, adds up each of them into a lane of its own.
+// LOW: of each 2 h lanes the first h, those of x in the first half of lanes and those of y in the second; HIGH: the other
+// h. Folding as many vectors as there are lanes, half of them apart, a quarter, and so on, adds up each of them into a
+// lane of its own.
 #define LOW_OF(h, i) ((i) / (LANES / 2) * LANES + (i) % (LANES / 2) / (h) * 2 * (h) + (i) % (h))
 #define LOW8(i) LOW_OF(8, i)
 #define LOW4(i) LOW_OF(4, i)
