@@ -203,8 +203,7 @@ class MemoryExtent:
 def page_aligned(num_bytes: int) -> Tensor:
     """Host memory (uint8 `[num_bytes]`) that begins at a block's boundary, as direct transfers want it.
 
-    Where it is large, in huge pages, if the system gives any: they are made and page-locked twice as fast, and the CPU
-    attends to tokens of many pages.
+    Where it is large, in huge pages, if the system gives any: they are made and page-locked in two thirds of the time.
     """
     if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         room = torch.empty(num_bytes + BLOCK_BYTES, dtype=torch.uint8)
