@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,58 @@ def test_a_lane_on_a_gpu_sees_the_callers_work_and_the_caller_the_lanes() -> Non
     copied = lane.submit(lambda tensor: tensor.clone().mul_(2), numbers)
     assert copied.wait().eq(400).all()
     lane.close()
+
+
+@pytest.fixture
+def two_lanes() -> Iterator[tuple[ThreadLane, ThreadLane]]:
+    first = ThreadLane("first", torch.device("cuda", 0))
+    behind = ThreadLane("behind", torch.device("cuda", 0), goes_behind=[first])
+    yield first, behind
+    for lane in (behind, first):
+        lane.close()
+
+
+@pytest.mark.gpu
+def test_a_lane_that_goes_behind_lets_others_through(two_lanes: tuple[ThreadLane, ThreadLane]) -> None:
+    """Two copies are always in its stream's queue, so that the device would never come to another stream's."""
+    first, behind = two_lanes
+    host = torch.zeros(32 * 2**20, dtype=torch.uint8, pin_memory=True)
+    device, lane_device = torch.empty_like(host, device="cuda"), torch.empty(1000, dtype=torch.uint8, device="cuda")
+    is_through = []
+
+    def copy_all() -> None:
+        pieces: deque[torch.cuda.Event] = deque()
+        done = torch.cuda.Event()
+
+        def copy_one() -> None:
+            lane_device.copy_(host[:1000], non_blocking=True)
+            done.record()
+
+        for piece in range(60):
+            if piece == 10:
+                first.submit(copy_one)._future.result(SOON_S)
+            behind.give_way()
+            device.copy_(host, non_blocking=True)
+            pieces.append(torch.cuda.Event(blocking=True))
+            pieces[-1].record()
+            if len(pieces) > 2:
+                pieces.popleft().synchronize()
+            is_through.append(piece >= 10 and done.query())
+
+    behind.submit(copy_all).wait()
+    assert is_through.index(True) < 20, is_through
+
+
+@pytest.mark.gpu
+def test_a_lane_does_not_wait_for_what_waits_itself(two_lanes: tuple[ThreadLane, ThreadLane]) -> None:
+    first, behind = two_lanes
+    torch.cuda._sleep(2**31)  # about a second, at the clock of any GPU
+    is_awake = torch.cuda.current_stream().record_event()
+    drain(first)
+    passed = behind.submit(behind.give_way)
+    passed._future.result(SOON_S)
+    assert not is_awake.query(), "it was waited for"
+    torch.cuda.synchronize()
 
 
 def test_what_a_row_reads_is_found_by_its_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

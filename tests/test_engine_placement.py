@@ -29,7 +29,7 @@ from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskExtent, DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
-from flexeval.engine.parts import LANES
+from flexeval.engine.memory.lanes import LANES
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.errors import CapacityError
 from flexeval.policy.cost import CostModel

@@ -17,7 +17,7 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.lane import ThreadLane, drain
-from flexeval.engine.parts import LANES
+from flexeval.engine.memory.lanes import LANES
 from flexeval.engine.sizes import model_shape
 from flexeval.engine.trace import SweepTrace, Trace
 from flexeval.policy.policy import Policy

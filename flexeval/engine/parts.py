@@ -28,7 +28,8 @@ from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
 from flexeval.engine.memory.kv_context import Cache
-from flexeval.engine.memory.lane import InlineLane, Lane, ThreadLane, drain
+from flexeval.engine.memory.lane import drain
+from flexeval.engine.memory.lanes import make_lanes
 from flexeval.engine.memory.sparse_kv import SparseKVCache
 from flexeval.engine.memory.tiers import Tiers
 from flexeval.engine.memory.weights import WeightStore
@@ -44,7 +45,6 @@ from flexeval.policy.policy import Tier as TierName
 H = TypeVar("H", bound=HiddenStore)
 ROWS_AHEAD = 3
 """Rows with prompts, at a layer each, that the host may have enqueued and the device not done."""
-LANES = ("weights", "disk", "kv_in", "kv_out", "hidden", "host_attention")
 
 
 class EngineParts:
@@ -97,7 +97,7 @@ class EngineParts:
         num_layers = anatomy.num_layers
         if overlap is None:
             overlap = not all(self.tiers.is_home(split) for split in (policy.weights, policy.kv, policy.hidden))
-        self._lanes: dict[str, Lane] = {name: ThreadLane(name, device) if overlap else InlineLane() for name in LANES}
+        self._lanes = make_lanes(device, overlap=overlap)
         try:
             self.tiers.check(policy)
             anatomy.bind_rest(checkpoint.rest(), device, vocabulary_codec)

@@ -97,8 +97,10 @@ class Sweeper:
                     else:
                         hidden_1TD, calls[row.index] = self.anatomy.embed(row.ids_1T, row.positions_1T)
                 hidden.save(row.index, hidden_1TD)
-        cells = [(layer, row) for layer in layers for row in in_turn if self._is_cell(layer, row, on_host)]
-        context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), cells)
+        is_in_place = [cache.is_in_place(layer) for layer in layers]
+        cells = ((layer, row) for layer in layers for row in in_turn if self._is_cell(layer, row, on_host))
+        coming = [(layer, row) for layer, row in cells if not is_in_place[layer]]
+        context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), coming)
         apart: dict[int, _Apart] = {}
         with self.trace.phase("layers"):
             for layer in layers:
@@ -118,7 +120,8 @@ class Sweeper:
                     if not self._is_cell(layer, row, on_host):
                         continue
                     hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)
-                    attend = self._attend(layer, row, cache, next(context_ahead))
+                    context = cache.load(layer, row) if is_in_place[layer] else next(context_ahead)
+                    attend = self._attend(layer, row, cache, context)
                     call = calls[row.index][layer]
                     hidden.save(row.index, self._run(layer, row, hidden_1TD, call, attend, weights(row)))
                     if row.fresh:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,8 +132,8 @@ class DiskExtent:
         """Read the file; to a GPU by way of host memory, asynchronously on the current stream."""
         self._read([(offset, out)], is_pinned=out.is_cuda)
 
-    def read_parts(self, out: Tensor, parts: Sequence[slice]) -> None:
-        """Read parts of the file, several at once."""
+    def read_parts(self, out: Tensor, parts: Sequence[slice], *, give_way: Callable[[], None]) -> None:
+        """Read parts of the file, several at once; the disk leaves the link to others most of the time."""
         self._read([(part.start, out[part]) for part in parts], is_pinned=out.is_cuda)
 
     def _read(self, runs: Sequence[tuple[int, Tensor]], *, is_pinned: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -22,8 +22,8 @@ from flexeval.policy.policy import Tier as TierName
 
 HUGE_PAGE_BYTES = 2 * 2**20
 PIECE_BYTES, PIECES_AHEAD = 64 * 2**20, 2
-"""What is copied to a GPU in parts goes in pieces, a millisecond of the link each, of which so many stand in its queue:
-the link serves in the order of asking, and a row's hidden states would wait for a whole layer's weights."""
+"""What is copied to a GPU in parts goes in pieces, a millisecond of the link each, of which so many stand in its queue,
+so that it can give way: a row's KV or hidden states would wait for a whole layer's weights, and the next one's."""
 
 
 class Extent(Protocol):
@@ -44,8 +44,11 @@ class Extent(Protocol):
         """Fill `out` (uint8, contiguous, any device) with the bytes from `offset` on."""
         ...
 
-    def read_parts(self, out: Tensor, parts: Sequence[slice]) -> None:
-        """Fill `parts` of `out` (uint8, contiguous, any device) with the same parts of the bytes."""
+    def read_parts(self, out: Tensor, parts: Sequence[slice], *, give_way: Callable[[], None]) -> None:
+        """Fill `parts` of `out` (uint8, contiguous, any device) with the same parts of the bytes.
+
+        `give_way` is called before each copy over a link that others use too.
+        """
         ...
 
     def write(self, data: Tensor, offset: int = 0) -> None:
@@ -177,11 +180,12 @@ class MemoryExtent:
         """Copy out; asynchronous on the current stream between host and GPU."""
         out.copy_(self._buffer[offset : offset + out.numel()], non_blocking=self._tier.is_pinned)
 
-    def read_parts(self, out: Tensor, parts: Sequence[slice]) -> None:
+    def read_parts(self, out: Tensor, parts: Sequence[slice], *, give_way: Callable[[], None]) -> None:
         """Copy parts out, as `read` does, but for other lanes' copies in between: all but the last pieces are there."""
         pieces: deque[torch.cuda.Event] = deque()
         for part in parts:
             for start in range(part.start, part.stop, PIECE_BYTES):
+                give_way()
                 self.read(out[start : min(start + PIECE_BYTES, part.stop)], start)
                 if self._tier.is_pinned:
                     pieces.append(torch.cuda.Event(blocking=True))

@@ -239,7 +239,7 @@ class WeightStore:
             layout.decode_experts(slab, self._workspace, experts)
 
     def _read(self, extent: Extent, slab: Tensor, parts: Sequence[slice]) -> None:
-        extent.read_parts(slab, parts)
+        extent.read_parts(slab, parts, give_way=self.lane.give_way)
         self._trace.moved("weights", sum(part.stop - part.start for part in parts))
 
     def close(self) -> None:
