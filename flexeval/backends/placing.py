@@ -184,8 +184,10 @@ class Placements:
             num_heads, fixed = self._shape.num_query_heads, self._fixed_policy
             may_attend_on_host = opened.sparsity is None if fixed is None else fixed.host_attention > 0
             if is_gpu and may_attend_on_host:
-                rate = host_attention_rate(make_format(*self._kv), num_heads, is_link_busy=True)
-                self._hardware = replace(self._hardware, host_attention_bytes_per_s=rate)
+                host = host_attention_rate(make_format(*self._kv), num_heads, is_link_busy=True)
+                self._hardware = replace(
+                    self._hardware, host_attention_bytes_per_s=host.bytes_per_s, attended_link_share=host.link_share
+                )
             elif not is_gpu and opened.sparsity is None and (tokens_per_s := cpu_attention_rate(*self._kv, num_heads)):
                 flops_per_s = 4 * self._shape.head_size * num_heads * tokens_per_s
                 self._hardware = replace(self._hardware, single_attention_flops_per_s=flops_per_s)

@@ -28,16 +28,17 @@ if TYPE_CHECKING:  # hardware.py measures with torch; predicting must not need i
 
 OPERATIONS_PER_LOAD = 400
 """Small operations that take as long as Python from one load of KV to the next: about 2 ms beside a GPU's lanes."""
-OPERATIONS_PER_HOST_ROW = 200
-"""The same for a row that the CPU attends for at a layer, beside its reading: it waits for queries, the device for it.
-On an H100 with 16 cores about 5 ms: see docs/architecture.md."""
-HOST_WAIT_SHARE = 0.25
-"""Where the CPU and the link share attention, each waits for the other at rows' ends: a sweep takes as long as
-one of the two and this part of the other. On an H200 0.22 and 0.26 (OPT-30B, `none` and `kv4`), 0.40 (Qwen2.5-32B)."""
+OPERATIONS_PER_HOST_ROW = 40
+"""The same for a row that the CPU attends for at a layer, beside its reading: queries come, and an output goes. On an
+H200 with 16 cores 0.3 to 0.5 ms."""
+HOST_WAIT_SHARE = 0.05
+"""Where the CPU and the link share attention, the CPU waits for the link at rows' ends: for this part of what the link
+takes. A simulation of OPT-30B's sweeps by rates that were measured came to 0.04 to 0.07."""
 LEAST_HOST_ROWS = 3
 """Rows of a sweep from which on the CPU and the link have work at the same time, at every layer."""
-EXPOSED_SHARE = 0.01
-"""Share of every lane's time that overlap does not hide; makes the search prefer less of it among equals."""
+EXPOSED_SHARE = 0.05
+"""Share of every lane's time that overlap does not hide; makes the search prefer less of it among equals. Where the
+link took as long as the computation, sweeps took 0.04 of that longer (OPT-30B's prompts, on an H200)."""
 UNFINISHED_SHARE = 0.01
 """Chance that a run is stopped inside a sweep, whose work is then lost; makes it prefer shorter sweeps among equals."""
 
@@ -104,7 +105,7 @@ class CostModel:
         yield from (waiting * seconds for seconds in lane_s.values())
         if Lane.HOST_ATTENTION in lane_s:
             link_s, host_s = lane_s[Lane.TO_GPU], lane_s[Lane.HOST_ATTENTION]
-            yield waiting * (link_s + HOST_WAIT_SHARE * host_s)
+            yield waiting * (link_s + (1 - self.hardware.attended_link_share) * host_s)
             yield waiting * (host_s + HOST_WAIT_SHARE * link_s)
 
     def phase_objective(self, sweep: Sweep, sweep_s: Linear, lane_s: Mapping[Lane, Linear]) -> Linear:

@@ -73,6 +73,8 @@ class Hardware:
     """Seconds to start one small operation on the compute device."""
     host_attention_bytes_per_s: float
     """Keys and values that a CPU attends to beside a busy link; 0 where none does."""
+    attended_link_share: float = 1.0
+    """Of the copies to the GPU that the link makes at `to_gpu_bytes_per_s`, those that it makes while a CPU attends."""
 
     @property
     def home(self) -> Tier:
@@ -90,6 +92,7 @@ _MEASURED = {field.name for field in fields(Hardware)} - {
     "cpu_bytes",
     "disk_bytes",
     "host_attention_bytes_per_s",
+    "attended_link_share",
 }
 """Rates that a profile must have, and no others."""
 

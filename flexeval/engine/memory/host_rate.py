@@ -1,14 +1,15 @@
-"""How fast the CPU attends to KV in host memory, also while copies to a GPU read the same memory. Knows no policy."""
+"""How fast the CPU attends to KV in host memory, and copies to a GPU get on that read the same memory. No policy."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from statistics import fmean
 from threading import Event
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,11 +45,20 @@ SMALL_LOG_BYTES = 32 * 2**20
 COPY_BYTES = 128 * 2**20
 """Of each copy beside it."""
 BUDGET_S, SMALL_BUDGET_S = 0.2, 0.02
-"""Of the timed calls; they are two at least."""
+"""Of the timed calls; they are two at least. The link alone is timed for as long as the larger one."""
 
 
-def host_attention_rate(form: PlainFormat | CodedFormat, num_query_heads: int, *, is_link_busy: bool) -> float:
-    """Bytes of keys and values a second, as the engine has the CPU attend beside a GPU.
+class HostRate(NamedTuple):
+    """What the CPU does beside a GPU, and what that does to the link."""
+
+    bytes_per_s: float
+    """Keys and values that it attends to."""
+    link_share: float
+    """Of the bytes that otherwise cross the link to the GPU in the same time, those that still do, in (0, 1]."""
+
+
+def host_attention_rate(form: PlainFormat | CodedFormat, num_query_heads: int, *, is_link_busy: bool) -> HostRate:
+    """How fast the engine has the CPU attend beside a GPU.
 
     Args:
         form: Of the KV, as it rests.
@@ -57,9 +67,15 @@ def host_attention_rate(form: PlainFormat | CodedFormat, num_query_heads: int, *
     """
     with ThreadPoolExecutor(1) as lane:
         give_spare_cores(lambda take: lane.submit(take).result())
-        with _copies(is_link_busy):
-            log_bytes = min(LOG_BYTES, free_host_bytes() // LOG_PART)
-            return lane.submit(_rate, form, num_query_heads, num_spare_cores(), log_bytes, BUDGET_S).result()
+        log_bytes = min(LOG_BYTES, free_host_bytes() // LOG_PART)
+        work = lane.submit(_work, form, num_query_heads, num_spare_cores(), log_bytes).result()
+        if not is_link_busy:
+            return HostRate(work.num_bytes / lane.submit(_seconds, work, BUDGET_S).result(), 1.0)
+        with _copies() as copied_bytes_per_s:
+            alone = copied_bytes_per_s(lambda: time.sleep(BUDGET_S))
+            attending = lane.submit(_seconds, work, BUDGET_S)
+            beside = copied_bytes_per_s(attending.result)
+        return HostRate(work.num_bytes / attending.result(), min(1.0, beside / alone))
 
 
 @cache
@@ -73,12 +89,18 @@ def cpu_attention_rate(
     form = make_format(shape, dtype, coding)
     if not can_read(form):
         return None
-    return _rate(form, num_query_heads, torch.get_num_threads(), SMALL_LOG_BYTES, SMALL_BUDGET_S) / form.token_bytes
+    work = _work(form, num_query_heads, torch.get_num_threads(), SMALL_LOG_BYTES)
+    return work.num_bytes / _seconds(work, SMALL_BUDGET_S) / form.token_bytes
 
 
-def _rate(
-    form: PlainFormat | CodedFormat, num_query_heads: int, num_threads: int, log_bytes: int, budget_s: float
-) -> float:
+class _Work(NamedTuple):
+    """Attention that was planned and has been run once."""
+
+    run: Callable[[], object]
+    num_bytes: int
+
+
+def _work(form: PlainFormat | CodedFormat, num_query_heads: int, num_threads: int, log_bytes: int) -> _Work:
     num_heads, key_size, value_size = form.shape
     num_products = CONTEXT_TOKENS * num_query_heads * (key_size + value_size)
     most = min(log_bytes // (CONTEXT_TOKENS * form.token_bytes), PRODUCTS_PER_THREAD * num_threads // num_products)
@@ -89,14 +111,20 @@ def _rate(
     log_CB = page_aligned(num_tokens * form.token_bytes).view(-1, *tokens_CB.shape)
     context = _OneLog(KVLog(form, log_CB.copy_(tokens_CB).flatten(0, 1)))
     q_TNH = torch.randn(row.plan.num_tokens, num_query_heads, key_size).to(form.dtype)
-    options = AttentionOptions(scale=key_size**-0.5)
-    attend = HostAttention(build(num_threads), num_threads)
+    attention = HostAttention(build(num_threads), num_threads)
+    run = partial(attention, q_TNH, AttentionOptions(scale=key_size**-0.5), row, context)
+    run()
+    return _Work(run, num_tokens * form.token_bytes)
+
+
+def _seconds(work: _Work, budget_s: float) -> float:
+    """Of one run: the mean of two at least, and of no more than the budget asks for."""
     seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds[1:]) < budget_s:  # the first plans and warms up
+    while len(seconds) < 2 or sum(seconds) < budget_s:
         start = time.perf_counter()
-        attend(q_TNH, options, row, context)
+        work.run()
         seconds.append(time.perf_counter() - start)
-    return num_tokens * form.token_bytes / fmean(seconds[1:])
+    return fmean(seconds)
 
 
 class _OneLog:
@@ -127,16 +155,18 @@ def _row(num_sequences: int) -> tuple[Row, int]:
 
 
 @contextmanager
-def _copies(are_made: bool) -> Iterator[None]:
-    """Copies from page-locked memory to the GPU without a gap between them, for as long as the block takes."""
-    if not are_made:
-        yield
-        return
+def _copies() -> Iterator[Callable[[Callable[[], object]], float]]:
+    """Copies from page-locked memory to the GPU without a gap between them, for as long as the block takes.
+
+    Yields:
+        What tells the bytes a second that they came to while something else ran.
+    """
     host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     gpu = torch.empty_like(host, device="cuda")
-    is_over = Event()
+    num_copied, is_over = 0, Event()
 
     def copy() -> None:
+        nonlocal num_copied
         with torch.cuda.stream(torch.cuda.Stream()):
             before = torch.cuda.Event()
             while not is_over.is_set():
@@ -144,11 +174,17 @@ def _copies(are_made: bool) -> Iterator[None]:
                 before.synchronize()  # another one is in the queue
                 before = torch.cuda.Event()
                 before.record()
+                num_copied += 1
+
+    def bytes_per_s(run: Callable[[], object]) -> float:
+        before, start = num_copied, time.perf_counter()
+        run()
+        return (num_copied - before) * COPY_BYTES / (time.perf_counter() - start)
 
     with ThreadPoolExecutor(1) as copier:
         copying = copier.submit(copy)
         try:
-            yield
+            yield bytes_per_s
         finally:
             is_over.set()
         copying.result()
