@@ -15,7 +15,14 @@ import torch
 from pairwise import every_pair
 from policy_cases import T4
 from test_engine_kv_format import CODINGS, SHAPES, numbers
-from test_engine_sparse import EVERY, FAMILY_METHODS, assert_equal_but_for_rounding, expected_of, name_of, prompt_logprobs
+from test_engine_sparse import (
+    EVERY,
+    FAMILY_METHODS,
+    assert_equal_but_for_rounding,
+    expected_of,
+    name_of,
+    prompt_logprobs,
+)
 from tiny_models import ragged_requests, tiny_config, tiny_model
 
 from flexeval.config import SparseMethod, Sparsity

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from math import ceil
-from statistics import fmean
 
 from flexeval.backends.gauging import measured_sweep
 from flexeval.backends.loading import OpenModel
@@ -40,7 +39,8 @@ LEAST_BYTES = 32 * 2**20
 NUM_DRAWN = 4
 """Tokens that a text is continued by."""
 NUM_TIMES = 3
-"""The models answer so often, in turns; at first kernels are made ready, and later a sweep counts by its mean."""
+"""The models answer so often, in turns, and a sweep counts by its shortest time: kernels are made ready at first, and
+what else the machine does for a moment would be in the whole model's time many times over."""
 
 
 def try_out(
@@ -73,7 +73,7 @@ def try_out(
         release(opened.device)
     if times is None:
         return NO_CORRECTION
-    short, long = ([_mean(sweep) for sweep in zip(*runs, strict=True)] for runs in zip(*times[1:], strict=True))
+    short, long = ([_shortest(sweep) for sweep in zip(*runs, strict=True)] for runs in zip(*times, strict=True))
     steps = (num_layers - 1) / (most - 1)
     whole = [_on_line(*pair, steps=steps) for pair in zip(short, long, strict=True)]
     return replace(correct(model, policy, whole), cutting={})
@@ -151,12 +151,12 @@ def _answer(executor: Executor, requests: Sequence[TokenRequest]) -> list[Measur
     return [measured_sweep(sweep) for sweep in executor.trace.sweeps]
 
 
-def _mean(times: Sequence[MeasuredSweep]) -> MeasuredSweep:
+def _shortest(times: Sequence[MeasuredSweep]) -> MeasuredSweep:
     """One sweep that was made several times."""
     return replace(
         times[0],
-        elapsed_s=fmean(sweep.elapsed_s for sweep in times),
-        compute_s=fmean(sweep.compute_s for sweep in times),
+        elapsed_s=min(sweep.elapsed_s for sweep in times),
+        compute_s=min(sweep.compute_s for sweep in times),
     )
 
 
