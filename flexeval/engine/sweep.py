@@ -97,6 +97,9 @@ class Sweeper:
                     else:
                         hidden_1TD, calls[row.index] = self.anatomy.embed(row.ids_1T, row.positions_1T)
                 hidden.save(row.index, hidden_1TD)
+                if row.fresh:  # embedding takes no time: all rows would be on the device before the first has left it
+                    hidden.wait(row.index)
+                    self.pace.step()
         is_in_place = [cache.is_in_place(layer) for layer in layers]
         cells = ((layer, row) for layer in layers for row in in_turn if self._is_cell(layer, row, on_host))
         coming = [(layer, row) for layer, row in cells if not is_in_place[layer]]

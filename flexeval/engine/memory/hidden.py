@@ -44,6 +44,11 @@ class HiddenStore:
             self._like[row] = torch.empty_like(hidden_1TD, device="meta")
         self._writes[row] = self.lane.submit(self._write, row, hidden_1TD)
 
+    def wait(self, row: int) -> None:
+        """Have the caller's stream see that a row's hidden states rest where they are to."""
+        if row in self._writes:
+            self._writes[row].wait()
+
     def load(self, row: int) -> Tensor:
         """A row's hidden states on the compute device; runs on the lane."""
         if row in self._resident:
