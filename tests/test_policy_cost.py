@@ -49,6 +49,21 @@ def test_lanes_are_flexgens_formulas():
     assert cost.total_s == pytest.approx(max(prefill.values()) + max(decode.values()))
 
 
+def test_weights_come_once_for_a_sweep_that_scores_and_decodes():
+    """What only scores comes last, while long texts are still continued: 40 of the 60 sweeps with prompts."""
+    policy = replace(FLEXGEN_30B, row_tokens=1000, sweep_tokens=1200, group_sequences=100, num_groups=1)
+    work = replace(MIXED, num_prompt_tokens=72_000, num_scoring_tokens=48_000)
+    sweeps = plan_sweeps(policy, work)
+    assert sweeps["prefill"].num_sweeps == 60 and sweeps["decode"].num_sweeps == 399
+    cost = cost_of(policy, OPT_30B, work, T4)
+    num_kv = 399 * sweeps["decode"].num_kv_read
+    kv_bytes = num_kv * OPT_30B.kv_bytes_per_token * 48
+    weight_bytes = (399 - 40) * 38 * OPT_30B.layer_bytes
+    assert cost.lanes["decode"][Lane.TO_GPU] * 12e9 == pytest.approx(weight_bytes + kv_bytes)
+    alone = cost_of(policy, OPT_30B, replace(work, num_scoring_tokens=0), T4)
+    assert alone.lanes["decode"][Lane.TO_GPU] > cost.lanes["decode"][Lane.TO_GPU]
+
+
 def test_disk_shares_cross_both_links():
     policy = replace(FLEXGEN_30B, weights=Split(cpu=0.5, disk=0.5), kv=Split(disk=1.0), hidden=Split(disk=1.0))
     on_cpu = cost_of(replace(policy, weights=Split(cpu=1.0)), OPT_30B, generating(144), T4).lanes["decode"]

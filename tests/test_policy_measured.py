@@ -1,6 +1,6 @@
 """Corrections from measured sweeps: of machines whose rates are off by known factors, and whether moving pays."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,11 +12,10 @@ from flexeval.policy.correction import Correction
 from flexeval.policy.cost import CostModel, Lane
 from flexeval.policy.done import total
 from flexeval.policy.measured import BOUNDS, MeasuredSweep, correct, seconds_of
-from flexeval.policy.placement import Placement
 from flexeval.policy.policy import Policy, Split, Tier
 from flexeval.policy.replanning import LEAST_GAIN, better_policy, is_worth_a_search, tell_move
 from flexeval.policy.search import search
-from flexeval.policy.sweeps import Sweep, plan_sweeps
+from flexeval.policy.sweeps import COUNTS, Sweep, plan_sweeps
 
 SPLIT_30B = Policy(
     weights=Split(gpu=0.2, cpu=0.6, disk=0.2),
@@ -30,19 +29,12 @@ SPLIT_30B = Policy(
 def measured(true: CostModel, policy: Policy, parts: list[Sweep], waiting: float = 1.0) -> MeasuredSweep:
     """A sweep on the true machine that does a part of each phase: weights come once, lanes are busy as they must."""
     placement = true.place(policy)
-    home = true.hardware.home
     hosted = {kind: {**tiers, Tier.DISK: 0} for kind, tiers in placement.counts.items()}
     busy: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
     bounds = []
     for index, part in enumerate(parts):
-        here = replace(placement, counts=hosted)
+        here, part = replace(placement, counts=hosted), replace(part, weights_share=float(index == 0))
         all_lanes, link_lanes = (true.lane_seconds(policy, part, place) for place in (placement, here))
-        if index:
-            everything = {tier: true.shape.num_layers * (tier is home) for tier in Tier}
-            placed: list[Placement] = [
-                replace(place, counts={**place.counts, "weights": everything}) for place in (placement, here)
-            ]
-            all_lanes, link_lanes = (true.lane_seconds(policy, part, place) for place in placed)
         bounds.append(list(true.sweep_bounds(part, all_lanes)))
         for lane in all_lanes:
             chosen = link_lanes if lane in (Lane.TO_GPU, Lane.FROM_GPU) else all_lanes
@@ -59,8 +51,7 @@ def measured(true: CostModel, policy: Policy, parts: list[Sweep], waiting: float
 
 def one(sweep: Sweep, share: float = 1.0) -> Sweep:
     """One sweep as planned, or a part of one."""
-    names = [field.name for field in fields(Sweep) if field.name not in ("phase", "num_sweeps", "num_calls")]
-    return replace(sweep, num_sweeps=1, **{name: share * getattr(sweep, name) for name in names})
+    return replace(sweep, num_sweeps=1, **{name: share * getattr(sweep, name) for name in COUNTS})
 
 
 def first_block(true: CostModel, policy: Policy, waiting: float = 1.0) -> list[MeasuredSweep]:

@@ -159,8 +159,17 @@ class Course:
             num_left = self._num_steps_left()
             # As few sequences as are left at last cost almost as much as many.
             num_sweeps = max(num_left / decode.num_tokens, self._longest_left())
+            # What only scores comes last, and decoding sweeps have its weights.
+            num_scoring = min(self._prompts_left.num_tokens, model.workload.num_scoring_tokens)
+            num_shared = num_scoring / self._sweeps[PREFILL].num_tokens
             as_cut = replace(model, correction=replace(self.correction, cutting={}))
-            left_s += seconds_of(as_cut, policy, _part(decode, num_left), num_sweeps=num_sweeps)
+            left_s += seconds_of(
+                as_cut,
+                policy,
+                _part(decode, num_left),
+                num_sweeps=num_sweeps,
+                weights_share=1 - min(1.0, num_shared / num_sweeps) if num_sweeps else 1.0,
+            )
         return left_s
 
     def _num_steps_left(self) -> float:

@@ -57,7 +57,7 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
         matrix_bytes = shape.layer_compute_bytes * met_part(shape, call_tokens)
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=matrix_bytes)
         unpacked_bytes = shape.layer_bytes + shape.layer_compute_bytes if shape.is_packed else 0
-        device_bytes += unpacked_bytes * fetched_part(shape, sweep.num_tokens)
+        device_bytes += sweep.weights_share * unpacked_bytes * fetched_part(shape, sweep.num_tokens)
     num_launches = OPERATIONS_PER_STEP if is_on_cpu else KERNELS_PER_CALL
     layer_s = (
         sweep.num_calls * (products_s + shape.num_matrices * hardware.product_s + num_launches * hardware.launch_s)

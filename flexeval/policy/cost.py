@@ -155,7 +155,7 @@ class CostModel:
         num_moved = 0 if sweep.num_kv_read else sweep.num_tokens
         hidden_bytes = shape.num_layers * num_moved * shape.hidden_bytes_per_token / num_rows
         read_bytes = {
-            "weights": shape.layer_bytes * fetched_part(shape, sweep.num_tokens),
+            "weights": sweep.weights_share * shape.layer_bytes * fetched_part(shape, sweep.num_tokens),
             "kv": sweep.num_kv_read * shape.kv_bytes_per_token,
             "hidden": hidden_bytes,
         }

@@ -90,18 +90,27 @@ def correct(
     for phase in {phase for sweep in (*untimed, *sweeps) for phase in sweep.done}:
         done = [sweep.done[phase] for sweep in (*untimed, *sweeps) if phase in sweep.done]
         as_cut_s = sum(_sweep_seconds(corrected, policy, placement, one) for one in done)
-        cutting[phase] = as_cut_s / seconds_of(corrected, policy, total(done))
+        cutting[phase] = as_cut_s / seconds_of(corrected, policy, total(done), weights_share=1.0)
     start = {phase: 1.0 for parts in bounds for phase in parts}
     waiting = _fit(bounds, [sweep.elapsed_s for sweep in sweeps], start)
     return replace(lanes, waiting=waiting, cutting=cutting)
 
 
-def seconds_of(model: CostModel, policy: Policy, work: Sweep, *, num_sweeps: float | None = None) -> float:
-    """What the model says of `work`, in sweeps as the plan cuts them, or in so many."""
+def seconds_of(
+    model: CostModel,
+    policy: Policy,
+    work: Sweep,
+    *,
+    num_sweeps: float | None = None,
+    weights_share: float | None = None,
+) -> float:
+    """What the model says of `work`, in sweeps as the plan cuts them, or in so many; weights come for such a part."""
     plan = plan_sweeps(policy, model.workload)[work.phase]
     if num_sweeps is not None:
         num_tokens = work.num_tokens / num_sweeps if num_sweeps else 0.0
         plan = replace(plan, num_tokens=num_tokens, num_calls=ceil(num_tokens / policy.group_sequences))
+    if weights_share is not None:
+        plan = replace(plan, weights_share=weights_share)
     if not work.num_tokens:
         return 0.0
     num_planned, sweep = as_planned(work, plan)
@@ -111,14 +120,14 @@ def seconds_of(model: CostModel, policy: Policy, work: Sweep, *, num_sweeps: flo
 def _fit_lanes(
     model: CostModel, policy: Policy, placement: Placement, sweeps: Sequence[MeasuredSweep], known: Correction
 ) -> dict[tuple[str, str], float]:
+    # What rests on disk comes through a link as well, in pieces: while the disk is read, it is no further lane.
+    hosted = replace(placement, counts={kind: _without_disk(tiers) for kind, tiers in placement.counts.items()})
     terms: list[dict[tuple[str, str], float]] = []
     measured: list[float] = []
     for sweep in sweeps:
         figures: dict[str, dict[tuple[str, str], float]] = {name: {} for name in _FIGURES}
-        for phase, done, place in _parts(sweep, placement):
-            # What rests on disk comes through a link as well, in pieces: while the disk is read, it is no further lane.
-            hosted = replace(place, counts={kind: _without_disk(tiers) for kind, tiers in place.counts.items()})
-            lanes, hosted_lanes = (model.lane_seconds(policy, done, p) for p in (place, hosted))
+        for phase, done in _parts(sweep):
+            lanes, hosted_lanes = (model.lane_seconds(policy, done, place) for place in (placement, hosted))
             for name, of_figure in _FIGURES.items():
                 for lane in of_figure:
                     chosen = hosted_lanes if lane in (Lane.TO_GPU, Lane.FROM_GPU) else lanes
@@ -144,19 +153,18 @@ _FIGURES: Mapping[str, tuple[Lane, ...]] = {
 def _bound_seconds(model: CostModel, policy: Policy, placement: Placement, sweep: MeasuredSweep) -> dict[str, float]:
     """By phase, its seconds of whatever a sweep takes longest for: lanes do the work of both."""
     bounds = {
-        phase: [float(s) for s in model.sweep_bounds(done, model.lane_seconds(policy, done, place))]
-        for phase, done, place in _parts(sweep, placement)
+        phase: [float(s) for s in model.sweep_bounds(done, model.lane_seconds(policy, done, placement))]
+        for phase, done in _parts(sweep)
     }
     together = [sum(seconds) for seconds in zip(*bounds.values(), strict=True)]
     longest = together.index(max(together))
     return {phase: seconds[longest] for phase, seconds in bounds.items()}
 
 
-def _parts(sweep: MeasuredSweep, placement: Placement) -> Iterator[tuple[str, Sweep, Placement]]:
-    """The phases of a sweep, and where everything rests for each: weights come once, with the first of them."""
+def _parts(sweep: MeasuredSweep) -> Iterator[tuple[str, Sweep]]:
+    """The phases of a sweep, and what each did: weights come once, with the first of them."""
     for index, (phase, done) in enumerate(sweep.done.items()):
-        coming = placement.counts["weights"] if index == 0 else dict.fromkeys(Tier, 0)
-        yield phase, done, replace(placement, counts={**placement.counts, "weights": coming})
+        yield phase, replace(done, weights_share=float(index == 0))
 
 
 def _without_disk(tiers: Mapping[Tier, float]) -> dict[Tier, float]:

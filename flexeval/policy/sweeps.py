@@ -41,9 +41,12 @@ class Sweep:
     """Of these, the ones of sequences' own contexts."""
     num_kv_written: float
     """Tokens whose keys and values are added to it."""
+    weights_share: float = 1.0
+    """Part of such sweeps that weights come for: others compute prompts as well, for which they are there."""
 
 
-COUNTS = tuple(field.name for field in fields(Sweep) if field.name not in ("phase", "num_sweeps", "num_calls"))
+_NOT_COUNTED = ("phase", "num_sweeps", "num_calls", "weights_share")
+COUNTS = tuple(field.name for field in fields(Sweep) if field.name not in _NOT_COUNTED)
 """What grows with the work that a sweep does."""
 
 
@@ -53,8 +56,8 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
     Finished sequences are replaced by waiting ones, so a block of B stays full: decoding takes the larger of
     `max_generated_tokens` - 1 sweeps (the longest sequence alone) and one sweep for every B tokens left to generate.
     With equal lengths that is the n - 1 sweeps a block of FlexGen (Sheng et al., ICML 2023, section 4.3): a
-    sequence's first token comes from its prefill. A prefix that sequences share is read once for a call that they are
-    in together, their own tokens once for each of them.
+    sequence's first token comes from its prefill. What only scores comes last, while others decode. A prefix that
+    sequences share is read once for a call that they are in together, their own tokens once for each of them.
     """
     num_generating = workload.num_generating_sequences
     num_kept = workload.num_prompt_tokens - workload.num_scoring_tokens if num_generating else 0
@@ -82,6 +85,7 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
     num_active = num_left / num_decodes
     half_generated = workload.num_generated_tokens / num_generating / 2
     num_calls = ceil(num_active / min(policy.group_sequences, policy.row_tokens))
+    num_scoring = num_prefills * workload.num_scoring_tokens / workload.num_prompt_tokens
     num_own = num_kept / num_generating
     num_shared = max(0.0, workload.mean_context_tokens - num_own)
     decode = Sweep(
@@ -96,5 +100,6 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
         num_kv_read=num_active * (num_own + half_generated) + num_calls * num_shared,
         num_own_read=num_active * (num_own + half_generated),
         num_kv_written=num_active,
+        weights_share=1 - min(1.0, num_scoring / num_decodes),
     )
     return {PREFILL: prefill, DECODE: decode}
