@@ -132,3 +132,10 @@ def test_what_was_measured_whole_carries_no_mark() -> None:
     text = shown(hold_against(accelerate(4, 32), [OURS], REQUESTS, asked=range(64), max_tokens=None))
     assert "~" not in text and "requests asked" not in text
     assert "flexeval none answers 16 times the requests a second of accelerate" in text
+
+
+def test_the_table_says_that_memory_ran_out() -> None:
+    figures = hold_against(accelerate(4, 32), [OURS], REQUESTS, asked=range(64), max_tokens=None)
+    assert "memory ran out" not in shown(figures)
+    split = dataclasses.replace(figures, splits=["sweeps of 512 tokens instead of 1,024"])
+    assert "memory ran out, and the work was split: sweeps of 512 tokens instead of 1,024" in shown(split)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from flexeval.errors import ConfigError
 from flexeval.policy.policy import Policy, Split, Tier
+from flexeval.policy.telling import tell_policy
 
 
 @st.composite
@@ -176,3 +177,12 @@ def test_no_tier_gets_more_of_unequal_rows_than_its_share_and_one(shares: list[i
             share = getattr(split, tier)
             assert held <= share * sum(sizes[:num]) + (max(sizes) if share and sizes else 0) + 1e-6
     assert split.spread_sizes([7] * 12) == split.spread_sizes([1] * 12), "sizes that are equal do not matter"
+
+
+def test_a_policy_in_words():
+    policy = Policy.parse("gpu-weights=0.25,row-tokens=2048,num-groups=3,host-attention=0.5")
+    assert tell_policy(policy) == (
+        "weights 25% gpu, 75% cpu; KV 100% cpu; hidden states 100% cpu; rows of 2,048 tokens, sweeps of 16,384; "
+        "groups of 16 sequences, 3 at a time; the CPU attends to 50% of the KV in host memory"
+    )
+    assert "attends" not in tell_policy(Policy())

@@ -14,6 +14,7 @@ from flexeval.bench.timing import Measured, answer, median, num_generated, resid
 from flexeval.models import ModelSource
 from flexeval.planning.summary import summarize
 from flexeval.policy.policy import Policy
+from flexeval.policy.telling import tell_policy
 from flexeval.progress import Progress
 from flexeval.request import Request
 
@@ -45,6 +46,7 @@ def measure_engine(job: EngineJob, progress: Progress) -> Measured:
         largest = job.more_requests[-1] if job.more_requests else job.requests
         with progress.activity(f"{label}: loading weights") as update:
             engine.place(largest, on_layer=update)
+        progress.say(f"{label}: {tell_policy(Policy.from_json(engine.usage().policy))}")
         if job.num_warm_up:
             answer(engine, job.requests[: job.num_warm_up], progress, f"{label}: warming up")
         runs = []
@@ -83,6 +85,7 @@ def measure_engine(job: EngineJob, progress: Progress) -> Measured:
             phases=with_bounds(phases, model, policy),
             peak_bytes=usage.peak_bytes | {"process": resident_peak_bytes()},
             policy=usage.policy,
+            splits=usage.splits,
             predicted_s=model.cost(policy).total_s,
             scale=points if scale else [],
             exponent=fit_exponent(points) if scale else None,

@@ -157,6 +157,8 @@ class SystemFigures:
     """Largest use of each tier, and `process`: the process's resident memory."""
     policy: dict[str, Any] = field(default_factory=dict)
     """Where everything rested; empty for peers."""
+    splits: list[str] = field(default_factory=list)
+    """For each time that memory ran out: what was made smaller so that work could go on."""
     predicted_s: float | None = None
     """Seconds that the cost model predicted."""
     scale: list[ScalePoint] = field(default_factory=list)

@@ -27,6 +27,10 @@ def print_bench(results: BenchResults, console: Console) -> None:
     if results.chosen:
         console.print(Text(f"Number of requests chosen: {results.chosen}."))
     console.print(_systems(results))
+    for system in results.systems:
+        if system.splits:
+            split = f"memory ran out, and the work was split: {'; '.join(system.splits)}"
+            console.print(Text(f"{_name(system)}: {split}", style="yellow"))
     ours = [system for system in results.systems if system.phases["prefill"].lanes]
     for system in ours:
         console.print(Text(f"{_name(system)}: {_tokens(system)}"))

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from flexeval.config import format_size
 from flexeval.forecast.forecast import Forecast
-from flexeval.policy.policy import KINDS, Tier
+from flexeval.policy.policy import KINDS
+from flexeval.policy.telling import tell_policy
 from flexeval.report import format as show
 
 _BAR = 20
@@ -35,7 +36,7 @@ def print_forecasts(title: str, forecasts: Sequence[Forecast], console: Console)
         console.print(_tiers(forecast), _tasks(forecast))
         console.print(Text(_time(forecast), style="bold"))
         console.print(Text(_advice(forecast)))
-        console.print(Text(_sizes(forecast), style="dim"))
+        console.print(Text(f"Policy: {tell_policy(forecast.policy)}", style="dim"))
 
 
 def _tiers(forecast: Forecast) -> Table:
@@ -93,15 +94,3 @@ def _advice(forecast: Forecast) -> str:
         f"{_DEVICES[tier]} {show.seconds(saved)} ({saved / forecast.elapsed_s:.0%})"
         for tier, saved in forecast.gains.items()
     )
-
-
-def _sizes(forecast: Forecast) -> str:
-    policy = forecast.policy
-    on_device = {tier: f"{getattr(policy.weights, tier):.0%} {tier}" for tier in Tier if getattr(policy.weights, tier)}
-    words = (
-        f"Policy: weights {', '.join(on_device.values())}; rows of {show.count(policy.row_tokens)} tokens, sweeps of "
-        f"{show.count(policy.sweep_tokens)}; groups of {show.count(policy.group_sequences)} sequences, "
-        f"{policy.num_groups} at a time"
-    )
-    share = policy.host_attention
-    return words + (f"; the CPU attends to {share:.0%} of the KV in host memory" if share else "")

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flexeval.policy.cost import CostModel
-from flexeval.policy.policy import KINDS, Policy, Tier
+from flexeval.policy.policy import KINDS, Policy
 from flexeval.policy.search import search
 from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, plan_sweeps
+from flexeval.policy.telling import tell_shares
 
 LEAST_GAIN = 0.1
 """Share of the rest's seconds that must be saved beside what moving costs: factors are known to a few percent."""
@@ -69,7 +70,7 @@ def _ending_seconds(model: CostModel, policy: Policy) -> float:
 def tell_move(before: Policy, after: Policy) -> str:
     """What is placed otherwise, in words: `weights 25% gpu, 75% cpu instead of 100% cpu`; sizes as well."""
     changes = [
-        f"{kind} {_shares(getattr(after, kind))} instead of {_shares(getattr(before, kind))}"
+        f"{kind} {tell_shares(getattr(after, kind))} instead of {tell_shares(getattr(before, kind))}"
         for kind in KINDS
         if getattr(after, kind) != getattr(before, kind)
     ]
@@ -79,7 +80,3 @@ def tell_move(before: Policy, after: Policy) -> str:
         if getattr(after, name) != getattr(before, name)
     ]
     return "; ".join(changes)
-
-
-def _shares(split: object) -> str:
-    return ", ".join(f"{share:.0%} {tier}" for tier in Tier if (share := getattr(split, tier)))
