@@ -14,13 +14,15 @@ from flexeval.engine.compute.host_kernel import HostKernel, Parts, build
 from flexeval.engine.memory.host_rate import cpu_attention_rate, host_attention_rate
 
 
-@pytest.fixture(params=["native", "x86-64-v3"])  # v3: vectors of 256 bits, as of processors without AVX-512
+# v3: vectors of 256 bits, as of processors without AVX-512
+@pytest.fixture(params=[("native", False), ("native", True), ("x86-64-v3", False)], ids=["own", "borrowed", "v3"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HostKernel:
-    if request.param != "native":
-        flags = tuple(flag.replace("native", request.param) for flag in host_kernel._FLAGS)
+    processor, borrows = request.param
+    if processor != "native":
+        flags = tuple(flag.replace("native", processor) for flag in host_kernel._FLAGS)
         monkeypatch.setattr(host_kernel, "_FLAGS", flags)
         monkeypatch.setattr(host_kernel, "_library", host_kernel._library.__wrapped__)
-    made = build(3)
+    made = build(3, borrows=borrows)
     assert made is not None, "the tests' machine has a compiler"
     return made
 
@@ -114,6 +116,16 @@ def test_threads_end_with_the_kernel() -> None:
     del made
     gc.collect()
     assert num_threads() == before
+
+
+def test_threads_that_are_borrowed_are_torchs() -> None:
+    """None of our own, where torch has an OpenMP runtime that is asked as GCC's is: its builds for Linux have."""
+    assert host_kernel._lent() is not None
+    torch.ones(1 << 20).sum()
+    gc.collect()
+    before = len(list(Path("/proc/self/task").iterdir()))
+    made = build(torch.get_num_threads(), borrows=True)
+    assert made is not None and len(list(Path("/proc/self/task").iterdir())) == before
 
 
 def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class CpuAttention:
 
 def dense_attention(device: torch.device) -> Attention:
     """How rows attend on a device to all that they see."""
-    kernel = build(torch.get_num_threads()) if device.type == "cpu" else None
+    kernel = build(torch.get_num_threads(), borrows=True) if device.type == "cpu" else None
     return PackedAttention() if kernel is None else CpuAttention(kernel)
 
 

@@ -264,6 +264,12 @@ INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t f
             const int64_t token = w->places[place + (t < block.count ? t : block.count - 1)];
             tokens[t] = (const uint8_t *)w->logs[part] + token * token_bytes;
         }
+        // While several queries meet this block the next one comes: tokens lie too far apart for processors to foresee.
+        for (int64_t t = BLOCK; M > 1 && t < (left < 2 * BLOCK ? left : 2 * BLOCK); t++) {
+            const uint8_t *const next = (const uint8_t *)w->logs[part] + w->places[place + t] * token_bytes;
+            const int64_t end = last_head * size * bits_of(kind) / 8;
+            for (int64_t byte = first_head * size * bits_of(kind) / 8; byte < end; byte += 64) __builtin_prefetch(next + byte);
+        }
         for (int64_t head = first_head; head < last_head; head++) {
             for (int t = 0; t < BLOCK; t++) block.tokens[t] = tokens[t] + head * size * bits_of(kind) / 8;
             for (int64_t group = 0; kind >= CODES8 && group < num_groups; group++) {
@@ -306,7 +312,12 @@ static void attend_piece(const struct work *w, int64_t piece) {
     }
 }
 
+// Has so many threads, the caller's one of them, run a function: GOMP_parallel of OpenMP runtimes, since GCC 4.9.
+typedef void run_parallel(void (*function)(void *), void *argument, unsigned num_threads, unsigned flags);
+
 struct team {
+    run_parallel *lent;  // NULL: the team has helpers of its own
+    int num_threads;
     pthread_mutex_t lock;
     pthread_cond_t begun, ended;
     pthread_t *helpers;
@@ -316,7 +327,8 @@ struct team {
     atomic_llong next;
 };
 
-static void take_pieces(struct team *team) {
+static void take_pieces(void *argument) {
+    struct team *team = argument;
     const struct work *w = team->work;
     const int64_t num_pieces = w->num_parts * ((w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once);
     for (int64_t piece; (piece = atomic_fetch_add(&team->next, 1)) < num_pieces;) attend_piece(w, piece);
@@ -351,12 +363,13 @@ void flexeval_dismiss(struct team *team) {
 }
 
 // As many threads as asked for, the caller's one of them, or as many as can be had; NULL without memory.
-struct team *flexeval_gather(int num_threads) {
+struct team *flexeval_gather(int num_threads, run_parallel *lent) {
     struct team *team = calloc(1, sizeof *team);
     if (!team) return NULL;
+    team->num_threads = num_threads, team->lent = lent;
     if (!(team->helpers = calloc(num_threads, sizeof *team->helpers))) return free(team), NULL;
     pthread_mutex_init(&team->lock, NULL), pthread_cond_init(&team->begun, NULL), pthread_cond_init(&team->ended, NULL);
-    while (team->num_helpers < num_threads - 1 &&
+    while (!lent && team->num_helpers < num_threads - 1 &&
            !pthread_create(&team->helpers[team->num_helpers], NULL, help, team))
         team->num_helpers++;
     return team;
@@ -364,6 +377,12 @@ struct team *flexeval_gather(int num_threads) {
 
 // All of some work; returns when it is done. One caller at a time.
 void flexeval_attend(struct team *team, const struct work *work) {
+    if (team->lent) {
+        team->work = work;
+        atomic_store(&team->next, 0);
+        team->lent(take_pieces, team, team->num_threads, 0);
+        return;
+    }
     pthread_mutex_lock(&team->lock);
     team->work = work, team->num_busy = team->num_helpers, team->round++;
     atomic_store(&team->next, 0);

@@ -83,9 +83,10 @@ class Parts(NamedTuple):
 class HostKernel:
     """The kernel with a team of threads. One caller at a time."""
 
-    def __init__(self, library: ctypes.CDLL, num_threads: int):
+    def __init__(self, library: ctypes.CDLL, num_threads: int, *, borrows: bool):
+        """See `build`."""
         self._library = library
-        self._team = ctypes.c_void_p(library.flexeval_gather(num_threads))
+        self._team = ctypes.c_void_p(library.flexeval_gather(num_threads, _lent() if borrows else None))
         self._num_threads = num_threads
         # A process that ends leaves its threads to the system: a fork of it has none to wait for.
         weakref.finalize(self, library.flexeval_dismiss, self._team).atexit = False
@@ -139,10 +140,22 @@ def can_read(form: KVFormat) -> bool:
     return _reads(form) and _library() is not None
 
 
-def build(num_threads: int) -> HostKernel | None:
-    """The kernel with so many threads; None where this machine cannot compile it."""
+def build(num_threads: int, *, borrows: bool = False) -> HostKernel | None:
+    """The kernel with so many threads; None where this machine cannot compile it.
+
+    Args:
+        num_threads: The caller's one of them.
+        borrows: Whether they are torch's, as for a thread that has torch compute all the time: its threads spin for a
+            while after each operation, and helpers of our own would wait for their cores. Those sleep between calls.
+    """
     library = _library()
-    return None if library is None else HostKernel(library, num_threads)
+    return None if library is None else HostKernel(library, num_threads, borrows=borrows)
+
+
+def _lent() -> ctypes.c_void_p | None:
+    """What runs a function in the threads of torch's OpenMP runtime; None where that is none we know."""
+    run = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if run is None else ctypes.cast(run, ctypes.c_void_p)
 
 
 def _reads(form: KVFormat) -> bool:
@@ -166,7 +179,7 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError, FlexevalError):  # torch attends, if more slowly
         return None
     library.flexeval_gather.restype = ctypes.c_void_p
-    library.flexeval_gather.argtypes = [ctypes.c_int]
+    library.flexeval_gather.argtypes = [ctypes.c_int, ctypes.c_void_p]
     library.flexeval_dismiss.argtypes = [ctypes.c_void_p]
     library.flexeval_attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return library
