@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ ROUNDING = 0.01
 """A log-probability in few bits may come out above 0."""
 
 
+@cache
 def row_type(num_top: int) -> np.dtype[np.void]:
     """The type of a row that keeps the `num_top` most probable tokens and as many others: see `request.Kept`."""
     return np.dtype(
@@ -139,7 +141,7 @@ class NewRows:
         # What has passed is a beginning: whatever prompt a token came with, all tokens before it came along.
         num_seen = bisect_left(after, True, key=lambda context: int(context) not in self._seen)
         self._seen.update(after[num_seen:].tolist())
-        return rows[num_seen:]
+        return rows[num_seen:].copy()  # a view would keep what has passed as well
 
 
 def to_json(rows: Rows) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def test_what_prompts_share_passes_once():
     assert first["token"].tolist() == [8, 9, 10]
     assert second["token"].tolist() == [11, 10, 6], "8 after 7 was there; 11 and 9 share their context"
     assert first["context"][1] == second["context"][0]
+    assert second.base is None, "what was there takes no room again"
     assert new.of(rows_of((7, 8, 11, 10), (6,)))["token"].tolist() == [6], "what is drawn always passes"
     assert new.of(rows_of((7, 8, 11), (10,)))["token"].tolist() == [10]
 
