@@ -29,12 +29,12 @@ SPLIT_30B = Policy(
 def measured(true: CostModel, policy: Policy, parts: list[Sweep], waiting: float = 1.0) -> MeasuredSweep:
     """A sweep on the true machine that does a part of each phase: weights come once, lanes are busy as they must."""
     placement = true.place(policy)
-    hosted = {kind: {**tiers, Tier.DISK: 0} for kind, tiers in placement.counts.items()}
+    hosted = replace(placement, counts={kind: {**tiers, Tier.DISK: 0} for kind, tiers in placement.counts.items()})
     busy: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
     bounds = []
     for index, part in enumerate(parts):
-        here, part = replace(placement, counts=hosted), replace(part, weights_share=float(index == 0))
-        all_lanes, link_lanes = (true.lane_seconds(policy, part, place) for place in (placement, here))
+        part = replace(part, weights_share=float(index == 0))
+        all_lanes, link_lanes = (true.lane_seconds(policy, part, place) for place in (placement, hosted))
         bounds.append(list(true.sweep_bounds(part, all_lanes)))
         for lane in all_lanes:
             chosen = link_lanes if lane in (Lane.TO_GPU, Lane.FROM_GPU) else all_lanes

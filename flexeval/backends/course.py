@@ -21,7 +21,7 @@ from flexeval.policy.cost import CostModel
 from flexeval.policy.measured import correct, seconds_of
 from flexeval.policy.policy import Policy, Tier
 from flexeval.policy.replanning import better_policy, is_worth_a_search
-from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, Sweep, plan_sweeps
+from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, Sweep, plan_sweeps, weights_share
 from flexeval.policy.work import Workload
 from flexeval.request import FinishReason, TokenRequest, TokenResult
 
@@ -159,16 +159,15 @@ class Course:
             num_left = self._num_steps_left()
             # As few sequences as are left at last cost almost as much as many.
             num_sweeps = max(num_left / decode.num_tokens, self._longest_left())
-            # What only scores comes last, and decoding sweeps have its weights.
-            num_scoring = min(self._prompts_left.num_tokens, model.workload.num_scoring_tokens)
-            num_shared = num_scoring / self._sweeps[PREFILL].num_tokens
+            num_scoring_tokens = min(self._prompts_left.num_tokens, model.workload.num_scoring_tokens)
+            num_scoring = num_scoring_tokens / self._sweeps[PREFILL].num_tokens
             as_cut = replace(model, correction=replace(self.correction, cutting={}))
             left_s += seconds_of(
                 as_cut,
                 policy,
                 _part(decode, num_left),
                 num_sweeps=num_sweeps,
-                weights_share=1 - min(1.0, num_shared / num_sweeps) if num_sweeps else 1.0,
+                weights_share=weights_share(num_scoring, num_sweeps),
             )
         return left_s
 

@@ -90,7 +90,7 @@ def correct(
     for phase in {phase for sweep in (*untimed, *sweeps) for phase in sweep.done}:
         done = [sweep.done[phase] for sweep in (*untimed, *sweeps) if phase in sweep.done]
         as_cut_s = sum(_sweep_seconds(corrected, policy, placement, one) for one in done)
-        cutting[phase] = as_cut_s / seconds_of(corrected, policy, total(done), weights_share=1.0)
+        cutting[phase] = as_cut_s / seconds_of(corrected, policy, total(done))
     start = {phase: 1.0 for parts in bounds for phase in parts}
     waiting = _fit(bounds, [sweep.elapsed_s for sweep in sweeps], start)
     return replace(lanes, waiting=waiting, cutting=cutting)
@@ -102,15 +102,13 @@ def seconds_of(
     work: Sweep,
     *,
     num_sweeps: float | None = None,
-    weights_share: float | None = None,
+    weights_share: float = 1.0,
 ) -> float:
     """What the model says of `work`, in sweeps as the plan cuts them, or in so many; weights come for such a part."""
-    plan = plan_sweeps(policy, model.workload)[work.phase]
+    plan = replace(plan_sweeps(policy, model.workload)[work.phase], weights_share=weights_share)
     if num_sweeps is not None:
         num_tokens = work.num_tokens / num_sweeps if num_sweeps else 0.0
         plan = replace(plan, num_tokens=num_tokens, num_calls=ceil(num_tokens / policy.group_sequences))
-    if weights_share is not None:
-        plan = replace(plan, weights_share=weights_share)
     if not work.num_tokens:
         return 0.0
     num_planned, sweep = as_planned(work, plan)

@@ -100,6 +100,11 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
         num_kv_read=num_active * (num_own + half_generated) + num_calls * num_shared,
         num_own_read=num_active * (num_own + half_generated),
         num_kv_written=num_active,
-        weights_share=1 - min(1.0, num_scoring / num_decodes),
+        weights_share=weights_share(num_scoring, num_decodes),
     )
     return {PREFILL: prefill, DECODE: decode}
+
+
+def weights_share(num_scoring: float, num_decodes: float) -> float:
+    """Part of the sweeps that decode which bring weights themselves: what only scores comes while others decode."""
+    return 1 - min(1.0, num_scoring / num_decodes) if num_decodes else 1.0

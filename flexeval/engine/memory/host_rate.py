@@ -68,9 +68,7 @@ def host_attention_rate(form: PlainFormat | CodedFormat, num_query_heads: int, *
     with ThreadPoolExecutor(1) as lane:
         give_spare_cores(lambda take: lane.submit(take).result())
         log_bytes = min(LOG_BYTES, free_host_bytes() // LOG_PART)
-        threads = num_spare_cores()
-        attention = HostAttention(build(threads), threads)
-        work = lane.submit(_work, form, num_query_heads, attention, threads, log_bytes).result()
+        work = lane.submit(_work, form, num_query_heads, num_spare_cores(), log_bytes).result()
         if not is_link_busy:
             return HostRate(work.num_bytes / lane.submit(_seconds, work, BUDGET_S).result(), 1.0)
         with _copies() as copied_bytes_per_s:
@@ -91,9 +89,7 @@ def cpu_attention_rate(
     form = make_format(shape, dtype, coding)
     if not can_read(form):
         return None
-    threads = torch.get_num_threads()
-    attention = HostAttention(build(threads, borrows=True), threads)
-    work = _work(form, num_query_heads, attention, threads, SMALL_LOG_BYTES)
+    work = _work(form, num_query_heads, torch.get_num_threads(), SMALL_LOG_BYTES, borrows=True)
     return work.num_bytes / _seconds(work, SMALL_BUDGET_S) / form.token_bytes
 
 
@@ -105,7 +101,7 @@ class _Work(NamedTuple):
 
 
 def _work(
-    form: PlainFormat | CodedFormat, num_query_heads: int, attention: HostAttention, num_threads: int, log_bytes: int
+    form: PlainFormat | CodedFormat, num_query_heads: int, num_threads: int, log_bytes: int, *, borrows: bool = False
 ) -> _Work:
     num_heads, key_size, value_size = form.shape
     num_products = CONTEXT_TOKENS * num_query_heads * (key_size + value_size)
@@ -117,6 +113,7 @@ def _work(
     log_CB = page_aligned(num_tokens * form.token_bytes).view(-1, *tokens_CB.shape)
     context = _OneLog(KVLog(form, log_CB.copy_(tokens_CB).flatten(0, 1)))
     q_TNH = torch.randn(row.plan.num_tokens, num_query_heads, key_size).to(form.dtype)
+    attention = HostAttention(build(num_threads, borrows=borrows), num_threads)
     run = partial(attention, q_TNH, AttentionOptions(scale=key_size**-0.5), row, context)
     run()
     return _Work(run, num_tokens * form.token_bytes)
