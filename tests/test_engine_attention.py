@@ -165,8 +165,9 @@ def check(
     if plan.decode and q_TNH.device.type == "cpu":
         outs.append(dense_attention(q_TNH.device)(q_TNH, k_TKH, v_TKW, options, made, context))
         for kernel in (None, build(2)):  # torch's, and ours, which reads heads of some sizes only
-            out_TNW, num_read = HostAttention(kernel, num_threads=2)(q_TNH, options, made, context)
-            outs.append(out_TNW)
+            attending = HostAttention(kernel, num_threads=2).begin(q_TNH, options, made, context)
+            outs.append(attending.wait())
+            num_read = attending.num_keys
     tolerance = 3e-6 if dtype == torch.float32 else 0.03
     for out_TNW in outs:
         assert out_TNW.dtype == dtype
@@ -422,7 +423,7 @@ def test_a_row_takes_few_calls(
     positions = (69 + num_drawn,) * num_sequences
     plan = RowPlan(token_ids=(0,) * num_sequences, positions=positions, decode=(span,))
     row = RowMaker(torch.device("cpu")).make(0, plan)
-    attend = HostAttention(build(2) if has_kernel else None, num_threads=2)
+    attention = HostAttention(build(2) if has_kernel else None, num_threads=2)
     context = HandMadeContext(tokens, logs={0: list(range(num_tokens))}, scratch={})
     log = context.own_log(row.decode[0])
     monkeypatch.setattr(context, "own_log", lambda batch: log)
@@ -430,13 +431,13 @@ def test_a_row_takes_few_calls(
     for window in (None, 30, None, 30):
         options = AttentionOptions(scale=0.4, window=window)
         with Calls() as calls:
-            out_TNW, _ = attend(tokens.q_TNH[index], options, row, context)
+            out_TNW = attention.begin(tokens.q_TNH[index], options, row, context).wait()
         expected_TNW = torch.stack([tokens.attend(path, options) for path in own])
         torch.testing.assert_close(out_TNW.double(), expected_TNW, atol=3e-6, rtol=0)
     assert calls.num_attends == num_attends
     assert calls.num_others <= most_others
     assert len(plans) == 2
-    attend(tokens.q_TNH[index], options, RowMaker(torch.device("cpu")).make(0, replace(plan)), context)
+    attention.begin(tokens.q_TNH[index], options, RowMaker(torch.device("cpu")).make(0, replace(plan)), context)
     assert len(plans) == 3, "another step"
 
 

@@ -75,6 +75,49 @@ def test_it_equals_float64(kernel: HostKernel, name: str, heads_per_kv: int, key
         torch.testing.assert_close(lse_PKM[part].double(), scores_KMS.logsumexp(-1), atol=1e-5, rtol=1e-6)
 
 
+def log_of(num_tokens: int, num_kv_heads: int, size: int, dtype: torch.dtype) -> KVLog:
+    """Random keys and values."""
+    form = PlainFormat(KVShape(num_kv_heads, size, size), dtype)
+    log = KVLog(form, torch.empty(num_tokens, form.token_bytes, dtype=torch.uint8))
+    keys, values = (torch.randn(num_tokens, num_kv_heads, size).to(dtype) for _ in range(2))
+    form.write(keys, values, log.data_CB)
+    return log
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_it_rounds_as_torch_does(kernel: HostKernel, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    log, parts = log_of(300, 3, 64, torch.float16), parts_of([1, 300, 17, 40], 300)
+    log.format.views(log.data_CB)[1][7, 1, 5] = torch.nan
+    log.format.views(log.data_CB)[1][8, 2, 6] = torch.inf
+    q_TKMH = 3 * torch.randn(4, 3, 2, 64)
+    expected = kernel(q_TKMH, [log], parts, scale=0.3, softcap=None)
+    rounded_PKMW = torch.empty(4, 3, 2, 64, dtype=dtype)
+    job = kernel.begin(q_TKMH, [log], parts, scale=0.3, softcap=None, rounded_PKMW=rounded_PKMW)
+    assert job.wait() > 0 and job.wait() == job.wait()
+    assert expected.out_BNQW.isnan().any() and expected.out_BNQW.isinf().any()
+    torch.testing.assert_close(rounded_PKMW, expected.out_BNQW.to(dtype), atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(job.partial.lse_BNQ, expected.lse_BNQ, atol=0, rtol=0)
+
+
+def test_jobs_are_done_in_turn_whoever_waits(kernel: HostKernel) -> None:
+    """Many of different sizes at once, waited for from the last to the first, or not at all."""
+    torch.manual_seed(0)
+    logs = [log_of(200, 2, 32, torch.float32) for _ in range(60)]
+    works = [(torch.randn(3, 2, 1, 32), [log], parts_of([1 + index, 9, 100], 200)) for index, log in enumerate(logs)]
+    expected = [kernel(*work, scale=0.3, softcap=None) for work in works]
+    for _ in range(20):
+        jobs = [kernel.begin(*work, scale=0.3, softcap=None) for work in works]
+        del jobs[30]
+        for job, one in reversed(list(zip(jobs, expected[:30] + expected[31:], strict=True))):
+            torch.testing.assert_close(job.partial.out_BNQW, one.out_BNQW, atol=0, rtol=0)
+    out_PKMW = torch.zeros(3, 2, 1, 32)
+    job = kernel.begin(*works[0], scale=0.3, softcap=None, rounded_PKMW=out_PKMW)
+    kernel.drain()
+    torch.testing.assert_close(out_PKMW, expected[0].out_BNQW, atol=0, rtol=0)
+    assert job.wait() > 0
+
+
 @pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=["plain", "kv4"])
 def test_what_is_no_number_is_not_hidden(kernel: HostKernel, coding: KVCoding | None) -> None:
     form = make_format(KVShape(1, 64, 64), torch.float32, coding)
@@ -112,7 +155,7 @@ def test_threads_end_with_the_kernel() -> None:
     gc.collect()  # kernels of other tests
     before = num_threads()
     made = build(6)
-    assert num_threads() == before + 5
+    assert num_threads() == before + 6
     del made
     gc.collect()
     assert num_threads() == before

@@ -24,7 +24,7 @@ from flexeval.backends.transformers import answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.codecs.kv_format import KVCoding
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.compute.host_attention import HostAttention
+from flexeval.engine.compute.host_attention import Attending, HostAttention
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskExtent, DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
@@ -189,16 +189,16 @@ HALF_ON_HOST = dataclasses.replace(ALL_ON_DISK, kv=Split(cpu=0.5, disk=0.5), hos
 
 
 def fail_on_the_host(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    attend = HostAttention.__call__
+    begin = HostAttention.begin
     calls: list[object] = []
 
-    def fail_late(self: HostAttention, *rest: Any) -> torch.Tensor:
+    def fail_late(self: HostAttention, *rest: Any) -> Attending:
         calls.append(rest)
         if len(calls) > 4:
             raise Trouble
-        return attend(self, *rest)
+        return begin(self, *rest)
 
-    monkeypatch.setattr(HostAttention, "__call__", fail_late)
+    monkeypatch.setattr(HostAttention, "begin", fail_late)
     return {}
 
 

@@ -213,7 +213,7 @@ class EngineParts:
 
     def _end_batch(self, cache: Cache) -> None:
         """Give the cache back, and settle the account of every lane."""
-        drain(self._lanes["host_attention"])  # it reads logs where they rest
+        self._host.drain()  # it reads logs where they rest
         if self._replay is not None:
             self._replay.forget_logs()
         cache.close()

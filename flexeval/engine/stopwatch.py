@@ -29,6 +29,7 @@ class Stopwatch:
         self._is_cuda = device.type == "cuda"
         self._laps = [0.0]
         self._open: deque[_Span] = deque()
+        self._added: deque[tuple[int, float]] = deque()  # by any thread
         self._lap = 0
         self._start: torch.cuda.Event | float | None = None
 
@@ -50,6 +51,10 @@ class Stopwatch:
         finally:
             self._begin()
 
+    def add(self, seconds: float) -> None:
+        """Count in the current lap what was timed elsewhere; any thread may."""
+        self._added.append((len(self._laps) - 1, seconds))
+
     def next_lap(self) -> None:
         """End the current lap; a span that runs still belongs to it."""
         self._laps.append(0.0)
@@ -65,6 +70,9 @@ class Stopwatch:
         while self._open:
             self._open[0].end.synchronize()
             self._close_first()
+        while self._added:
+            lap, seconds = self._added.popleft()
+            self._laps[lap] += seconds
         laps, self._laps = self._laps, [0.0]
         return laps
 

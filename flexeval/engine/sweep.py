@@ -5,7 +5,7 @@ Knows the order of work and what overlaps; neither which rows there are (the sch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexeval.engine.compute.anatomy import Anatomy, LayerCall
 from flexeval.engine.compute.attention import Attention
+from flexeval.engine.compute.host_attention import Attending
 from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.port import Attend, AttentionOptions
 from flexeval.engine.compute.replay import LayerWeights, Replay
@@ -35,7 +36,7 @@ class _Apart(NamedTuple):
     hidden_1TD: Tensor
     call: LayerCall
     weights: LayerWeights
-    attended: Transfer[Tensor]
+    attending: Transfer[Attending]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,30 +81,24 @@ class Sweeper:
         in_turn = [rows[index] for index in take_turns([row.plan for row in rows])]
         moving = [row.index for row in in_turn if not hidden.stays(row.index)]
         num_tokens = sum(row.plan.num_tokens for row in rows)
-        is_moving = any(row.compactions for row in rows)
         self.weights.begin_sweep(num_tokens, expects_more=expects_more)
         # A lone row's next input is this cell's output: it cannot be fetched before it is there.
         hidden_ahead = ahead(hidden.lane, hidden.load, moving * len(layers), depth=1 if len(moving) > 1 else 0)
-        calls: dict[int, list[LayerCall]] = {}
         with self.trace.phase("embed"):
-            for row in rows:
-                with self.watch.running():
-                    if row.is_replayed:
-                        assert self.replay is not None
-                        is_apart = is_moving or any(row.index in apart for apart in on_host)
-                        stays = self.attention.is_recordable and not is_apart
-                        attend_at = None if not stays else partial(self._attend_in_place, for_later(row), cache)
-                        hidden_1TD, calls[row.index] = self.replay.begin(row, attend_at)
-                    else:
-                        hidden_1TD, calls[row.index] = self.anatomy.embed(row.ids_1T, row.positions_1T)
-                hidden.save(row.index, hidden_1TD)
-                if row.fresh:  # embedding takes no time: all rows would be on the device before the first has left it
-                    hidden.wait(row.index)
-                    self.pace.step()
+            calls = self._embed(rows, cache, hidden, on_host, for_later)
         is_in_place = [cache.is_in_place(layer) for layer in layers]
         cells = ((layer, row) for layer in layers for row in in_turn if self._is_cell(layer, row, on_host))
         coming = [(layer, row) for layer, row in cells if not is_in_place[layer]]
         context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), coming)
+
+        def compute(layer: int, row: Row, weights: LayerWeights) -> None:
+            hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)
+            context = cache.load(layer, row) if is_in_place[layer] else next(context_ahead)
+            attend = self._attend(layer, row, cache, context)
+            hidden.save(row.index, self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, weights))
+            if row.fresh:
+                self.pace.step()
+
         apart: dict[int, _Apart] = {}
         with self.trace.phase("layers"):
             for layer in layers:
@@ -111,29 +106,57 @@ class Sweeper:
                 slab = self.weights.take(layer)
                 weights = partial(self._weights_of, layer, slab, num_tokens)
                 before, apart = apart, {}
+                soon = before.keys() if is_in_place[layer] else ()  # run at once, or the CPU would wait for all of them
                 for row in rows:  # the CPU has the next layer's queries of one row while it attends for another
                     if row.index in before:
                         self._come_back(row, before[row.index], hidden)
                     if row.index in on_host[layer]:
-                        call = calls[row.index][layer]
-                        hidden_1TD = hidden.load(row.index)
+                        call, hidden_1TD = calls[row.index][layer], hidden.load(row.index)
                         apart[row.index] = self._set_out(layer, row, hidden_1TD, call, cache, weights(row))
+                    elif row.index in soon:
+                        compute(layer, row, weights(row))
                 self.weights.send_for_next()
                 for row in in_turn:
-                    if not self._is_cell(layer, row, on_host):
-                        continue
-                    hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)
-                    context = cache.load(layer, row) if is_in_place[layer] else next(context_ahead)
-                    attend = self._attend(layer, row, cache, context)
-                    call = calls[row.index][layer]
-                    hidden.save(row.index, self._run(layer, row, hidden_1TD, call, attend, weights(row)))
-                    if row.fresh:
-                        self.pace.step()
+                    if self._is_cell(layer, row, on_host) and row.index not in soon:
+                        compute(layer, row, weights(row))
                 cache.end_layer()
-            for row in rows:
-                if row.index in apart:
+        # While the CPU attends for the last rows, the first are read off.
+        yield from ahead(hidden.lane, hidden.load, self._end(rows, apart, hidden), depth=1 if moving else 0)
+
+    def _embed(
+        self,
+        rows: Sequence[Row],
+        cache: Cache,
+        hidden: HiddenStore,
+        on_host: Sequence[Collection[int]],
+        for_later: Callable[[Row], Row],
+    ) -> dict[int, list[LayerCall]]:
+        """Give each row its first hidden states; what its layers are called with, by row."""
+        is_moving = any(row.compactions for row in rows)
+        calls: dict[int, list[LayerCall]] = {}
+        for row in rows:
+            with self.watch.running():
+                if row.is_replayed:
+                    assert self.replay is not None
+                    is_apart = is_moving or any(row.index in apart for apart in on_host)
+                    stays = self.attention.is_recordable and not is_apart
+                    attend_at = None if not stays else partial(self._attend_in_place, for_later(row), cache)
+                    hidden_1TD, calls[row.index] = self.replay.begin(row, attend_at)
+                else:
+                    hidden_1TD, calls[row.index] = self.anatomy.embed(row.ids_1T, row.positions_1T)
+            hidden.save(row.index, hidden_1TD)
+            if row.fresh:  # embedding takes no time: all rows would be on the device before the first has left it
+                hidden.wait(row.index)
+                self.pace.step()
+        return calls
+
+    def _end(self, rows: Sequence[Row], apart: Mapping[int, _Apart], hidden: HiddenStore) -> Iterator[int]:
+        """Index of each row, once it is through all layers."""
+        for row in rows:
+            if row.index in apart:
+                with self.trace.phase("layers"):
                     self._come_back(row, apart[row.index], hidden)
-        yield from ahead(hidden.lane, hidden.load, [row.index for row in rows])
+            yield row.index
 
     def _weights_of(self, layer: int, slab: Tensor, sweep_tokens: int, row: Row) -> LayerWeights:
         num = row.plan.num_tokens
@@ -180,13 +203,13 @@ class Sweeper:
                 weights.bind()
                 inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
             context = cache.store_for_host(layer, row, inputs.k_TKH, inputs.v_TKW)
-        attended = self.host.submit(row, inputs.q_TNH, inputs.options, context)
-        return _Apart(layer, hidden_1TD, call, weights, attended)
+        attending = self.host.submit(row, inputs.q_TNH, inputs.options, context)
+        return _Apart(layer, hidden_1TD, call, weights, attending)
 
     def _come_back(self, row: Row, apart: _Apart, hidden: HiddenStore) -> None:
         """Run the rest of a layer, once the CPU has attended."""
-        layer, hidden_1TD, call, weights, attended = apart
-        out_TNW = self.host.take(attended)
+        layer, hidden_1TD, call, weights, attending = apart
+        out_TNW = self.host.take(attending)
         with self.watch.running():
             if row.is_replayed:
                 assert self.replay is not None

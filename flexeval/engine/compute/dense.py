@@ -33,7 +33,7 @@ class CpuAttention:
     ) -> Tensor:
         """Attention output `[T, N, W]` of the row's new tokens, whose KV `context` already holds."""
         if row.decode and not row.fresh and all(self._kernel.takes(context.own_log(batch)) for batch in row.decode):
-            return self._host(q_TNH, options, row, context).out_TNW
+            return self._host.begin(q_TNH, options, row, context).wait()
         return self._packed(q_TNH, k_TKH, v_TKW, options, row, context)
 
 

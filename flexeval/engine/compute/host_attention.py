@@ -12,15 +12,15 @@ ancestor, Q the descendants' queries of one KV head, P parts of all calls, Z par
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexeval.engine.codecs.kv_format import KeysValues, KVLog
 from flexeval.engine.compute.attention import Context
-from flexeval.engine.compute.host_kernel import HostKernel
+from flexeval.engine.compute.host_kernel import HostKernel, Job, Parts
 from flexeval.engine.compute.host_plan import Above, Gathered, HostPlan
 from flexeval.engine.compute.partial import Partial, has_kernel, partial_attention
 from flexeval.engine.compute.port import AttentionOptions
@@ -31,13 +31,28 @@ WRITTEN_OUT_TOKENS = 1024
 """Where there is no kernel, keys and values of so many tokens are held in float32 at a time, or of one part."""
 
 
-class Attended(NamedTuple):
-    """What became of a row."""
+class Attending:
+    """What becomes of a row."""
 
-    out_TNW: Tensor
-    """Attention output."""
-    num_keys: int
-    """Tokens whose keys and values were read."""
+    def __init__(self, out_TNW: Tensor, num_keys: int, busy: Job | float):
+        """`busy` is how long the CPU takes, in seconds where it is done."""
+        self.num_keys = num_keys
+        """Tokens whose keys and values are read."""
+        self._out_TNW = out_TNW
+        self._busy = busy
+
+    def wait(self) -> Tensor:
+        """The output `[T, N, W]`, once it is there."""
+        if not isinstance(self._busy, float):
+            self._busy = self._busy.wait()
+        return self._out_TNW
+
+    @property
+    def seconds(self) -> float:
+        """How long the CPU took, without what it did before."""
+        self.wait()
+        assert isinstance(self._busy, float)
+        return self._busy
 
 
 class HostAttention:
@@ -49,19 +64,57 @@ class HostAttention:
         self._num_threads = num_threads
         self._plans: dict[int, tuple[RowPlan, dict[object, HostPlan]]] = {}
 
-    def __call__(self, q_TNH: Tensor, options: AttentionOptions, row: Row, context: Context) -> Attended:
-        """Attend for the row's new tokens, whose KV `context` already holds."""
+    def begin(
+        self, q_TNH: Tensor, options: AttentionOptions, row: Row, context: Context, out_TNW: Tensor | None = None
+    ) -> Attending:
+        """Attend for the row's new tokens, whose KV `context` already holds.
+
+        A row of which no two parts are to be merged has the CPU attend behind those that were begun before, while the
+        caller goes on.
+
+        Args:
+            q_TNH: Queries; they may be overwritten when this returns.
+            options: How the layer attends.
+            row: Which tokens see what.
+            context: Where that lies.
+            out_TNW: Contiguous; filled with the output. None makes one.
+        """
         assert row.decode and not row.fresh, "prompts are the GPU's"
         logs = [context.own_log(decode) for decode in row.decode]
-        q_TKMH = q_TNH.unflatten(1, (logs[0].format.shape.num_heads, -1))
+        shape = logs[0].format.shape
+        if out_TNW is None:
+            out_TNW = q_TNH.new_empty(*q_TNH.shape[:2], shape.value_size)
+        q_TKMH = q_TNH.unflatten(1, (shape.num_heads, -1))
         is_taken = self._kernel is not None and all(map(self._kernel.takes, logs))
         plan = self._plan(row, options.window, is_taken, num_kv_heads=q_TKMH.shape[1], heads_per_kv=q_TKMH.shape[2])
+        if plan.together is not None and plan.is_whole and options.sinks_N is None:
+            out_TKMW = out_TNW.unflatten(1, q_TKMH.shape[1:3])
+            return Attending(out_TNW, plan.num_keys, self._begin(q_TKMH, logs, plan.together, options, out_TKMW))
+        start = time.perf_counter()
         partials = [_attend(q_TKMH[part.token_B], logs[part.log], part, options) for part in plan.gathered]
         if plan.together is not None:
-            assert self._kernel is not None
-            partials.append(self._kernel(q_TKMH, logs, plan.together, scale=options.scale, softcap=options.softcap))
+            partials.append(self._begin(q_TKMH, logs, plan.together, options).partial)
         partials += [_attend_above(q_TKMH, context.ancestor(above.span), above, options) for above in plan.aboves]
-        return Attended(_merge(partials, plan, options.sinks_N).to(q_TNH.dtype), plan.num_keys)
+        out_TNW.copy_(_merge(partials, plan, options.sinks_N))
+        return Attending(out_TNW, plan.num_keys, time.perf_counter() - start)
+
+    def _begin(
+        self,
+        q_TKMH: Tensor,
+        logs: list[KVLog],
+        parts: Parts,
+        options: AttentionOptions,
+        rounded_TKMW: Tensor | None = None,
+    ) -> Job:
+        assert self._kernel is not None
+        return self._kernel.begin(
+            q_TKMH, logs, parts, scale=options.scale, softcap=options.softcap, rounded_PKMW=rounded_TKMW
+        )
+
+    def drain(self) -> None:
+        """Wait for all that is under way."""
+        if self._kernel is not None:
+            self._kernel.drain()
 
     def _plan(self, row: Row, window: int | None, has_kernel: bool, **heads: int) -> HostPlan:
         """The row's plan at this step; layers ask again and again for the same."""

@@ -3,8 +3,8 @@
 // A log holds a token's heads side by side, of each the key and then the value: as numbers, or as codes in groups, whose
 // scales and minima come behind the codes of all heads. A piece of work is some heads of one part: what is read of a
 // token is one run, or two. Softmax is taken online, a block of tokens at a time (Milakov and
-// Gimelshein 2018), all sums in float32. A team of threads takes the pieces in turn and sleeps in between: threads that
-// spin would hold up the one that feeds the GPU.
+// Gimelshein 2018), all sums in float32. A team of threads takes the pieces in turn, of one job after the other without
+// a gap, and sleeps while there is none: threads that spin would hold up the one that feeds the GPU.
 //
 // Shapes as in host_kernel.py. Sizes of heads are multiples of LANES and at most MAX_SIZE.
 
@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 // Vectors are as long as the processor's: longer ones, GCC takes apart number by number.
 #if defined(__AVX512F__)
@@ -44,8 +45,10 @@ struct work {
     const int32_t *places;   // tokens of the log
     float *out;              // [P, K, M, W]
     float *lse;              // [P, K, M]
+    void *rounded;           // NULL, or [P, K, M, W] of `rounded_kind`: the output goes there, and `out` is scratch
     int64_t num_parts, num_kv_heads, heads_per_kv, key_size, value_size;
     int64_t heads_at_once;   // KV heads of a piece
+    int64_t rounded_kind;
     int64_t kind;
     int64_t group_size;      // of codes; those of one byte's bits fill whole vectors
     float softcap;           // 0: none
@@ -59,6 +62,24 @@ INLINE floats load(enum kind kind, const uint8_t *numbers) {
 #else
     return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)numbers));
 #endif
+}
+
+// Numbers of a type, rounded to the nearest, and to even ones halfway.
+INLINE void store(enum kind kind, void *numbers, int64_t first, floats x) {
+    if (kind == FLOAT32) {
+        *(floats *)((float *)numbers + first) = x;
+    } else if (kind == BFLOAT16) {
+        const ints bits = (ints)x, is_number = x == x;
+        const ints upper = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        *(halves *)((uint16_t *)numbers + first) = __builtin_convertvector((upper & is_number) | (0x7fc0 & ~is_number), halves);
+    } else {
+        uint16_t *const place = (uint16_t *)numbers + first;
+#if defined(__AVX512F__)
+        _mm256_storeu_si256((__m256i *)place, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+        _mm_storeu_si128((__m128i *)place, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#endif
+    }
 }
 
 INLINE ints load_bytes(const uint8_t *bytes) {
@@ -293,7 +314,11 @@ INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t f
         }
     }
     for (int64_t row = 0; row < num_rows; row++) {
-        for (int64_t i = 0; i < W; i += LANES) *(floats *)(out + row * W + i) /= sums[row];
+        for (int64_t i = 0; i < W; i += LANES) {
+            floats *const place = (floats *)(out + row * W + i);
+            *place /= sums[row];
+            if (w->rounded) store(w->rounded_kind, w->rounded, (first_row + row) * W + i, *place);
+        }
         max[row] += logf(sums[row]);  // is the log-sum-exp now
     }
 }
@@ -315,81 +340,117 @@ static void attend_piece(const struct work *w, int64_t piece) {
 // Has so many threads, the caller's one of them, run a function: GOMP_parallel of OpenMP runtimes, since GCC 4.9.
 typedef void run_parallel(void (*function)(void *), void *argument, unsigned num_threads, unsigned flags);
 
+struct job {
+    struct work work;
+    atomic_llong next;      // piece
+    int num_busy, is_over;  // threads that are at it; whether all is done
+    double seconds;         // from its first piece, or the end of the job before, to its end
+    struct job *after;
+};
+
 struct team {
-    run_parallel *lent;  // NULL: the team has helpers of its own
+    run_parallel *lent;     // NULL: the team has threads of its own
     int num_threads;
     pthread_mutex_t lock;
     pthread_cond_t begun, ended;
-    pthread_t *helpers;
-    int num_helpers, num_busy;
-    int64_t round;  // of work; a team that is over has -1
-    const struct work *work;
-    atomic_llong next;
+    pthread_t *threads;
+    int num_own, num_jobs, is_dismissed;
+    double ended_s;         // when a job ended last
+    struct job *first, *last;  // those of which pieces are left
 };
 
-static void take_pieces(void *argument) {
-    struct team *team = argument;
-    const struct work *w = team->work;
-    const int64_t num_pieces = w->num_parts * ((w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once);
-    for (int64_t piece; (piece = atomic_fetch_add(&team->next, 1)) < num_pieces;) attend_piece(w, piece);
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec + 1e-9 * time.tv_nsec;
 }
 
-static void *help(void *argument) {
-    struct team *team = argument;
-    int64_t done = 0;
+static void take_pieces(void *argument) {
+    struct job *const job = argument;
+    const struct work *const w = &job->work;
+    const int64_t num_pieces = w->num_parts * ((w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once);
+    for (int64_t piece; (piece = atomic_fetch_add(&job->next, 1)) < num_pieces;) attend_piece(w, piece);
+}
+
+static void *serve(void *argument) {
+    struct team *const team = argument;
     pthread_mutex_lock(&team->lock);
     for (;;) {
-        while (team->round == done) pthread_cond_wait(&team->begun, &team->lock);
-        done = team->round;
-        if (done < 0) break;
+        while (!team->first && !team->is_dismissed) pthread_cond_wait(&team->begun, &team->lock);
+        struct job *const job = team->first;
+        if (!job) break;
+        if (!job->num_busy++) job->seconds = -now();  // nobody joins once a thread has found no piece left
         pthread_mutex_unlock(&team->lock);
-        take_pieces(team);
+        take_pieces(job);
         pthread_mutex_lock(&team->lock);
-        if (!--team->num_busy) pthread_cond_signal(&team->ended);
+        if (team->first == job) team->first = job->after;
+        if (--job->num_busy) continue;
+        const double end = now(), begin = -job->seconds;
+        job->seconds = end - (begin > team->ended_s ? begin : team->ended_s);
+        job->is_over = 1, team->ended_s = end, team->num_jobs--;
+        pthread_cond_broadcast(&team->ended);
     }
     pthread_mutex_unlock(&team->lock);
     return NULL;
 }
 
-// Ends a team: its threads are gone.
+// Ends a team once its jobs are done: its threads are gone.
 void flexeval_dismiss(struct team *team) {
     pthread_mutex_lock(&team->lock);
-    team->round = -1;
+    team->is_dismissed = 1;
     pthread_cond_broadcast(&team->begun);
     pthread_mutex_unlock(&team->lock);
-    for (int helper = 0; helper < team->num_helpers; helper++) pthread_join(team->helpers[helper], NULL);
+    for (int thread = 0; thread < team->num_own; thread++) pthread_join(team->threads[thread], NULL);
     pthread_mutex_destroy(&team->lock), pthread_cond_destroy(&team->begun), pthread_cond_destroy(&team->ended);
-    free(team->helpers), free(team);
+    free(team->threads), free(team);
 }
 
-// As many threads as asked for, the caller's one of them, or as many as can be had; NULL without memory.
+// As many threads as asked for, or as many as can be had; NULL without memory. Those that are lent come with each job,
+// the caller's one of them.
 struct team *flexeval_gather(int num_threads, run_parallel *lent) {
     struct team *team = calloc(1, sizeof *team);
     if (!team) return NULL;
     team->num_threads = num_threads, team->lent = lent;
-    if (!(team->helpers = calloc(num_threads, sizeof *team->helpers))) return free(team), NULL;
+    if (!(team->threads = calloc(num_threads, sizeof *team->threads))) return free(team), NULL;
     pthread_mutex_init(&team->lock, NULL), pthread_cond_init(&team->begun, NULL), pthread_cond_init(&team->ended, NULL);
-    while (!lent && team->num_helpers < num_threads - 1 &&
-           !pthread_create(&team->helpers[team->num_helpers], NULL, help, team))
-        team->num_helpers++;
+    while (!lent && team->num_own < num_threads && !pthread_create(&team->threads[team->num_own], NULL, serve, team))
+        team->num_own++;
     return team;
 }
 
-// All of some work; returns when it is done. One caller at a time.
-void flexeval_attend(struct team *team, const struct work *work) {
-    if (team->lent) {
-        team->work = work;
-        atomic_store(&team->next, 0);
-        team->lent(take_pieces, team, team->num_threads, 0);
-        return;
+// A job for the team, to be waited for, behind those it has; NULL without memory. Threads that are lent have done it.
+struct job *flexeval_begin(struct team *team, const struct work *work) {
+    struct job *const job = calloc(1, sizeof *job);
+    if (!job) return NULL;
+    job->work = *work;
+    if (team->lent || !team->num_own) {
+        const double begin = now();
+        team->lent ? team->lent(take_pieces, job, team->num_threads, 0) : take_pieces(job);
+        job->seconds = now() - begin, job->is_over = 1;
+        return job;
     }
     pthread_mutex_lock(&team->lock);
-    team->work = work, team->num_busy = team->num_helpers, team->round++;
-    atomic_store(&team->next, 0);
+    if (team->first) team->last->after = job;
+    else team->first = job;
+    team->last = job, team->num_jobs++;
     pthread_cond_broadcast(&team->begun);
     pthread_mutex_unlock(&team->lock);
-    take_pieces(team);
+    return job;
+}
+
+// Seconds that a job took the team, once it is done. It is gone then.
+double flexeval_wait(struct team *team, struct job *job) {
     pthread_mutex_lock(&team->lock);
-    while (team->num_busy) pthread_cond_wait(&team->ended, &team->lock);
+    while (!job->is_over) pthread_cond_wait(&team->ended, &team->lock);
+    pthread_mutex_unlock(&team->lock);
+    const double seconds = job->seconds;
+    free(job);
+    return seconds;
+}
+
+// Returns when all jobs are done, waited for or not.
+void flexeval_drain(struct team *team) {
+    pthread_mutex_lock(&team->lock);
+    while (team->num_jobs) pthread_cond_wait(&team->ended, &team->lock);
     pthread_mutex_unlock(&team->lock);
 }

@@ -1,8 +1,9 @@
 """Our compiled decode attention for the CPU: builds it once on this machine, and calls it. Knows tensors; no row.
 
 torch's CPU attention reads a token's heads one by one and reads them again for every query head; what a token's heads
-hold lies side by side in a log. `host_kernel.c` reads it in one run, with a team of threads that sleep between calls.
-Where no C compiler is at hand (Triton needs one as well), `build` gives None and torch attends.
+hold lies side by side in a log. `host_kernel.c` reads it in one run, with a team of threads that go from one job to the
+next and sleep where there is none. Where no C compiler is at hand (Triton needs one as well), `build` gives None and
+torch attends.
 
 Shapes: T tokens of the row, C tokens of a log, B bytes of a token, K KV heads, M query heads to a KV head, H size of a
 key, W size of a value, P parts of contexts.
@@ -37,8 +38,8 @@ _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _LANES, _MAX_SIZE = 16, 1024  # as in the source, where vectors are longest
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _CODES = {8: 3, 4: 4, 2: 5}  # by bits
-_POINTERS = ("queries", "logs", "tokens", "bounds", "places", "out", "lse")
-_SIZES = ("num_parts", "num_kv_heads", "heads_per_kv", "key_size", "value_size", "heads_at_once")
+_POINTERS = ("queries", "logs", "tokens", "bounds", "places", "out", "lse", "rounded")
+_SIZES = ("num_parts", "num_kv_heads", "heads_per_kv", "key_size", "value_size", "heads_at_once", "rounded_kind")
 
 
 class _Kind(NamedTuple):
@@ -80,8 +81,35 @@ class Parts(NamedTuple):
     """So many tokens each log has at least."""
 
 
+class Job:
+    """Attention that the team has been given."""
+
+    def __init__(self, kernel: HostKernel, address: int, partial: Partial, reads: object):
+        """Keeps what the team reads and writes; made by `HostKernel.begin`."""
+        self._kernel = kernel
+        self._address = address
+        self._partial = partial
+        self._reads = reads
+        self._seconds: float | None = None
+
+    def wait(self) -> float:
+        """Seconds of the team that it took, once it is done."""
+        if self._seconds is None:
+            self._seconds = self._kernel.wait(self._address)
+        return self._seconds
+
+    @property
+    def partial(self) -> Partial:
+        """What came out."""
+        self.wait()
+        return self._partial
+
+    def __del__(self) -> None:
+        self.wait()
+
+
 class HostKernel:
-    """The kernel with a team of threads. One caller at a time."""
+    """The kernel with a team of threads. Where they are borrowed, one caller at a time."""
 
     def __init__(self, library: ctypes.CDLL, num_threads: int, *, borrows: bool):
         """See `build`."""
@@ -98,7 +126,20 @@ class HostKernel:
     def __call__(
         self, q_TKMH: Tensor, logs: list[KVLog], parts: Parts, *, scale: float, softcap: float | None
     ) -> Partial:
-        """Attend: output `[P, K, M, W]` and log-sum-exp `[P, K, M]`, float32.
+        """Attend: output `[P, K, M, W]` and log-sum-exp `[P, K, M]`, float32. Takes what `begin` takes."""
+        return self.begin(q_TKMH, logs, parts, scale=scale, softcap=softcap).partial
+
+    def begin(
+        self,
+        q_TKMH: Tensor,
+        logs: list[KVLog],
+        parts: Parts,
+        *,
+        scale: float,
+        softcap: float | None,
+        rounded_PKMW: Tensor | None = None,
+    ) -> Job:
+        """Have the team attend behind what it has been given before; threads that are borrowed do it now.
 
         Args:
             q_TKMH: Queries of all tokens of the row.
@@ -106,6 +147,7 @@ class HostKernel:
             parts: What of them is attended to, at least one token each.
             scale: Factor on the scores.
             softcap: Scores become softcap * tanh(score / softcap).
+            rounded_PKMW: Contiguous; filled with the output, rounded to its type. The output in float32 is none then.
         """
         form = logs[0].format
         kind = _Kind.of(form)
@@ -118,21 +160,35 @@ class HostKernel:
         addresses = torch.tensor([log.data_CB.data_ptr() for log in logs])[torch.tensor(parts.logs)]
         out_PKMW = torch.empty(num_parts, num_kv_heads, heads_per_kv, value_size)
         lse_PKM = torch.empty(num_parts, num_kv_heads, heads_per_kv)
+        if rounded_PKMW is not None:
+            assert rounded_PKMW.shape == out_PKMW.shape and rounded_PKMW.is_contiguous(), rounded_PKMW.shape
         num_pieces = min(num_kv_heads, -(-PIECES_PER_THREAD * self._num_threads // num_parts))
         tensors = (queries, addresses, parts.token_P, parts.bounds, parts.places, out_PKMW, lse_PKM)
         work = _Work(
             *(tensor.data_ptr() for tensor in tensors),
+            None if rounded_PKMW is None else rounded_PKMW.data_ptr(),
             num_parts,
             num_kv_heads,
             heads_per_kv,
             key_size,
             value_size,
             -(-num_kv_heads // num_pieces),
+            0 if rounded_PKMW is None else _KINDS[rounded_PKMW.dtype],
             *kind,
             softcap or 0.0,
         )
-        self._library.flexeval_attend(self._team, ctypes.byref(work))
-        return Partial(out_PKMW, lse_PKM)
+        address = self._library.flexeval_begin(self._team, ctypes.byref(work))
+        if address is None:
+            raise MemoryError
+        return Job(self, address, Partial(out_PKMW, lse_PKM), (tensors, logs, rounded_PKMW))
+
+    def wait(self, job: int) -> float:
+        """Seconds that the team took for a job, which is forgotten."""
+        return float(self._library.flexeval_wait(self._team, job))
+
+    def drain(self) -> None:
+        """Wait until the team has done all it was given."""
+        self._library.flexeval_drain(self._team)
 
 
 def can_read(form: KVFormat) -> bool:
@@ -144,9 +200,9 @@ def build(num_threads: int, *, borrows: bool = False) -> HostKernel | None:
     """The kernel with so many threads; None where this machine cannot compile it.
 
     Args:
-        num_threads: The caller's one of them.
-        borrows: Whether they are torch's, as for a thread that has torch compute all the time: its threads spin for a
-            while after each operation, and helpers of our own would wait for their cores. Those sleep between calls.
+        num_threads: Of the team.
+        borrows: Whether they are torch's and the caller's, as for a thread that has torch compute all the time: torch's
+            threads spin for a while after each operation, and others would wait for their cores.
     """
     library = _library()
     return None if library is None else HostKernel(library, num_threads, borrows=borrows)
@@ -181,7 +237,11 @@ def _library() -> ctypes.CDLL | None:
     library.flexeval_gather.restype = ctypes.c_void_p
     library.flexeval_gather.argtypes = [ctypes.c_int, ctypes.c_void_p]
     library.flexeval_dismiss.argtypes = [ctypes.c_void_p]
-    library.flexeval_attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.flexeval_begin.restype = ctypes.c_void_p
+    library.flexeval_begin.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.flexeval_wait.restype = ctypes.c_double
+    library.flexeval_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.flexeval_drain.argtypes = [ctypes.c_void_p]
     return library
 
 

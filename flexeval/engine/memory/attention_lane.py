@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.host_attention import HostAttention
+from flexeval.engine.compute.host_attention import Attending, HostAttention
 from flexeval.engine.compute.host_kernel import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
 from flexeval.engine.kernels import has_triton
 from flexeval.engine.memory.kv_context import HostContext
-from flexeval.engine.memory.lane import Lane, Transfer
+from flexeval.engine.memory.lane import Lane, Transfer, drain
 from flexeval.engine.trace import Trace
 from flexeval.team import give_spare_cores, num_spare_cores
 
@@ -33,41 +33,52 @@ class AttentionLane:
         self._outputs: dict[int, Tensor] = {}  # by row, page-locked
         give_spare_cores(lambda take: lane.submit(take).wait())
 
-    def submit(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Transfer[Tensor]:
+    def submit(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Transfer[Attending]:
         """Attend for a row, whose new tokens' KV has been stored: output `[T, N, W]`, for `take`."""
-        return self._lane.submit(self._attend, row, q_TNH, options, context)
+        return self._lane.submit(self._begin, row, q_TNH, options, context)
 
-    def take(self, attended: Transfer[Tensor]) -> Tensor:
+    def take(self, attending: Transfer[Attending]) -> Tensor:
         """The output on the compute device.
 
         It is sent for by whoever waits for it, and by a kernel if there is one: in the link's queue it would stand
         behind gigabytes of weights and KV, and the next row's queries behind it.
         """
+        attended = attending.wait()
         out_TNW = attended.wait()
+        self._lane.watch.add(attended.seconds)
         if has_triton(self._device):
             from flexeval.engine.memory.fetch_kernel import fetch
 
             return fetch(out_TNW, self._device)
         return out_TNW.to(self._device, non_blocking=True)
 
-    def _attend(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Tensor:
-        context.wait()
-        # Copies from a GPU without blocking go to page-locked memory, which torch keeps and hands out again.
-        q_TNH = q_TNH.to("cpu", non_blocking=True)
-        if options.sinks_N is not None:
-            options = replace(options, sinks_N=options.sinks_N.to("cpu", non_blocking=True))
-        if self._device.type == "cuda":  # the host reads now: its own copies must be there, and all that logs wait for
-            torch.cuda.current_stream().synchronize()
-        if self._attention is None:
-            num_threads = num_spare_cores()
-            self._attention = HostAttention(build(num_threads), num_threads)
-        out_TNW, num_keys = self._attention(q_TNH, options, row, context)
-        self._trace.moved("host_attention", num_keys * context.token_bytes)
-        return self._page_locked(row.index, out_TNW) if self._device.type == "cuda" else out_TNW
+    def drain(self) -> None:
+        """Wait for all that was submitted, taken or not."""
+        drain(self._lane)
+        if self._attention is not None:
+            self._attention.drain()
 
-    def _page_locked(self, row: int, out_TNW: Tensor) -> Tensor:
-        """The row's output, in the place of its last one: its queries are here, and so is all that they came from."""
+    def _begin(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Attending:
+        with self._lane.watch.paused():  # how long the CPU takes is known when it has attended
+            context.wait()
+            # Copies from a GPU without blocking go to page-locked memory, which torch keeps and hands out again.
+            q_TNH = q_TNH.to("cpu", non_blocking=True)
+            if options.sinks_N is not None:
+                options = replace(options, sinks_N=options.sinks_N.to("cpu", non_blocking=True))
+            if self._device.type == "cuda":  # the host reads: its own copies must be there, and all that logs wait for
+                torch.cuda.current_stream().synchronize()
+            if self._attention is None:
+                num_threads = num_spare_cores()
+                self._attention = HostAttention(build(num_threads), num_threads)
+            out_TNW = self._page_locked(row.index, q_TNH, context) if self._device.type == "cuda" else None
+            attending = self._attention.begin(q_TNH, options, row, context, out_TNW)
+        self._trace.moved("host_attention", attending.num_keys * context.format.token_bytes)
+        return attending
+
+    def _page_locked(self, row: int, q_TNH: Tensor, context: HostContext) -> Tensor:
+        """Room for the row's output, in the place of its last one, from which its queries came: these are here."""
+        shape = (*q_TNH.shape[:2], context.format.shape.value_size)
         room = self._outputs.get(row)
-        if room is None or room.shape != out_TNW.shape or room.dtype != out_TNW.dtype:
-            room = self._outputs[row] = torch.empty_like(out_TNW, pin_memory=True)
-        return room.copy_(out_TNW)
+        if room is None or room.shape != shape or room.dtype != q_TNH.dtype:
+            room = self._outputs[row] = torch.empty(shape, dtype=q_TNH.dtype, pin_memory=True)
+        return room

@@ -96,7 +96,7 @@ def cpu_attention_rate(
 class _Work(NamedTuple):
     """Attention that was planned and has been run once."""
 
-    run: Callable[[], object]
+    run: Callable[[], None]
     num_bytes: int
 
 
@@ -114,7 +114,11 @@ def _work(
     context = _OneLog(KVLog(form, log_CB.copy_(tokens_CB).flatten(0, 1)))
     q_TNH = torch.randn(row.plan.num_tokens, num_query_heads, key_size).to(form.dtype)
     attention = HostAttention(build(num_threads, borrows=borrows), num_threads)
-    run = partial(attention, q_TNH, AttentionOptions(scale=key_size**-0.5), row, context)
+    begin = partial(attention.begin, q_TNH, AttentionOptions(scale=key_size**-0.5), row, context)
+
+    def run() -> None:
+        begin().wait()
+
     run()
     return _Work(run, num_tokens * form.token_bytes)
 

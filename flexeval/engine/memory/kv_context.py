@@ -63,9 +63,9 @@ class HostContext:
         self._writes = [log.last_write for log in logs.values() if log.last_write is not None]
 
     @property
-    def token_bytes(self) -> int:
-        """Keys and values of one token."""
-        return next(iter(self._logs.values())).format.token_bytes
+    def format(self) -> KVFormat:
+        """How tokens rest."""
+        return next(iter(self._logs.values())).format
 
     def wait(self) -> None:
         """Have the caller's stream see all that was to be written when this was made; the host may be ahead of it."""
