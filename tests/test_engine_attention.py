@@ -20,8 +20,8 @@ from flexeval.engine.compute.attention import PackedAttention
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.dense import dense_attention
 from flexeval.engine.compute.host_attention import HostAttention
-from flexeval.engine.compute.host_kernel import build
 from flexeval.engine.compute.host_plan import HostPlan
+from flexeval.engine.compute.host_team import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import RowMaker
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, KeySource, RowPlan
@@ -161,9 +161,9 @@ def check(
     made = RowMaker(tokens.q_TNH.device).make(0, plan)
     q_TNH, k_TKH, v_TKW = tokens.q_TNH[index], tokens.k_TKH[index], tokens.v_TKW[index]
     expected_TNW = torch.stack([tokens.attend(path, options) for path in paths])
-    outs, num_read = [PackedAttention()(q_TNH, k_TKH, v_TKW, options, made, context)], 0
+    attentions = (PackedAttention(), dense_attention(q_TNH.device))
+    outs, num_read = [attention(q_TNH, k_TKH, v_TKW, options, made, context) for attention in attentions], 0
     if plan.decode and q_TNH.device.type == "cpu":
-        outs.append(dense_attention(q_TNH.device)(q_TNH, k_TKH, v_TKW, options, made, context))
         for kernel in (None, build(2)):  # torch's, and ours, which reads heads of some sizes only
             attending = HostAttention(kernel, num_threads=2).begin(q_TNH, options, made, context)
             outs.append(attending.wait())

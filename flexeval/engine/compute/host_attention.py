@@ -20,8 +20,9 @@ from torch import Tensor
 
 from flexeval.engine.codecs.kv_format import KeysValues, KVLog
 from flexeval.engine.compute.attention import Context
-from flexeval.engine.compute.host_kernel import HostKernel, Job, Parts
+from flexeval.engine.compute.host_decode import DecodeKernel, Parts
 from flexeval.engine.compute.host_plan import Above, Gathered, HostPlan
+from flexeval.engine.compute.host_team import Job, Team
 from flexeval.engine.compute.partial import Partial, has_kernel, partial_attention
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
@@ -58,9 +59,9 @@ class Attending:
 class HostAttention:
     """Dense decode attention on the CPU; one instance serves every row and layer, from one thread at a time."""
 
-    def __init__(self, kernel: HostKernel | None, num_threads: int) -> None:
-        """With our kernel, if there is one; torch uses `num_threads` in the thread that calls."""
-        self._kernel = kernel
+    def __init__(self, team: Team | None, num_threads: int) -> None:
+        """With our kernel, if there is a team for it; torch uses `num_threads` in the thread that calls."""
+        self._kernel = None if team is None else DecodeKernel(team)
         self._num_threads = num_threads
         self._plans: dict[int, tuple[RowPlan, dict[object, HostPlan]]] = {}
 
@@ -85,15 +86,19 @@ class HostAttention:
         if out_TNW is None:
             out_TNW = q_TNH.new_empty(*q_TNH.shape[:2], shape.value_size)
         q_TKMH = q_TNH.unflatten(1, (shape.num_heads, -1))
-        is_taken = self._kernel is not None and all(map(self._kernel.takes, logs))
-        plan = self._plan(row, options.window, is_taken, num_kv_heads=q_TKMH.shape[1], heads_per_kv=q_TKMH.shape[2])
+        plan = self._plan(
+            row, options.window, self.reads(logs), num_kv_heads=q_TKMH.shape[1], heads_per_kv=q_TKMH.shape[2]
+        )
         if plan.together is not None and plan.is_whole and options.sinks_N is None:
             out_TKMW = out_TNW.unflatten(1, q_TKMH.shape[1:3])
-            return Attending(out_TNW, plan.num_keys, self._begin(q_TKMH, logs, plan.together, options, out_TKMW))
+            _, job = self._begin(q_TKMH, logs, plan.together, options, out_TKMW)
+            return Attending(out_TNW, plan.num_keys, job)
         start = time.perf_counter()
         partials = [_attend(q_TKMH[part.token_B], logs[part.log], part, options) for part in plan.gathered]
         if plan.together is not None:
-            partials.append(self._begin(q_TKMH, logs, plan.together, options).partial)
+            own, job = self._begin(q_TKMH, logs, plan.together, options)
+            job.wait()
+            partials.append(own)
         partials += [_attend_above(q_TKMH, context.ancestor(above.span), above, options) for above in plan.aboves]
         out_TNW.copy_(_merge(partials, plan, options.sinks_N))
         return Attending(out_TNW, plan.num_keys, time.perf_counter() - start)
@@ -105,16 +110,20 @@ class HostAttention:
         parts: Parts,
         options: AttentionOptions,
         rounded_TKMW: Tensor | None = None,
-    ) -> Job:
+    ) -> tuple[Partial, Job]:
         assert self._kernel is not None
         return self._kernel.begin(
             q_TKMH, logs, parts, scale=options.scale, softcap=options.softcap, rounded_PKMW=rounded_TKMW
         )
 
+    def reads(self, logs: Sequence[KVLog]) -> bool:
+        """Whether our kernel reads such logs."""
+        return self._kernel is not None and all(map(self._kernel.takes, logs))
+
     def drain(self) -> None:
         """Wait for all that is under way."""
         if self._kernel is not None:
-            self._kernel.drain()
+            self._kernel.team.drain()
 
     def _plan(self, row: Row, window: int | None, has_kernel: bool, **heads: int) -> HostPlan:
         """The row's plan at this step; layers ask again and again for the same."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.host_kernel import PIECES_PER_THREAD, Parts
+from flexeval.engine.compute.host_decode import PIECES_PER_THREAD, Parts
 from flexeval.planning.rows import AncestorSpan, Integers, RowPlan
 
 MIN_PART_TOKENS = 128

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexeval.engine.compute.host_attention import Attending, HostAttention
-from flexeval.engine.compute.host_kernel import build
+from flexeval.engine.compute.host_team import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
 from flexeval.engine.kernels import has_triton

@@ -25,7 +25,8 @@ from flexeval.engine.codecs.kv_format import (
 )
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_attention import HostAttention
-from flexeval.engine.compute.host_kernel import build, can_read
+from flexeval.engine.compute.host_decode import can_read
+from flexeval.engine.compute.host_team import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row, RowMaker
 from flexeval.engine.memory.tier import page_aligned

@@ -2,40 +2,17 @@
 //
 // A log holds a token's heads side by side, of each the key and then the value: as numbers, or as codes in groups, whose
 // scales and minima come behind the codes of all heads. A piece of work is some heads of one part: what is read of a
-// token is one run, or two. Softmax is taken online, a block of tokens at a time (Milakov and
-// Gimelshein 2018), all sums in float32. A team of threads takes the pieces in turn, of one job after the other without
-// a gap, and sleeps while there is none: threads that spin would hold up the one that feeds the GPU.
+// token is one run, or two. Softmax is taken online, a block of tokens at a time (Milakov and Gimelshein 2018), all sums
+// in float32.
 //
-// Shapes as in host_kernel.py. Sizes of heads are multiples of LANES and at most MAX_SIZE.
+// Shapes as in host_decode.py. Sizes of heads are multiples of LANES and at most MAX_SIZE.
 
-#include <immintrin.h>
-#include <math.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
+#include "host_team.h"
+#include "host_vectors.h"
 
-// Vectors are as long as the processor's: longer ones, GCC takes apart number by number.
-#if defined(__AVX512F__)
-#define LANES 16
-#define EACH_LANE(f) {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)}
-#else
-#define LANES 8
-#define EACH_LANE(f) {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)}
-#endif
-#define ITSELF(i) (i)
 #define ITS_LOW_BITS(i) ((i) % 4)
 #define BLOCK LANES  // tokens: their scores are one vector
 #define MAX_SIZE 1024
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-enum kind { FLOAT32, FLOAT16, BFLOAT16, CODES8, CODES4, CODES2 };
 
 struct work {
     const float *queries;    // [T, K, M, H], scaled
@@ -54,103 +31,12 @@ struct work {
     float softcap;           // 0: none
 };
 
-INLINE floats load(enum kind kind, const uint8_t *numbers) {
-    if (kind == FLOAT32) return *(const floats *)numbers;
-    if (kind == BFLOAT16) return (floats)(__builtin_convertvector(*(const halves *)numbers, ints) << 16);
-#if defined(__AVX512F__)
-    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)numbers));
-#else
-    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)numbers));
-#endif
-}
-
-// Numbers of a type, rounded to the nearest, and to even ones halfway.
-INLINE void store(enum kind kind, void *numbers, int64_t first, floats x) {
-    if (kind == FLOAT32) {
-        *(floats *)((float *)numbers + first) = x;
-    } else if (kind == BFLOAT16) {
-        const ints bits = (ints)x, is_number = x == x;
-        const ints upper = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        *(halves *)((uint16_t *)numbers + first) = __builtin_convertvector((upper & is_number) | (0x7fc0 & ~is_number), halves);
-    } else {
-        uint16_t *const place = (uint16_t *)numbers + first;
-#if defined(__AVX512F__)
-        _mm256_storeu_si256((__m256i *)place, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#else
-        _mm_storeu_si128((__m128i *)place, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-#endif
-    }
-}
-
 INLINE ints load_bytes(const uint8_t *bytes) {
 #if defined(__AVX512F__)
     return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
 #else
     return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
 #endif
-}
-
-// exp of numbers up to 0, to 2e-7 of it (0 below exp(-87), NaN of NaN): 2^n times a polynomial, as in Cephes' expf
-// (Moshier 1989).
-INLINE floats exp_of(floats x) {
-    const ints is_normal = ~(x <= -87.0f);
-    x = (floats)((ints)x & is_normal);
-    ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
-    floats whole = __builtin_convertvector(n, floats);
-    floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return (floats)((ints)(p * (floats)((n + 127) << 23)) & is_normal);
-}
-
-// LOW: of each 2 h lanes the first h, those of x in the first half of lanes and those of y in the second; HIGH: the other
-// h. Folding as many vectors as there are lanes, half of them apart, a quarter, and so on, adds up each of them into a
-// lane of its own.
-#define LOW_OF(h, i) ((i) / (LANES / 2) * LANES + (i) % (LANES / 2) / (h) * 2 * (h) + (i) % (h))
-#define LOW8(i) LOW_OF(8, i)
-#define LOW4(i) LOW_OF(4, i)
-#define LOW2(i) LOW_OF(2, i)
-#define LOW1(i) LOW_OF(1, i)
-#define LOW(x, y, h) __builtin_shuffle(x, y, (ints)EACH_LANE(LOW##h))
-#define HIGH(x, y, h) __builtin_shuffle(x, y, (ints)EACH_LANE(LOW##h) + h)
-#define FOLD(h) \
-    for (int i = 0; i < (h); i++) x[i] = LOW(x[2 * i], x[2 * i + 1], h) + HIGH(x[2 * i], x[2 * i + 1], h)
-
-INLINE floats sums_of(floats x[LANES]) {
-#if LANES == 16
-    FOLD(8);
-#endif
-    FOLD(4);
-    FOLD(2);
-    FOLD(1);
-    return x[0];
-}
-
-INLINE float sum_of(floats x) {
-#if LANES == 16
-    x = LOW(x, x, 8) + HIGH(x, x, 8);
-#endif
-    x = LOW(x, x, 4) + HIGH(x, x, 4);
-    x = LOW(x, x, 2) + HIGH(x, x, 2);
-    return x[0] + x[1];
-}
-
-INLINE floats larger(floats x, floats y) {
-    const ints is_larger = x > y;
-    return (floats)(((ints)x & is_larger) | ((ints)y & ~is_larger));
-}
-
-INLINE float max_of(floats x) {
-#if LANES == 16
-    x = larger(LOW(x, x, 8), HIGH(x, x, 8));
-#endif
-    x = larger(LOW(x, x, 4), HIGH(x, x, 4));
-    x = larger(LOW(x, x, 2), HIGH(x, x, 2));
-    return x[0] > x[1] ? x[0] : x[1];
 }
 
 INLINE int bits_of(enum kind kind) {
@@ -323,7 +209,8 @@ INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t f
     }
 }
 
-static void attend_piece(const struct work *w, int64_t piece) {
+static void attend_piece(const void *work, int64_t piece) {
+    const struct work *const w = work;
     const int64_t pieces = (w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once;  // of a part
     const int64_t part = piece / pieces, first = piece % pieces * w->heads_at_once;
     const int64_t end = first + w->heads_at_once, last = end < w->num_kv_heads ? end : w->num_kv_heads;
@@ -337,120 +224,8 @@ static void attend_piece(const struct work *w, int64_t piece) {
     }
 }
 
-// Has so many threads, the caller's one of them, run a function: GOMP_parallel of OpenMP runtimes, since GCC 4.9.
-typedef void run_parallel(void (*function)(void *), void *argument, unsigned num_threads, unsigned flags);
-
-struct job {
-    struct work work;
-    atomic_llong next;      // piece
-    int num_busy, is_over;  // threads that are at it; whether all is done
-    double seconds;         // from its first piece, or the end of the job before, to its end
-    struct job *after;
-};
-
-struct team {
-    run_parallel *lent;     // NULL: the team has threads of its own
-    int num_threads;
-    pthread_mutex_t lock;
-    pthread_cond_t begun, ended;
-    pthread_t *threads;
-    int num_own, num_jobs, is_dismissed;
-    double ended_s;         // when a job ended last
-    struct job *first, *last;  // those of which pieces are left
-};
-
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec + 1e-9 * time.tv_nsec;
-}
-
-static void take_pieces(void *argument) {
-    struct job *const job = argument;
-    const struct work *const w = &job->work;
-    const int64_t num_pieces = w->num_parts * ((w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once);
-    for (int64_t piece; (piece = atomic_fetch_add(&job->next, 1)) < num_pieces;) attend_piece(w, piece);
-}
-
-static void *serve(void *argument) {
-    struct team *const team = argument;
-    pthread_mutex_lock(&team->lock);
-    for (;;) {
-        while (!team->first && !team->is_dismissed) pthread_cond_wait(&team->begun, &team->lock);
-        struct job *const job = team->first;
-        if (!job) break;
-        if (!job->num_busy++) job->seconds = -now();  // nobody joins once a thread has found no piece left
-        pthread_mutex_unlock(&team->lock);
-        take_pieces(job);
-        pthread_mutex_lock(&team->lock);
-        if (team->first == job) team->first = job->after;
-        if (--job->num_busy) continue;
-        const double end = now(), begin = -job->seconds;
-        job->seconds = end - (begin > team->ended_s ? begin : team->ended_s);
-        job->is_over = 1, team->ended_s = end, team->num_jobs--;
-        pthread_cond_broadcast(&team->ended);
-    }
-    pthread_mutex_unlock(&team->lock);
-    return NULL;
-}
-
-// Ends a team once its jobs are done: its threads are gone.
-void flexeval_dismiss(struct team *team) {
-    pthread_mutex_lock(&team->lock);
-    team->is_dismissed = 1;
-    pthread_cond_broadcast(&team->begun);
-    pthread_mutex_unlock(&team->lock);
-    for (int thread = 0; thread < team->num_own; thread++) pthread_join(team->threads[thread], NULL);
-    pthread_mutex_destroy(&team->lock), pthread_cond_destroy(&team->begun), pthread_cond_destroy(&team->ended);
-    free(team->threads), free(team);
-}
-
-// As many threads as asked for, or as many as can be had; NULL without memory. Those that are lent come with each job,
-// the caller's one of them.
-struct team *flexeval_gather(int num_threads, run_parallel *lent) {
-    struct team *team = calloc(1, sizeof *team);
-    if (!team) return NULL;
-    team->num_threads = num_threads, team->lent = lent;
-    if (!(team->threads = calloc(num_threads, sizeof *team->threads))) return free(team), NULL;
-    pthread_mutex_init(&team->lock, NULL), pthread_cond_init(&team->begun, NULL), pthread_cond_init(&team->ended, NULL);
-    while (!lent && team->num_own < num_threads && !pthread_create(&team->threads[team->num_own], NULL, serve, team))
-        team->num_own++;
-    return team;
-}
-
-// A job for the team, to be waited for, behind those it has; NULL without memory. Threads that are lent have done it.
-struct job *flexeval_begin(struct team *team, const struct work *work) {
-    struct job *const job = calloc(1, sizeof *job);
-    if (!job) return NULL;
-    job->work = *work;
-    if (team->lent || !team->num_own) {
-        const double begin = now();
-        team->lent ? team->lent(take_pieces, job, team->num_threads, 0) : take_pieces(job);
-        job->seconds = now() - begin, job->is_over = 1;
-        return job;
-    }
-    pthread_mutex_lock(&team->lock);
-    if (team->first) team->last->after = job;
-    else team->first = job;
-    team->last = job, team->num_jobs++;
-    pthread_cond_broadcast(&team->begun);
-    pthread_mutex_unlock(&team->lock);
-    return job;
-}
-
-// Seconds that a job took the team, once it is done. It is gone then.
-double flexeval_wait(struct team *team, struct job *job) {
-    pthread_mutex_lock(&team->lock);
-    while (!job->is_over) pthread_cond_wait(&team->ended, &team->lock);
-    pthread_mutex_unlock(&team->lock);
-    const double seconds = job->seconds;
-    free(job);
-    return seconds;
-}
-
-// Returns when all jobs are done, waited for or not.
-void flexeval_drain(struct team *team) {
-    pthread_mutex_lock(&team->lock);
-    while (team->num_jobs) pthread_cond_wait(&team->ended, &team->lock);
-    pthread_mutex_unlock(&team->lock);
+// A job for the team: all of some work, which stays until the job is waited for; NULL without memory.
+struct job *flexeval_begin_decode(struct team *team, const struct work *w) {
+    const int64_t pieces = (w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once;  // of a part
+    return flexeval_begin(team, attend_piece, w, w->num_parts * pieces);
 }

@@ -9,22 +9,23 @@ import pytest
 import torch
 
 from flexeval.engine.codecs.kv_format import CodedFormat, KVCoding, KVLog, KVShape, PlainFormat, make_format
-from flexeval.engine.compute import host_kernel
-from flexeval.engine.compute.host_kernel import HostKernel, Parts, build
+from flexeval.engine.compute import host_team
+from flexeval.engine.compute.host_decode import DecodeKernel, Parts
+from flexeval.engine.compute.host_team import build
 from flexeval.engine.memory.host_rate import cpu_attention_rate, host_attention_rate
 
 
 # v3: vectors of 256 bits, as of processors without AVX-512
 @pytest.fixture(params=[("native", False), ("native", True), ("x86-64-v3", False)], ids=["own", "borrowed", "v3"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HostKernel:
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DecodeKernel:
     processor, borrows = request.param
     if processor != "native":
-        flags = tuple(flag.replace("native", processor) for flag in host_kernel._FLAGS)
-        monkeypatch.setattr(host_kernel, "_FLAGS", flags)
-        monkeypatch.setattr(host_kernel, "_library", host_kernel._library.__wrapped__)
+        flags = tuple(flag.replace("native", processor) for flag in host_team._FLAGS)
+        monkeypatch.setattr(host_team, "_FLAGS", flags)
+        monkeypatch.setattr(host_team, "library", host_team.library.__wrapped__)
     made = build(3, borrows=borrows)
     assert made is not None, "the tests' machine has a compiler"
-    return made
+    return DecodeKernel(made)
 
 
 def parts_of(lengths: list[int], num_tokens: int) -> Parts:
@@ -49,7 +50,7 @@ FORMATS = {
 @pytest.mark.parametrize(("key_size", "value_size"), [(64, 64), (80, 80), (576, 512), (16, 128)])
 @pytest.mark.parametrize("heads_per_kv", [1, 3, 8])
 @pytest.mark.parametrize("name", FORMATS)
-def test_it_equals_float64(kernel: HostKernel, name: str, heads_per_kv: int, key_size: int, value_size: int) -> None:
+def test_it_equals_float64(kernel: DecodeKernel, name: str, heads_per_kv: int, key_size: int, value_size: int) -> None:
     torch.manual_seed(0)
     lengths, num_kv_heads, num_tokens = [1, 2, 15, 16, 17, 100], 5, 120
     dtype, coding = FORMATS[name]
@@ -85,7 +86,7 @@ def log_of(num_tokens: int, num_kv_heads: int, size: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_it_rounds_as_torch_does(kernel: HostKernel, dtype: torch.dtype) -> None:
+def test_it_rounds_as_torch_does(kernel: DecodeKernel, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     log, parts = log_of(300, 3, 64, torch.float16), parts_of([1, 300, 17, 40], 300)
     log.format.views(log.data_CB)[1][7, 1, 5] = torch.nan
@@ -93,33 +94,34 @@ def test_it_rounds_as_torch_does(kernel: HostKernel, dtype: torch.dtype) -> None
     q_TKMH = 3 * torch.randn(4, 3, 2, 64)
     expected = kernel(q_TKMH, [log], parts, scale=0.3, softcap=None)
     rounded_PKMW = torch.empty(4, 3, 2, 64, dtype=dtype)
-    job = kernel.begin(q_TKMH, [log], parts, scale=0.3, softcap=None, rounded_PKMW=rounded_PKMW)
+    partial, job = kernel.begin(q_TKMH, [log], parts, scale=0.3, softcap=None, rounded_PKMW=rounded_PKMW)
     assert job.wait() > 0 and job.wait() == job.wait()
     assert expected.out_BNQW.isnan().any() and expected.out_BNQW.isinf().any()
     torch.testing.assert_close(rounded_PKMW, expected.out_BNQW.to(dtype), atol=0, rtol=0, equal_nan=True)
-    torch.testing.assert_close(job.partial.lse_BNQ, expected.lse_BNQ, atol=0, rtol=0)
+    torch.testing.assert_close(partial.lse_BNQ, expected.lse_BNQ, atol=0, rtol=0)
 
 
-def test_jobs_are_done_in_turn_whoever_waits(kernel: HostKernel) -> None:
+def test_jobs_are_done_in_turn_whoever_waits(kernel: DecodeKernel) -> None:
     """Many of different sizes at once, waited for from the last to the first, or not at all."""
     torch.manual_seed(0)
     logs = [log_of(200, 2, 32, torch.float32) for _ in range(60)]
     works = [(torch.randn(3, 2, 1, 32), [log], parts_of([1 + index, 9, 100], 200)) for index, log in enumerate(logs)]
     expected = [kernel(*work, scale=0.3, softcap=None) for work in works]
     for _ in range(20):
-        jobs = [kernel.begin(*work, scale=0.3, softcap=None) for work in works]
-        del jobs[30]
-        for job, one in reversed(list(zip(jobs, expected[:30] + expected[31:], strict=True))):
-            torch.testing.assert_close(job.partial.out_BNQW, one.out_BNQW, atol=0, rtol=0)
+        begun = [kernel.begin(*work, scale=0.3, softcap=None) for work in works]
+        del begun[30]
+        for (partial, job), one in reversed(list(zip(begun, expected[:30] + expected[31:], strict=True))):
+            job.wait()
+            torch.testing.assert_close(partial.out_BNQW, one.out_BNQW, atol=0, rtol=0)
     out_PKMW = torch.zeros(3, 2, 1, 32)
-    job = kernel.begin(*works[0], scale=0.3, softcap=None, rounded_PKMW=out_PKMW)
-    kernel.drain()
+    _, job = kernel.begin(*works[0], scale=0.3, softcap=None, rounded_PKMW=out_PKMW)
+    kernel.team.drain()
     torch.testing.assert_close(out_PKMW, expected[0].out_BNQW, atol=0, rtol=0)
     assert job.wait() > 0
 
 
 @pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=["plain", "kv4"])
-def test_what_is_no_number_is_not_hidden(kernel: HostKernel, coding: KVCoding | None) -> None:
+def test_what_is_no_number_is_not_hidden(kernel: DecodeKernel, coding: KVCoding | None) -> None:
     form = make_format(KVShape(1, 64, 64), torch.float32, coding)
     log = KVLog(form, torch.empty(20, form.token_bytes, dtype=torch.uint8))
     keys_CKH = torch.randn(20, 1, 64)
@@ -129,7 +131,7 @@ def test_what_is_no_number_is_not_hidden(kernel: HostKernel, coding: KVCoding | 
     assert out_PKMW.isnan().all()
 
 
-def test_it_refuses_what_it_cannot_read(kernel: HostKernel) -> None:
+def test_it_refuses_what_it_cannot_read(kernel: DecodeKernel) -> None:
     def log(key_size: int, dtype: torch.dtype, coding: KVCoding | None = None) -> KVLog:
         form = make_format(KVShape(2, key_size, 64), dtype, coding)
         return KVLog(form, torch.zeros(4, form.token_bytes, dtype=torch.uint8))
@@ -141,7 +143,7 @@ def test_it_refuses_what_it_cannot_read(kernel: HostKernel) -> None:
     assert not kernel.takes(log(64, torch.float16, KVCoding(4, 16)))
 
 
-def test_places_behind_a_log_are_not_read(kernel: HostKernel) -> None:
+def test_places_behind_a_log_are_not_read(kernel: DecodeKernel) -> None:
     form = PlainFormat(KVShape(1, 16, 16), torch.float32)
     log = KVLog(form, torch.zeros(4, form.token_bytes, dtype=torch.uint8))
     with pytest.raises(AssertionError):
@@ -163,7 +165,7 @@ def test_threads_end_with_the_kernel() -> None:
 
 def test_threads_that_are_borrowed_are_torchs() -> None:
     """None of our own, where torch has an OpenMP runtime that is asked as GCC's is: its builds for Linux have."""
-    assert host_kernel._lent() is not None
+    assert host_team._lent() is not None
     torch.ones(1 << 20).sum()
     gc.collect()
     before = len(list(Path("/proc/self/task").iterdir()))
@@ -172,7 +174,7 @@ def test_threads_that_are_borrowed_are_torchs() -> None:
 
 
 def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(host_kernel, "_library", host_kernel._library.__wrapped__)
+    monkeypatch.setattr(host_team, "library", host_team.library.__wrapped__)
     for compiler in (str(tmp_path / "missing"), "false"):
         monkeypatch.setenv("FLEXEVAL_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("CC", compiler)
