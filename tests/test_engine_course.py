@@ -131,6 +131,24 @@ def test_the_rest_is_placed_anew_and_every_answer_is_the_same_and_given_once(
     assert usage.splits == [] and usage.predicted_s > 0 and usage.corrected_s > 0
 
 
+SCORES, TEXTS = ([r for r in MANY if (r.max_tokens > 1) == generates] for generates in (False, True))
+
+
+@pytest.mark.parametrize("searches", [0.0, 1e12], ids=["worth-it", "too-short"])
+def test_another_batch_has_its_own_sizes(model: str, searches: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that only scores has a single sequence in flight: texts would be written one after the other."""
+    monkeypatch.setattr("flexeval.policy.replanning.SEARCHES", searches)
+    with load(model, policy="auto") as engine:
+        engine.generate(SCORES)
+        alone, executor = Policy.from_json(engine.usage().policy), engine._placements.at_hand.executor
+        answers = engine.generate(TEXTS)
+        together, stays = Policy.from_json(engine.usage().policy), engine._placements.at_hand.executor is executor
+    assert alone.block_sequences == 1 and stays
+    assert (together.block_sequences > 1) == (searches == 0)
+    with load(model, policy="auto") as engine:
+        assert list(map(without_time, answers)) == list(map(without_time, engine.generate(TEXTS)))
+
+
 def test_what_is_deterministic_stays_where_it_is(model: str, moves: list[Policy]) -> None:
     with load(model, policy="auto", deterministic=True) as engine:
         engine.generate(MANY)

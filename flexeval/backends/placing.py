@@ -17,14 +17,14 @@ from flexeval.backends.shortage import cannot_split, does_not_load, full_tier
 from flexeval.backends.trial import try_out
 from flexeval.config import Limits
 from flexeval.engine.codecs.kv_format import make_format
-from flexeval.engine.memory.host_rate import cpu_attention_rate, host_attention_rate
+from flexeval.engine.memory.host_rate import cpu_attention_rate, cpu_prompt_rate, host_attention_rate
 from flexeval.engine.sizes import model_shape
 from flexeval.errors import CapacityError
 from flexeval.policy.correction import NO_CORRECTION, Correction
 from flexeval.policy.cost import CostModel
 from flexeval.policy.hardware import Hardware, detect
 from flexeval.policy.policy import Policy, Tier
-from flexeval.policy.replanning import tell_move
+from flexeval.policy.replanning import policy_for_more, rests_alike, tell_move
 from flexeval.policy.search import check, choose
 from flexeval.policy.splitting import split, tell_split
 from flexeval.policy.work import Workload
@@ -58,6 +58,7 @@ class Placements:
         self._tried: Correction | None = None
         self._correction = NO_CORRECTION
         self._search_s = 0.0
+        self._is_split = False  # memory ran out under a policy that should have fitted
 
     def close(self) -> None:
         """Give back memory, threads and files."""
@@ -90,7 +91,7 @@ class Placements:
     def ready(
         self, workload: Workload, requests: Sequence[TokenRequest], policy: Policy | None, on_layer: OnLayer
     ) -> Placed:
-        """The weights placed for this workload, and placed anew where their old place is too small.
+        """The weights placed for this workload: anew where their old place is too small, or another pays.
 
         Args:
             workload: What is to be answered.
@@ -99,12 +100,9 @@ class Placements:
             on_layer: Told how far loading is.
         """
         opened, hardware = self._opened, self._measure()
-        if self.at_hand is not None:
-            try:
-                check(self.at_hand.executor.policy, self._shape, workload, hardware)
-                return self.at_hand
-            except CapacityError:
-                self.close()
+        if self.at_hand is not None and self._suits(self.at_hand, workload):
+            return self.at_hand
+        self.close()
         fixed = policy or self._fixed_policy
         start = time.perf_counter()
         policy = choose(self._shape, workload, hardware, fixed=fixed, is_apart=self._is_apart)
@@ -119,6 +117,21 @@ class Placements:
             self.at_hand.executor.find_key_channels()
         self.at_hand.load_s = time.perf_counter() - start
         return self.at_hand
+
+    def _suits(self, placed: Placed, workload: Workload) -> bool:
+        """Whether a placement is as good as another for a workload: with other sizes in flight, where these are."""
+        policy = placed.executor.policy
+        try:
+            check(policy, self._shape, workload, self._measure())
+        except CapacityError:
+            return False
+        if self._fixed_policy is not None or self._is_apart or self._is_split:
+            return True
+        model = replace(self.cost_model(workload), correction=self._correction)
+        better = policy_for_more(model, policy, search_s=self._search_s, load_s=placed.load_s) or policy
+        if rests_alike(policy, better):
+            placed.executor.policy = better
+        return rests_alike(policy, better)
 
     def begin(self, workload: Workload, requests: Sequence[TokenRequest], *, count: Count, is_again: bool) -> Course:
         """Follow a batch on the present placement.
@@ -172,6 +185,7 @@ class Placements:
             raise cannot_split(error, full, policy) from error
         placed.split(tell_split(policy, smaller))
         self.close()
+        self._is_split = True
         if self._fixed_policy is not None:
             self._fixed_policy = smaller
         return smaller
@@ -188,7 +202,16 @@ class Placements:
                 self._hardware = replace(
                     self._hardware, host_attention_bytes_per_s=host.bytes_per_s, attended_link_share=host.link_share
                 )
-            elif not is_gpu and opened.sparsity is None and (tokens_per_s := cpu_attention_rate(*self._kv, num_heads)):
-                flops_per_s = 4 * self._shape.head_size * num_heads * tokens_per_s
-                self._hardware = replace(self._hardware, single_attention_flops_per_s=flops_per_s)
+            elif not is_gpu and opened.sparsity is None:
+                self._hardware = self._with_our_attention(self._hardware, num_heads)
         return self._hardware
+
+    def _with_our_attention(self, hardware: Hardware, num_heads: int) -> Hardware:
+        """With the rates of our own kernels on a CPU, where they attend."""
+        shape, dtype, _ = self._kv
+        if tokens_per_s := cpu_attention_rate(*self._kv, num_heads):
+            flops_per_s = 4 * self._shape.head_size * num_heads * tokens_per_s
+            hardware = replace(hardware, single_attention_flops_per_s=flops_per_s)
+        if prompts := cpu_prompt_rate(shape, dtype, num_heads):
+            hardware = replace(hardware, attention_flops_per_s=prompts.flops_per_s, attention_part_s=prompts.part_s)
+        return hardware

@@ -14,6 +14,7 @@ from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.dense import decode_copies
 from flexeval.engine.compute.elementwise import results_per_token
 from flexeval.engine.compute.experts import experts_per_token
+from flexeval.engine.compute.host_prompts import attends_to_prompts
 from flexeval.engine.compute.vocabulary import PART_VALUES
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.planning.prefix import build_tree
@@ -77,6 +78,8 @@ def model_shape(
         results_per_token=results_per_token(anatomy, device),
         few_tokens=codec.few_tokens(device) if codec is not None and takes_coded else 0,
         decode_copies=0 if sparsity else decode_copies(device, form, heads_per_kv=num_query_heads // num_kv_heads),
+        gathers_prompts=not all(attends_to_prompts(kv, anatomy.dtype, num_query_heads) for kv in kv_shapes)
+        or bool(sparsity),
         num_matrices=num_matrices,
         num_experts=max(1, largest.num_experts),
         experts_per_token=active,

@@ -39,7 +39,7 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
     call_tokens = sweep.num_tokens / sweep.num_calls
     is_on_cpu = hardware.home is Tier.CPU
     num_results = sweep.num_tokens * shape.results_per_token
-    if is_on_cpu:  # queries, keys and values are gathered for attention, and its output twice put in its place, ...
+    if is_on_cpu and shape.gathers_prompts:  # and attention's output is twice put in its place, ...
         num_results += sweep.num_tokens * (3 * shape.num_query_heads + 2 * shape.num_kv_heads) * shape.head_size
         # ... and that over further parts merged into it
         num_results += 2 * (sweep.num_parts - sweep.num_tokens) * shape.num_query_heads * shape.head_size

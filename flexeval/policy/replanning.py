@@ -57,6 +57,28 @@ def better_policy(
     return best if gain_s > LEAST_GAIN * stay.total_s else None
 
 
+def policy_for_more(model: CostModel, policy: Policy, *, search_s: float, load_s: float) -> Policy | None:
+    """The policy for another batch, where nothing is in flight; None where the one before is as good.
+
+    Args:
+        model: Of that batch.
+        policy: Under which the batch before was done.
+        search_s: Seconds that a search takes.
+        load_s: Seconds that it takes to place the weights.
+    """
+    stay_s = model.cost(policy).total_s
+    if stay_s < SEARCHES * search_s:
+        return None
+    best = search(model.shape, model.workload, model.hardware, correction=model.correction)
+    moving_s = 0.0 if rests_alike(policy, best) else load_s
+    return best if stay_s - model.cost(best).total_s - moving_s > LEAST_GAIN * stay_s else None
+
+
+def rests_alike(one: Policy, other: Policy) -> bool:
+    """Whether everything rests in the same places under both, so that only what is in flight differs."""
+    return all(getattr(one, kind) == getattr(other, kind) for kind in KINDS) and one.slabs_ahead == other.slabs_ahead
+
+
 def _ending_seconds(model: CostModel, policy: Policy) -> float:
     """Most that it takes to end what is in flight: the longest text, while half of the seats are empty."""
     sweep = plan_sweeps(policy, model.workload).get(DECODE)

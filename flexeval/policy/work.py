@@ -47,6 +47,8 @@ class ModelShape:
     """Up to so many tokens of a layer call a packed slab is multiplied as it rests; 0 where it is always unpacked."""
     decode_copies: int
     """Copies that decode attention makes of a group's keys and values; 0 where it reads them where they are."""
+    gathers_prompts: bool = True
+    """Whether a CPU's attention has prompts' queries, keys and values copied, and each part of a context merged."""
     unpacked_head_bytes: int = 0
     """Of a head that rests in codes, what is unpacked at a time."""
     num_matrices: int = 0

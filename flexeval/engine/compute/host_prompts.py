@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexeval.engine.codecs.kv_format import KeysValues
+from flexeval.engine.codecs.kv_format import KeysValues, KVShape
 from flexeval.engine.compute.attention import Context
 from flexeval.engine.compute.host_team import Team, library
 from flexeval.engine.compute.port import AttentionOptions
@@ -152,13 +152,7 @@ class PromptKernel:
 
     def takes(self, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor) -> bool:
         """Whether it can attend with such heads."""
-        heads_per_kv = q_TNH.shape[1] // k_TKH.shape[1]
-        sizes = (q_TNH.shape[2], v_TKW.shape[2])
-        return (
-            q_TNH.dtype == torch.bfloat16
-            and all(size % _LANES == 0 and size <= _MAX_SIZE for size in sizes)
-            and 0 < heads_per_kv <= most_rows()
-        )
+        return attends_to_prompts(KVShape.of(k_TKH, v_TKW), q_TNH.dtype, q_TNH.shape[1])
 
     def __call__(
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions, row: Row, context: Context
@@ -209,6 +203,16 @@ class PromptKernel:
         if plan is None or plan.row is not row.plan:
             plan = self._plans[row.index, window] = PromptPlan(row.plan, window=window, block_tokens=block_tokens)
         return plan
+
+
+def attends_to_prompts(shape: KVShape, dtype: torch.dtype, num_query_heads: int) -> bool:
+    """Whether the kernel does, which this compiles at need."""
+    sizes = (shape.key_size, shape.value_size)
+    return (
+        dtype == torch.bfloat16
+        and all(size % _LANES == 0 and size <= _MAX_SIZE for size in sizes)
+        and 0 < num_query_heads // shape.num_heads <= most_rows()
+    )
 
 
 def most_rows() -> int:

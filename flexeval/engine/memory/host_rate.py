@@ -26,12 +26,15 @@ from flexeval.engine.codecs.kv_format import (
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.host_decode import can_read
+from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompts
 from flexeval.engine.compute.host_team import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row, RowMaker
 from flexeval.engine.memory.tier import page_aligned
-from flexeval.planning.rows import AncestorSpan, DecodeSpan, RowPlan
+from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, RowPlan
 from flexeval.policy.memory import free_host_bytes
+from flexeval.policy.rates.attention import LONG_SIZES, SHORT_SIZES, line
+from flexeval.policy.rates.timing import best_seconds
 from flexeval.team import give_spare_cores, num_spare_cores
 
 CONTEXT_TOKENS = 512
@@ -92,6 +95,54 @@ def cpu_attention_rate(
         return None
     work = _work(form, num_query_heads, torch.get_num_threads(), SMALL_LOG_BYTES, borrows=True)
     return work.num_bytes / _seconds(work, SMALL_BUDGET_S) / form.token_bytes
+
+
+class PromptRate(NamedTuple):
+    """What prompts take of a CPU's attention, as in `Hardware`."""
+
+    flops_per_s: float
+    part_s: float
+
+
+@cache
+def cpu_prompt_rate(shape: KVShape, dtype: torch.dtype, num_query_heads: int) -> PromptRate | None:
+    """How fast the engine attends in prompts where the CPU computes everything; measured once a process.
+
+    None where torch does it: `policy/rates/` measures that.
+    """
+    if not attends_to_prompts(shape, dtype, num_query_heads):
+        return None
+    team = build(torch.get_num_threads(), borrows=True)
+    assert team is not None
+    seconds = [
+        _prompt_seconds(PromptKernel(team), shape, dtype, num_query_heads, *sizes)
+        for sizes in (SHORT_SIZES, LONG_SIZES)
+    ]
+    pair_s, part_s = line(*seconds)
+    return PromptRate(2 * (shape.key_size + shape.value_size) / pair_s, part_s)
+
+
+def _prompt_seconds(
+    kernel: PromptKernel, shape: KVShape, dtype: torch.dtype, num_query_heads: int, num_prompts: int, length: int
+) -> float:
+    """Of prompts of such a length, for each token and query head."""
+    num_tokens = num_prompts * length
+    spans = [FreshSpan(node=node, start=node * length, length=length) for node in range(num_prompts)]
+    positions = np.tile(np.arange(length), num_prompts)
+    plan = RowPlan(token_ids=np.zeros(num_tokens, dtype=np.int64), positions=positions, fresh=tuple(spans))
+    row = RowMaker(torch.device("cpu")).make(0, plan)
+    sizes = ((num_query_heads, shape.key_size), (shape.num_heads, shape.key_size), (shape.num_heads, shape.value_size))
+    q_TNH, k_TKH, v_TKW = (torch.randn(num_tokens, *size).to(dtype) for size in sizes)
+    run = partial(kernel, q_TNH, k_TKH, v_TKW, AttentionOptions(scale=shape.key_size**-0.5), row, _Nowhere())
+    return best_seconds(run, "cpu", budget_s=SMALL_BUDGET_S) / (num_tokens * num_query_heads)
+
+
+class _Nowhere:
+    def own_log(self, batch: DecodeBatch) -> KVLog:
+        raise AssertionError("no row decodes")
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        raise AssertionError("the row has none")
 
 
 class _Work(NamedTuple):

@@ -39,13 +39,19 @@ def attention_rates(device: str, dtype: torch.dtype) -> AttentionRates:
     if device == "cuda":
         rate = 4 * head_size * GPU_SIZES[1] / _token_seconds(device, dtype, *GPU_SIZES)
         return AttentionRates(rate, 0.0, rate)
-    short_s, long_s = (_token_seconds(device, dtype, *sizes) for sizes in (SHORT_SIZES, LONG_SIZES))
-    num_short, num_long = SHORT_SIZES[1], LONG_SIZES[1]
-    # A token sees half of its prompt in the mean. Timings scatter: pairs take most of a long prompt in any case.
-    pair_s = max(2 * (long_s - short_s) / (num_long - num_short), long_s / num_long)
-    part_s = max(0.0, short_s - num_short / 2 * pair_s)
+    pair_s, part_s = line(*(_token_seconds(device, dtype, *sizes) for sizes in (SHORT_SIZES, LONG_SIZES)))
     single_s = _single_seconds(dtype, num_heads, head_size)
     return AttentionRates(4 * head_size / pair_s, part_s, 4 * head_size / single_s)
+
+
+def line(short_s: float, long_s: float) -> tuple[float, float]:
+    """Seconds of a pair, and of a token apart from that, by those of a token in short and long prompts, for a head.
+
+    A token sees half of its prompt in the mean. Timings scatter: pairs take most of a long prompt in any case.
+    """
+    num_short, num_long = SHORT_SIZES[1], LONG_SIZES[1]
+    pair_s = max(2 * (long_s - short_s) / (num_long - num_short), long_s / num_long)
+    return pair_s, max(0.0, short_s - num_short / 2 * pair_s)
 
 
 def _token_seconds(device: str, dtype: torch.dtype, num_prompts: int, num_tokens: int) -> float:
