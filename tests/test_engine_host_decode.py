@@ -12,7 +12,8 @@ from flexeval.engine.codecs.kv_format import CodedFormat, KVCoding, KVLog, KVSha
 from flexeval.engine.compute import host_team
 from flexeval.engine.compute.host_decode import DecodeKernel, Parts
 from flexeval.engine.compute.host_team import build
-from flexeval.engine.memory.host_rate import cpu_attention_rate, host_attention_rate
+from flexeval.engine.cpu_rates import cpu_attention_rate
+from flexeval.engine.memory.host_rate import host_attention_rate
 
 
 # v3: vectors of 256 bits, as of processors without AVX-512

@@ -17,7 +17,7 @@ from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompt
 from flexeval.engine.compute.host_team import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row, RowMaker
-from flexeval.engine.memory.host_rate import cpu_prompt_rate
+from flexeval.engine.cpu_rates import cpu_prompt_rate
 from flexeval.planning.rows import AncestorSpan, FreshSpan, KeySource, RowPlan
 
 pytestmark = pytest.mark.skipif(most_rows() == 0, reason="the processor does not multiply pairs of bfloat16")

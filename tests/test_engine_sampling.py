@@ -68,10 +68,11 @@ def test_neighbouring_seeds_and_steps_draw_independently() -> None:
 def test_a_sample_does_not_depend_on_the_batch() -> None:
     logits_RV = torch.randn(40, 30, generator=torch.Generator().manual_seed(2))
     asked = [request(temperature=1.0, top_p=0.9, seed=seed) for seed in range(40)]
-    together = draw_tokens(logits_RV, [Sample(i, asked[i], i % 3) for i in range(40)]).tolist()
-    alone = [int(draw_tokens(logits_RV[[i]], [Sample(0, asked[i], i % 3)])) for i in reversed(range(40))]
+    best_R = logits_RV.argmax(-1)
+    together = draw_tokens(best_R, logits_RV, [Sample(i, asked[i], i % 3) for i in range(40)]).tolist()
+    alone = [int(draw_tokens(best_R[[i]], logits_RV[[i]], [Sample(0, asked[i], i % 3)])) for i in reversed(range(40))]
     assert together == alone[::-1] != logits_RV.argmax(-1).tolist()
-    half = draw_tokens(logits_RV, [Sample(i, asked[i], i % 3) for i in range(0, 40, 2)]).tolist()
+    half = draw_tokens(best_R, logits_RV, [Sample(i, asked[i], i % 3) for i in range(0, 40, 2)]).tolist()
     assert half[::2] == together[::2] and half[1::2] == logits_RV.argmax(-1).tolist()[1::2]
     global_state = torch.get_rng_state()
     sample(logits_RV[0], asked[0], 0)

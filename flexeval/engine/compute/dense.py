@@ -13,7 +13,7 @@ from flexeval.engine.compute.attention import Attention, Context, PackedAttentio
 from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.host_decode import can_read
 from flexeval.engine.compute.host_prompts import PromptKernel
-from flexeval.engine.compute.host_team import Team, build
+from flexeval.engine.compute.host_team import Team, lent
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
 from flexeval.engine.kernels import has_triton
@@ -43,7 +43,7 @@ class CpuAttention:
 
 def dense_attention(device: torch.device) -> Attention:
     """How rows attend on a device to all that they see."""
-    team = build(torch.get_num_threads(), borrows=True) if device.type == "cpu" else None
+    team = lent(torch.get_num_threads()) if device.type == "cpu" else None
     return PackedAttention() if team is None else CpuAttention(team)
 
 

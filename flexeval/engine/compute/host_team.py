@@ -20,7 +20,7 @@ from flexeval.cache import cached_directory
 from flexeval.errors import FlexevalError
 
 FOLDER = Path(__file__).parent
-SOURCES = ("host_team.c", "host_decode.c", "host_prompts.c")
+SOURCES = ("host_team.c", "host_decode.c", "host_prompts.c", "host_softmax.c")
 HEADERS = ("host_team.h", "host_vectors.h")
 
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
@@ -85,10 +85,16 @@ def build(num_threads: int, *, borrows: bool = False) -> Team | None:
     Args:
         num_threads: Of the team.
         borrows: Whether they are torch's and the caller's, as for a thread that has torch compute all the time: torch's
-            threads spin for a while after each operation, and others would wait for their cores. One caller at a time.
+            threads spin for a while after each operation, and others would wait for their cores.
     """
     found = library()
     return None if found is None else Team(found, num_threads, borrows=borrows)
+
+
+@cache
+def lent(num_threads: int) -> Team | None:
+    """A team of so many of torch's threads, the caller's one of them; any number of callers may have it."""
+    return build(num_threads, borrows=True)
 
 
 def _lent() -> ctypes.c_void_p | None:
@@ -121,6 +127,7 @@ def library() -> ctypes.CDLL | None:
         ("dismiss", None, pointer),
         ("begin_decode", pointer, pointer, pointer),
         ("begin_prompts", pointer, pointer, pointer),
+        ("begin_softmax", pointer, pointer, pointer),
         ("prompt_rows", ctypes.c_int),
         ("wait", ctypes.c_double, pointer, pointer),
         ("drain", None, pointer),

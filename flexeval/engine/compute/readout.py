@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.host_softmax import log_sums
 from flexeval.engine.compute.keeping import Keeper, KeptTensors
 from flexeval.engine.compute.positions import Chunk, Positions
 from flexeval.engine.compute.sampling import Sample, draw_tokens
@@ -159,20 +160,26 @@ class _Reading(NamedTuple):
 
 def _read(logits_RV: Tensor, chunk: Chunk, samples: Sequence[Sample], num_top: int, keeper: Keeper | None) -> _Reading:
     """Read a chunk without waiting for the device, unless it samples."""
-    # One fused kernel, where torch's logsumexp takes several passes and differs by up to 1e-5.
-    logprobs_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
-    token_ids_G = draw_tokens(logits_RV if chunk.is_drawn_only else logits_RV[chunk.drawn_G], samples)
-    top_logprobs_RK, top_ids_RK = logprobs_RV.topk(num_top)
-    nothing_R0 = logprobs_RV.new_empty(len(logprobs_RV), 0)  # no view: it would hold on to all of them
-    kept = KeptTensors(nothing_R0, nothing_R0) if keeper is None else keeper.keep(logprobs_RV, chunk.shifts_R)
-    return _Reading(
-        token_ids_G,
-        logprobs_RV[chunk.scored_S, chunk.token_ids_S],
-        logprobs_RV[chunk.drawn_G, token_ids_G],
-        top_ids_RK,
-        top_logprobs_RK,
-        *kept,
-    )
+    sums = log_sums(logits_RV) if keeper is None else None
+    logits_GV = logits_RV if chunk.is_drawn_only else logits_RV[chunk.drawn_G]
+    if sums is None:
+        # One fused kernel, where torch's logsumexp takes several passes and differs by up to 1e-5.
+        numbers_RV, best_G = logits_RV.log_softmax(-1, dtype=torch.float32), logits_GV.argmax(-1)
+    else:
+        numbers_RV, best_G = logits_RV, sums.best_R[chunk.drawn_G]
+    token_ids_G = draw_tokens(best_G, logits_GV, samples)
+    if sums is not None and num_top == 1:
+        top_ids_RK = sums.best_R[:, None]
+        top_RK = numbers_RV.gather(1, top_ids_RK)
+    else:
+        top_RK, top_ids_RK = numbers_RV.topk(num_top)
+    nothing_R0 = numbers_RV.new_empty(len(numbers_RV), 0, dtype=torch.float32)  # no view, which would hold on to all
+    kept = KeptTensors(nothing_R0, nothing_R0) if keeper is None else keeper.keep(numbers_RV, chunk.shifts_R)
+    scored_S, drawn_G = numbers_RV[chunk.scored_S, chunk.token_ids_S], numbers_RV[chunk.drawn_G, token_ids_G]
+    if sums is not None:
+        scored_S, drawn_G = scored_S - sums.lse_R[chunk.scored_S], drawn_G - sums.lse_R[chunk.drawn_G]
+        top_RK = top_RK - sums.lse_R[:, None]
+    return _Reading(token_ids_G, scored_S, drawn_G, top_ids_RK, top_RK, *kept)
 
 
 def _fetch(readings: Sequence[_Reading]) -> list[npt.NDArray[np.int32]]:

@@ -25,9 +25,9 @@ class Sample(NamedTuple):
     """Tokens that its request has drawn before: the place in its random stream."""
 
 
-def draw_tokens(logits_GV: Tensor, samples: Iterable[Sample]) -> Tensor:
+def draw_tokens(best_G: Tensor, logits_GV: Tensor, samples: Iterable[Sample]) -> Tensor:
     """The next token after each position: the most probable, or a sample where `samples` has one."""
-    token_ids_G = logits_GV.argmax(-1)
+    token_ids_G = best_G.clone()
     for row, request, step in samples:
         token_ids_G[row] = sample(logits_GV[row], request, step)
     return token_ids_G

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from statistics import fmean
 from threading import Event
 from typing import NamedTuple
@@ -17,24 +17,17 @@ import torch
 from flexeval.engine.codecs.kv_format import (
     CodedFormat,
     KeysValues,
-    KVCoding,
     KVLog,
-    KVShape,
     PlainFormat,
-    make_format,
 )
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_attention import HostAttention
-from flexeval.engine.compute.host_decode import can_read
-from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompts
 from flexeval.engine.compute.host_team import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row, RowMaker
 from flexeval.engine.memory.tier import page_aligned
-from flexeval.planning.rows import AncestorSpan, DecodeSpan, FreshSpan, RowPlan
+from flexeval.planning.rows import AncestorSpan, DecodeSpan, RowPlan
 from flexeval.policy.memory import free_host_bytes
-from flexeval.policy.rates.attention import LONG_SIZES, SHORT_SIZES, line
-from flexeval.policy.rates.timing import best_seconds
 from flexeval.team import give_spare_cores, num_spare_cores
 
 CONTEXT_TOKENS = 512
@@ -44,11 +37,9 @@ LOG_BYTES, LOG_PART = 2 * 2**30, 8
 300 MB of cache, one of 512 MiB was attended to at 68 GiB/s, and a run's logs, 30 GiB in turn, at 45."""
 PRODUCTS_PER_THREAD = 2**29
 """Multiplications of a timed call at most: with few threads, or many queries to a key, memory is not what counts."""
-SMALL_LOG_BYTES = 32 * 2**20
-"""The same where the CPU computes everything: more than its cores' own caches."""
 COPY_BYTES = 128 * 2**20
 """Of each copy beside it."""
-BUDGET_S, SMALL_BUDGET_S = 0.2, 0.02
+BUDGET_S = 0.2
 """Of the timed calls; they are two at least. The link alone is timed for as long as the larger one."""
 
 
@@ -72,89 +63,27 @@ def host_attention_rate(form: PlainFormat | CodedFormat, num_query_heads: int, *
     with ThreadPoolExecutor(1) as lane:
         give_spare_cores(lambda take: lane.submit(take).result())
         log_bytes = min(LOG_BYTES, free_host_bytes() // LOG_PART)
-        work = lane.submit(_work, form, num_query_heads, num_spare_cores(), log_bytes).result()
+        work = lane.submit(attention_work, form, num_query_heads, num_spare_cores(), log_bytes).result()
         if not is_link_busy:
-            return HostRate(work.num_bytes / lane.submit(_seconds, work, BUDGET_S).result(), 1.0)
+            return HostRate(work.num_bytes / lane.submit(mean_seconds, work, BUDGET_S).result(), 1.0)
         with _copies() as copied_bytes_per_s:
             alone = copied_bytes_per_s(lambda: time.sleep(BUDGET_S))
-            attending = lane.submit(_seconds, work, BUDGET_S)
+            attending = lane.submit(mean_seconds, work, BUDGET_S)
             beside = copied_bytes_per_s(attending.result)
         return HostRate(work.num_bytes / attending.result(), min(1.0, beside / alone))
 
 
-@cache
-def cpu_attention_rate(
-    shape: KVShape, dtype: torch.dtype, coding: KVCoding | None, num_query_heads: int
-) -> float | None:
-    """Tokens a second, as the engine attends to them where the CPU computes everything; measured once a process.
-
-    None where it gathers them for torch: `policy/rates/` measures that.
-    """
-    form = make_format(shape, dtype, coding)
-    if not can_read(form):
-        return None
-    work = _work(form, num_query_heads, torch.get_num_threads(), SMALL_LOG_BYTES, borrows=True)
-    return work.num_bytes / _seconds(work, SMALL_BUDGET_S) / form.token_bytes
-
-
-class PromptRate(NamedTuple):
-    """What prompts take of a CPU's attention, as in `Hardware`."""
-
-    flops_per_s: float
-    part_s: float
-
-
-@cache
-def cpu_prompt_rate(shape: KVShape, dtype: torch.dtype, num_query_heads: int) -> PromptRate | None:
-    """How fast the engine attends in prompts where the CPU computes everything; measured once a process.
-
-    None where torch does it: `policy/rates/` measures that.
-    """
-    if not attends_to_prompts(shape, dtype, num_query_heads):
-        return None
-    team = build(torch.get_num_threads(), borrows=True)
-    assert team is not None
-    seconds = [
-        _prompt_seconds(PromptKernel(team), shape, dtype, num_query_heads, *sizes)
-        for sizes in (SHORT_SIZES, LONG_SIZES)
-    ]
-    pair_s, part_s = line(*seconds)
-    return PromptRate(2 * (shape.key_size + shape.value_size) / pair_s, part_s)
-
-
-def _prompt_seconds(
-    kernel: PromptKernel, shape: KVShape, dtype: torch.dtype, num_query_heads: int, num_prompts: int, length: int
-) -> float:
-    """Of prompts of such a length, for each token and query head."""
-    num_tokens = num_prompts * length
-    spans = [FreshSpan(node=node, start=node * length, length=length) for node in range(num_prompts)]
-    positions = np.tile(np.arange(length), num_prompts)
-    plan = RowPlan(token_ids=np.zeros(num_tokens, dtype=np.int64), positions=positions, fresh=tuple(spans))
-    row = RowMaker(torch.device("cpu")).make(0, plan)
-    sizes = ((num_query_heads, shape.key_size), (shape.num_heads, shape.key_size), (shape.num_heads, shape.value_size))
-    q_TNH, k_TKH, v_TKW = (torch.randn(num_tokens, *size).to(dtype) for size in sizes)
-    run = partial(kernel, q_TNH, k_TKH, v_TKW, AttentionOptions(scale=shape.key_size**-0.5), row, _Nowhere())
-    return best_seconds(run, "cpu", budget_s=SMALL_BUDGET_S) / (num_tokens * num_query_heads)
-
-
-class _Nowhere:
-    def own_log(self, batch: DecodeBatch) -> KVLog:
-        raise AssertionError("no row decodes")
-
-    def ancestor(self, span: AncestorSpan) -> KeysValues:
-        raise AssertionError("the row has none")
-
-
-class _Work(NamedTuple):
+class AttentionWork(NamedTuple):
     """Attention that was planned and has been run once."""
 
     run: Callable[[], None]
     num_bytes: int
 
 
-def _work(
+def attention_work(
     form: PlainFormat | CodedFormat, num_query_heads: int, num_threads: int, log_bytes: int, *, borrows: bool = False
-) -> _Work:
+) -> AttentionWork:
+    """Single tokens' attention over a log of so many bytes at most, by a team of so many threads."""
     num_heads, key_size, value_size = form.shape
     num_products = CONTEXT_TOKENS * num_query_heads * (key_size + value_size)
     most = min(log_bytes // (CONTEXT_TOKENS * form.token_bytes), PRODUCTS_PER_THREAD * num_threads // num_products)
@@ -172,10 +101,10 @@ def _work(
         begin().wait()
 
     run()
-    return _Work(run, num_tokens * form.token_bytes)
+    return AttentionWork(run, num_tokens * form.token_bytes)
 
 
-def _seconds(work: _Work, budget_s: float) -> float:
+def mean_seconds(work: AttentionWork, budget_s: float) -> float:
     """Of one run: the mean of two at least, and of no more than the budget asks for."""
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < budget_s:

@@ -1,0 +1,103 @@
+"""How fast the engine's own kernels are where the CPU computes everything, each measured once a process. No policy."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVLog, KVShape, make_format
+from flexeval.engine.compute.contexts import DecodeBatch
+from flexeval.engine.compute.host_decode import can_read
+from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompts
+from flexeval.engine.compute.host_softmax import log_sums
+from flexeval.engine.compute.host_team import lent
+from flexeval.engine.compute.port import AttentionOptions
+from flexeval.engine.compute.row import RowMaker
+from flexeval.engine.memory.host_rate import attention_work, mean_seconds
+from flexeval.planning.rows import AncestorSpan, FreshSpan, RowPlan
+from flexeval.policy.rates.attention import LONG_SIZES, SHORT_SIZES, line
+from flexeval.policy.rates.machine import LOGITS_SIZES
+from flexeval.policy.rates.timing import best_seconds
+
+LOG_BYTES = 32 * 2**20
+"""Of the log that single tokens attend to: more than a core's own caches."""
+BUDGET_S = 0.02
+"""Of the timed calls of a kernel; they are two at least."""
+
+
+@cache
+def cpu_attention_rate(
+    shape: KVShape, dtype: torch.dtype, coding: KVCoding | None, num_query_heads: int
+) -> float | None:
+    """Tokens a second, as the engine attends to them where the CPU computes everything; measured once a process.
+
+    None where it gathers them for torch: `policy/rates/` measures that.
+    """
+    form = make_format(shape, dtype, coding)
+    if not can_read(form):
+        return None
+    work = attention_work(form, num_query_heads, torch.get_num_threads(), LOG_BYTES, borrows=True)
+    return work.num_bytes / mean_seconds(work, BUDGET_S) / form.token_bytes
+
+
+class PromptRate(NamedTuple):
+    """What prompts take of a CPU's attention, as in `Hardware`."""
+
+    flops_per_s: float
+    part_s: float
+
+
+@cache
+def cpu_prompt_rate(shape: KVShape, dtype: torch.dtype, num_query_heads: int) -> PromptRate | None:
+    """How fast the engine attends in prompts where the CPU computes everything; measured once a process.
+
+    None where torch does it: `policy/rates/` measures that.
+    """
+    if not attends_to_prompts(shape, dtype, num_query_heads):
+        return None
+    team = lent(torch.get_num_threads())
+    assert team is not None
+    seconds = [
+        _prompt_seconds(PromptKernel(team), shape, dtype, num_query_heads, *sizes)
+        for sizes in (SHORT_SIZES, LONG_SIZES)
+    ]
+    pair_s, part_s = line(*seconds)
+    return PromptRate(2 * (shape.key_size + shape.value_size) / pair_s, part_s)
+
+
+@cache
+def cpu_softmax_rate(dtype: torch.dtype) -> float | None:
+    """Logits a second that are read where the CPU computes everything; measured once a process.
+
+    None where torch does it: `policy/rates/` measures that.
+    """
+    logits_RV = torch.randn(*LOGITS_SIZES).to(dtype)
+    if log_sums(logits_RV) is None:
+        return None
+    return logits_RV.numel() / best_seconds(partial(log_sums, logits_RV), "cpu", budget_s=BUDGET_S)
+
+
+def _prompt_seconds(
+    kernel: PromptKernel, shape: KVShape, dtype: torch.dtype, num_query_heads: int, num_prompts: int, length: int
+) -> float:
+    """Of prompts of such a length, for each token and query head."""
+    num_tokens = num_prompts * length
+    spans = [FreshSpan(node=node, start=node * length, length=length) for node in range(num_prompts)]
+    positions = np.tile(np.arange(length), num_prompts)
+    plan = RowPlan(token_ids=np.zeros(num_tokens, dtype=np.int64), positions=positions, fresh=tuple(spans))
+    row = RowMaker(torch.device("cpu")).make(0, plan)
+    sizes = ((num_query_heads, shape.key_size), (shape.num_heads, shape.key_size), (shape.num_heads, shape.value_size))
+    q_TNH, k_TKH, v_TKW = (torch.randn(num_tokens, *size).to(dtype) for size in sizes)
+    run = partial(kernel, q_TNH, k_TKH, v_TKW, AttentionOptions(scale=shape.key_size**-0.5), row, _Nowhere())
+    return best_seconds(run, "cpu", budget_s=BUDGET_S) / (num_tokens * num_query_heads)
+
+
+class _Nowhere:
+    def own_log(self, batch: DecodeBatch) -> KVLog:
+        raise AssertionError("no row decodes")
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        raise AssertionError("the row has none")

@@ -1,0 +1,60 @@
+"""What our compiled code reads off logits, against float64 and torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexeval.engine.compute.host_softmax import log_sums
+from flexeval.engine.cpu_rates import cpu_softmax_rate
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("vocab_size", [1, 15, 16, 63, 64, 65, 129, 5000])
+def test_it_equals_float64(dtype: torch.dtype, vocab_size: int) -> None:
+    torch.manual_seed(vocab_size)
+    for scale in (0.01, 1.0, 100.0):
+        # a part of longer rows, as of a head that is padded
+        logits_RV = (scale * torch.randn(7, vocab_size + 3)).to(dtype)[:, :vocab_size]
+        sums = log_sums(logits_RV)
+        assert sums is not None
+        torch.testing.assert_close(sums.lse_R.double(), logits_RV.double().logsumexp(-1), atol=5e-6, rtol=3e-7)
+        assert sums.best_R.tolist() == logits_RV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_of_equal_ones_the_first_is_best(dtype: torch.dtype) -> None:
+    logits_RV = torch.zeros(4, 300, dtype=dtype)
+    for row, places in enumerate([(5, 299), (64, 65), (298, 299), (0, 17)]):
+        logits_RV[row, list(places)] = 2.5
+    sums = log_sums(logits_RV)
+    assert sums is not None and sums.best_R.tolist() == [5, 64, 298, 0]
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_what_is_no_number_is_not_hidden(broken: float) -> None:
+    logits_RV = torch.randn(3, 200)
+    logits_RV[1, 130] = broken
+    sums = log_sums(logits_RV)
+    assert sums is not None and sums.lse_R.isfinite().tolist() == [True, False, True]
+    assert 0 <= int(sums.best_R[1]) < 200
+
+
+def test_words_that_cannot_come_take_nothing() -> None:
+    logits_RV = torch.randn(2, 100)
+    logits_RV[:, 20:] = -torch.inf
+    sums = log_sums(logits_RV)
+    assert sums is not None
+    torch.testing.assert_close(sums.lse_R, logits_RV[:, :20].logsumexp(-1))
+
+
+def test_other_numbers_are_torchs() -> None:
+    assert log_sums(torch.randn(2, 10, dtype=torch.float64)) is None
+    assert log_sums(torch.randn(10, 2).T) is None
+
+
+def test_the_rate_is_measured() -> None:
+    rate = cpu_softmax_rate(torch.float32)
+    assert rate is not None and 1e7 < rate < 1e12
