@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flexeval.engine.codecs.kv_format import CodedFormat, KVCoding, KVLog, KVSha
 from flexeval.engine.compute import host_team
 from flexeval.engine.compute.host_decode import DecodeKernel, Parts
 from flexeval.engine.compute.host_team import build
+from flexeval.engine.compute.partial import Partial
 from flexeval.engine.cpu_rates import cpu_attention_rate
 from flexeval.engine.memory.host_rate import host_attention_rate
 
@@ -27,6 +29,13 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     made = build(3, borrows=borrows)
     assert made is not None, "the tests' machine has a compiler"
     return DecodeKernel(made)
+
+
+def attend(kernel: DecodeKernel, *work: Any, **how: Any) -> Partial:
+    """What comes out of it."""
+    partial, job = kernel.begin(*work, **how)
+    job.wait()
+    return partial
 
 
 def parts_of(lengths: list[int], num_tokens: int) -> Parts:
@@ -69,7 +78,7 @@ def test_it_equals_float64(kernel: DecodeKernel, name: str, heads_per_kv: int, k
     q_TKMH = torch.randn(len(lengths), num_kv_heads, heads_per_kv, key_size).to(dtype)
     parts = parts_of(lengths, num_tokens)
     assert kernel.takes(log)
-    out_PKMW, lse_PKM = kernel(q_TKMH, [log], parts, scale=0.3, softcap=None)
+    out_PKMW, lse_PKM = attend(kernel, q_TKMH, [log], parts, scale=0.3, softcap=None)
     for part, places in enumerate(parts.places.split(lengths)):
         scores_KMS = 0.3 * torch.einsum("kmh,skh->kms", q_TKMH[part].double(), keys_CKH[places].double())
         expected_KMW = torch.einsum("kms,skw->kmw", scores_KMS.softmax(-1), values_CKW[places].double())
@@ -93,7 +102,7 @@ def test_it_rounds_as_torch_does(kernel: DecodeKernel, dtype: torch.dtype) -> No
     log.format.views(log.data_CB)[1][7, 1, 5] = torch.nan
     log.format.views(log.data_CB)[1][8, 2, 6] = torch.inf
     q_TKMH = 3 * torch.randn(4, 3, 2, 64)
-    expected = kernel(q_TKMH, [log], parts, scale=0.3, softcap=None)
+    expected = attend(kernel, q_TKMH, [log], parts, scale=0.3, softcap=None)
     rounded_PKMW = torch.empty(4, 3, 2, 64, dtype=dtype)
     partial, job = kernel.begin(q_TKMH, [log], parts, scale=0.3, softcap=None, rounded_PKMW=rounded_PKMW)
     assert job.wait() > 0 and job.wait() == job.wait()
@@ -107,7 +116,7 @@ def test_jobs_are_done_in_turn_whoever_waits(kernel: DecodeKernel) -> None:
     torch.manual_seed(0)
     logs = [log_of(200, 2, 32, torch.float32) for _ in range(60)]
     works = [(torch.randn(3, 2, 1, 32), [log], parts_of([1 + index, 9, 100], 200)) for index, log in enumerate(logs)]
-    expected = [kernel(*work, scale=0.3, softcap=None) for work in works]
+    expected = [attend(kernel, *work, scale=0.3, softcap=None) for work in works]
     for _ in range(20):
         begun = [kernel.begin(*work, scale=0.3, softcap=None) for work in works]
         del begun[30]
@@ -128,7 +137,7 @@ def test_what_is_no_number_is_not_hidden(kernel: DecodeKernel, coding: KVCoding 
     keys_CKH = torch.randn(20, 1, 64)
     keys_CKH[7, 0, 3] = torch.nan
     form.write(keys_CKH, torch.randn(20, 1, 64), log.data_CB)
-    out_PKMW, _ = kernel(torch.randn(1, 1, 1, 64), [log], parts_of([20], 20), scale=1.0, softcap=None)
+    out_PKMW, _ = attend(kernel, torch.randn(1, 1, 1, 64), [log], parts_of([20], 20), scale=1.0, softcap=None)
     assert out_PKMW.isnan().all()
 
 
@@ -148,7 +157,7 @@ def test_places_behind_a_log_are_not_read(kernel: DecodeKernel) -> None:
     form = PlainFormat(KVShape(1, 16, 16), torch.float32)
     log = KVLog(form, torch.zeros(4, form.token_bytes, dtype=torch.uint8))
     with pytest.raises(AssertionError):
-        kernel(torch.zeros(1, 1, 1, 16), [log], parts_of([5], 5), scale=1.0, softcap=None)
+        attend(kernel, torch.zeros(1, 1, 1, 16), [log], parts_of([5], 5), scale=1.0, softcap=None)
 
 
 def test_threads_end_with_the_kernel() -> None:

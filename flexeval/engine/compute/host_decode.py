@@ -78,14 +78,6 @@ class DecodeKernel:
         """Whether it can read such a log."""
         return _reads(log.format) and log.data_CB.is_contiguous()
 
-    def __call__(
-        self, q_TKMH: Tensor, logs: list[KVLog], parts: Parts, *, scale: float, softcap: float | None
-    ) -> Partial:
-        """Attend: output `[P, K, M, W]` and log-sum-exp `[P, K, M]`, float32. Takes what `begin` takes."""
-        partial, job = self.begin(q_TKMH, logs, parts, scale=scale, softcap=softcap)
-        job.wait()
-        return partial
-
     def begin(
         self,
         q_TKMH: Tensor,

@@ -11,9 +11,9 @@ size of a value, G segments, S bounds of tokens in segments.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from flexeval.engine.compute.attention import Context
 from flexeval.engine.compute.host_team import Team, library
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row
-from flexeval.planning.rows import AncestorSpan, Integers, KeySource, RowPlan
+from flexeval.planning.rows import AncestorSpan, FreshSpan, Integers, KeySource, RowPlan
 
+S = TypeVar("S", FreshSpan, AncestorSpan)
 _LANES, _MAX_SIZE = 16, 256  # as in the source
 
 
@@ -44,13 +45,28 @@ class _Segment(NamedTuple):
     """... and the one behind the last."""
 
 
+class _Spans(Generic[S]):
+    """Spans of a row, found by the tokens that they have."""
+
+    def __init__(self, spans: Sequence[S]):
+        self._spans: Sequence[S] = spans
+        self._starts = np.array([span.start for span in spans], dtype=np.int64)
+        self._ends = self._starts + np.array([span.length for span in spans], dtype=np.int64)
+
+    def meeting(self, first: int, end: int) -> list[S]:
+        """Those with any of the tokens from `first` up to `end`."""
+        return [self._spans[index] for index in np.flatnonzero((self._starts < end) & (self._ends > first)).tolist()]
+
+
 class PromptPlan:
     """How to attend for a row at all layers that see as far."""
 
     def __init__(self, row: RowPlan, *, window: int | None, block_tokens: int):
         """In blocks of so many tokens at most."""
         self.row = row
-        self._window = window
+        self._positions = np.asarray(row.positions)
+        self._window = int(self._positions.max()) + 1 if window is None else window
+        self._fresh, self._ancestors = _Spans(row.fresh), _Spans(row.ancestors)
         self.elsewhere: list[AncestorSpan] = []
         """Ancestors whose keys are not the row's."""
         self._sources: dict[KeySource, int] = {}
@@ -77,23 +93,15 @@ class PromptPlan:
 
     def _segments(self, first: int, end: int) -> Iterator[_Segment]:
         """What the tokens of a block see."""
-        window = self.row.num_tokens if self._window is None else self._window
-        for span in self.row.fresh:
+        for span in self._fresh.meeting(first, end):
             token = np.arange(max(first, span.start), min(end, span.start + span.length))
-            if len(token):
-                oldest = np.maximum(span.start, token - window + 1)
-                start = int(oldest[0])
-                yield _Segment(
-                    0, start, int(token[-1]) + 1 - start, int(token[0]) - first, oldest - start, token + 1 - start
-                )
-        positions = np.asarray(self.row.positions)
-        for above in self.row.ancestors:
+            oldest = np.maximum(span.start, token - self._window + 1)
+            start = int(oldest[0])
+            seen = (oldest - start, token + 1 - start)
+            yield _Segment(0, start, int(token[-1]) + 1 - start, int(token[0]) - first, *seen)
+        for above in self._ancestors.meeting(first, end):
             token = np.arange(max(first, above.start), min(end, above.start + above.length))
-            if not len(token):
-                continue
-            oldest = np.zeros_like(token)
-            if self._window is not None:
-                oldest = np.maximum(0, positions[token] - self._window + 1 - above.first_key_position)
+            oldest = np.maximum(0, self._positions[token] - self._window + 1 - above.first_key_position)
             start = int(oldest.min())
             if start < above.num_keys:
                 num_keys = above.num_keys - start
