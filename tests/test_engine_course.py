@@ -13,6 +13,7 @@ from test_engine_api import without_time
 from test_engine_placement import loaded, ragged_work
 from test_engine_shortage import MANY, Listener, load
 from tiny_directory import write_tiny_model
+from tiny_models import assert_equal_results
 
 from flexeval.backends import course
 from flexeval.engine.scheduler import Scheduler
@@ -21,7 +22,7 @@ from flexeval.policy.correction import Correction
 from flexeval.policy.cost import CostModel
 from flexeval.policy.policy import Policy, Split, apart
 from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, Sweep
-from flexeval.request import TokenRequest
+from flexeval.request import TokenRequest, TokenResult
 
 BLOCKS = Policy(row_tokens=24, sweep_tokens=48, group_sequences=2, num_groups=2)
 OTHER = Policy(row_tokens=128, sweep_tokens=256, group_sequences=3, num_groups=1, weights=Split(cpu=0.5, disk=0.5))
@@ -183,20 +184,15 @@ def test_what_has_begun_is_finished_and_nothing_else(
 ) -> None:
     """Prompts that take several sweeps are begun with their first one."""
     policy = Policy(row_tokens=rows, sweep_tokens=max(rows, sweeps), group_sequences=seats)
-    told: dict[int, object] = {}
+    told: dict[int, TokenResult] = {}
     with loaded(policy, tmp_path_factory.mktemp("disk")) as executor:
         whole = executor.execute(requests)
         waiting: list[int] = []
         executor.execute(requests, on_results=told.update, is_enough=closing_at(sweep, waiting))
         again = executor.execute(requests)
     assert sorted([*told, *waiting]) == list(range(len(requests)))
-    for index, result in told.items():
-        assert without_seconds(result) == without_seconds(whole[index])
-    assert list(map(without_seconds, again)) == list(map(without_seconds, whole))
-
-
-def without_seconds(result: Any) -> tuple[object, ...]:
-    return result.token_ids, result.finish_reason, tuple(round(one, 4) for one in result.logprobs)
+    assert_equal_results(list(told.values()), [whole[index] for index in told])
+    assert_equal_results(again, whole)
 
 
 def test_a_closed_scheduler_expects_no_sweep_for_what_is_left_out() -> None:

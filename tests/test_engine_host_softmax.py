@@ -8,7 +8,7 @@ import torch
 from flexeval.engine.compute.host_softmax import log_sums
 from flexeval.engine.cpu_rates import cpu_softmax_rate
 
-TYPES = [torch.float32, torch.float16, torch.bfloat16]
+TYPES = [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -35,7 +35,7 @@ def test_of_equal_ones_the_first_is_best(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_what_is_no_number_is_not_hidden(broken: float) -> None:
-    logits_RV = torch.randn(3, 200)
+    logits_RV = torch.randn(3, 200).bfloat16()
     logits_RV[1, 130] = broken
     sums = log_sums(logits_RV)
     assert sums is not None and sums.lse_R.isfinite().tolist() == [True, False, True]
@@ -43,18 +43,19 @@ def test_what_is_no_number_is_not_hidden(broken: float) -> None:
 
 
 def test_words_that_cannot_come_take_nothing() -> None:
-    logits_RV = torch.randn(2, 100)
+    logits_RV = torch.randn(2, 100).bfloat16()
     logits_RV[:, 20:] = -torch.inf
     sums = log_sums(logits_RV)
     assert sums is not None
-    torch.testing.assert_close(sums.lse_R, logits_RV[:, :20].logsumexp(-1))
+    torch.testing.assert_close(sums.lse_R, logits_RV[:, :20].float().logsumexp(-1))
 
 
 def test_other_numbers_are_torchs() -> None:
-    assert log_sums(torch.randn(2, 10, dtype=torch.float64)) is None
-    assert log_sums(torch.randn(10, 2).T) is None
+    assert log_sums(torch.randn(2, 10)) is None
+    assert log_sums(torch.randn(10, 2).bfloat16().T) is None
 
 
 def test_the_rate_is_measured() -> None:
-    rate = cpu_softmax_rate(torch.float32)
+    rate = cpu_softmax_rate(torch.bfloat16)
     assert rate is not None and 1e7 < rate < 1e12
+    assert cpu_softmax_rate(torch.float32) is None

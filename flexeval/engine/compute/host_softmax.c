@@ -49,7 +49,6 @@ static void sum_row(const void *work, int64_t row) {
     const struct rows *const w = work;
     const uint8_t *const numbers = w->numbers + row * w->row_bytes;
     switch (w->kind) {  // a copy of the code for each
-    case FLOAT32: return sum_up(FLOAT32, numbers, w->size, &w->lse[row], &w->best[row]);
     case FLOAT16: return sum_up(FLOAT16, numbers, w->size, &w->lse[row], &w->best[row]);
     default: return sum_up(BFLOAT16, numbers, w->size, &w->lse[row], &w->best[row]);
     }

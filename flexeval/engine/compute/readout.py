@@ -160,7 +160,7 @@ class _Reading(NamedTuple):
 
 def _read(logits_RV: Tensor, chunk: Chunk, samples: Sequence[Sample], num_top: int, keeper: Keeper | None) -> _Reading:
     """Read a chunk without waiting for the device, unless it samples."""
-    sums = log_sums(logits_RV) if keeper is None else None
+    sums = log_sums(logits_RV)
     logits_GV = logits_RV if chunk.is_drawn_only else logits_RV[chunk.drawn_G]
     if sums is None:
         # One fused kernel, where torch's logsumexp takes several passes and differs by up to 1e-5.
@@ -174,7 +174,10 @@ def _read(logits_RV: Tensor, chunk: Chunk, samples: Sequence[Sample], num_top: i
     else:
         top_RK, top_ids_RK = numbers_RV.topk(num_top)
     nothing_R0 = numbers_RV.new_empty(len(numbers_RV), 0, dtype=torch.float32)  # no view, which would hold on to all
-    kept = KeptTensors(nothing_R0, nothing_R0) if keeper is None else keeper.keep(numbers_RV, chunk.shifts_R)
+    kept = KeptTensors(nothing_R0, nothing_R0)
+    if keeper is not None:
+        logprobs_RV = numbers_RV if sums is None else numbers_RV - sums.lse_R[:, None]
+        kept = keeper.keep(logprobs_RV, chunk.shifts_R)
     scored_S, drawn_G = numbers_RV[chunk.scored_S, chunk.token_ids_S], numbers_RV[chunk.drawn_G, token_ids_G]
     if sums is not None:
         scored_S, drawn_G = scored_S - sums.lse_R[chunk.scored_S], drawn_G - sums.lse_R[chunk.drawn_G]
