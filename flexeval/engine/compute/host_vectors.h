@@ -40,8 +40,8 @@ INLINE void store(enum kind kind, void *numbers, int64_t first, floats x) {
         *(floats *)((float *)numbers + first) = x;
     } else if (kind == BFLOAT16) {
         const ints bits = (ints)x, is_number = x == x;
-        const ints upper = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        *(halves *)((uint16_t *)numbers + first) = __builtin_convertvector((upper & is_number) | (0x7fc0 & ~is_number), halves);
+        const ints upper = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, rounded = (upper & is_number) | (0x7fc0 & ~is_number);
+        *(halves *)((uint16_t *)numbers + first) = __builtin_convertvector(rounded, halves);
     } else {
         uint16_t *const place = (uint16_t *)numbers + first;
 #if defined(__AVX512F__)
