@@ -144,6 +144,9 @@ def test_another_batch_has_its_own_sizes(model: str, searches: float, monkeypatc
         alone, executor = Policy.from_json(engine.usage().policy), engine._placements.at_hand.executor
         answers = engine.generate(TEXTS)
         together, stays = Policy.from_json(engine.usage().policy), engine._placements.at_hand.executor is executor
+        engine.generate(SCORES)
+        engine.generate(TEXTS)
+        assert Policy.from_json(engine.usage().policy) == together, "whatever came between"
     assert alone.block_sequences == 1 and stays
     assert (together.block_sequences > 1) == (searches == 0)
     with load(model, policy="auto") as engine:

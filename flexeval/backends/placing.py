@@ -60,6 +60,7 @@ class Placements:
         self._correction = NO_CORRECTION
         self._search_s = 0.0
         self._is_split = False  # memory ran out under a policy that should have fitted
+        self._considered: list[Workload] = []  # for which the present policy has been thought about
 
     def close(self) -> None:
         """Give back memory, threads and files."""
@@ -101,14 +102,18 @@ class Placements:
             on_layer: Told how far loading is.
         """
         opened, hardware = self._opened, self._measure()
-        if self.at_hand is not None and self._suits(self.at_hand, workload):
-            return self.at_hand
-        self.close()
+        if (placed := self.at_hand) is not None:
+            policy = self._wanted(placed, workload)
+            if policy is not None and rests_alike(policy, placed.executor.policy):
+                placed.executor.policy = policy
+                return placed
+            self.close()
         fixed = policy or self._fixed_policy
         start = time.perf_counter()
         policy = choose(self._shape, workload, hardware, fixed=fixed, is_apart=self._is_apart)
         if fixed is None:
             self._search_s = time.perf_counter() - start
+        self._considered = [workload]
         cap_gpu_memory(self._limits, opened.device)
         self.try_out(self.cost_model(workload), policy, requests)
         start = time.perf_counter()
@@ -119,20 +124,19 @@ class Placements:
         self.at_hand.load_s = time.perf_counter() - start
         return self.at_hand
 
-    def _suits(self, placed: Placed, workload: Workload) -> bool:
-        """Whether a placement is as good as another for a workload: with other sizes in flight, where these are."""
+    def _wanted(self, placed: Placed, workload: Workload) -> Policy | None:
+        """The policy for a workload, given a placement for another one; None where that is too small for it."""
         policy = placed.executor.policy
         try:
             check(policy, self._shape, workload, self._measure())
         except CapacityError:
-            return False
-        if self._fixed_policy is not None or self._is_apart or self._is_split:
-            return True
+            return None
+        if self._fixed_policy is not None or self._is_apart or self._is_split or workload in self._considered:
+            return policy
         model = replace(self.cost_model(workload), correction=self._correction)
-        better = policy_for_more(model, policy, search_s=self._search_s, load_s=placed.load_s) or policy
-        if rests_alike(policy, better):
-            placed.executor.policy = better
-        return rests_alike(policy, better)
+        better = policy_for_more(model, policy, search_s=self._search_s, load_s=placed.load_s)
+        self._considered = [*self._considered, workload] if better is None else [workload]
+        return better or policy
 
     def begin(self, workload: Workload, requests: Sequence[TokenRequest], *, count: Count, is_again: bool) -> Course:
         """Follow a batch on the present placement.
