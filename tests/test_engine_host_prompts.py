@@ -173,6 +173,17 @@ def test_a_neighbours_numbers_that_are_none_stay_its_own(kernel: PromptKernel, b
             torch.testing.assert_close(out_TNW[token], whole[token], atol=0, rtol=0)
 
 
+def test_layers_may_have_other_heads(kernel: PromptKernel) -> None:
+    """One row, first with a query head to a KV head, then with 32: a block has as many tokens as there is room for."""
+    torch.manual_seed(0)
+    first = Case(20, [(150, [3])], (2, 2, 32, 32))
+    second = Case(20, [(150, [3])], (32, 1, 32, 32))
+    second.row = first.row
+    for case in (first, second, first):
+        expected_TNW = case.expected(OPTIONS["plain"])
+        torch.testing.assert_close(case.attend(kernel, OPTIONS["plain"]).double(), expected_TNW, atol=0.02, rtol=0.01)
+
+
 def test_it_refuses_what_it_cannot_read() -> None:
     assert attends_to_prompts(KVShape(3, 64, 64), torch.bfloat16, 9)
     assert not attends_to_prompts(KVShape(3, 64, 64), torch.float32, 9)

@@ -28,6 +28,11 @@ from flexeval.planning.rows import AncestorSpan, FreshSpan, Integers, KeySource,
 
 S = TypeVar("S", FreshSpan, AncestorSpan)
 _LANES, _MAX_SIZE = 16, 256  # as in the source
+_POINTERS = (
+    *("queries", "out", "sources", "segments"),
+    *("first_segments", "first_tokens", "first_seen", "end_seen", "sinks"),
+)
+_SIZES = ("num_blocks", "num_kv_heads", "heads_per_kv", "key_size", "value_size", "query_token", "query_head")
 
 
 class _Segment(NamedTuple):
@@ -120,32 +125,8 @@ class PromptPlan:
 
 class _Prompts(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "queries",
-                "out",
-                "sources",
-                "segments",
-                "first_segments",
-                "first_tokens",
-                "first_seen",
-                "end_seen",
-                "sinks",
-            )
-        ),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "num_blocks",
-                "num_kv_heads",
-                "heads_per_kv",
-                "key_size",
-                "value_size",
-                "query_token",
-                "query_head",
-            )
-        ),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )
@@ -156,7 +137,7 @@ class PromptKernel:
 
     def __init__(self, team: Team):
         self._team = team
-        self._plans: dict[tuple[int, int | None], PromptPlan] = {}
+        self._plans: dict[tuple[int, int | None, int], PromptPlan] = {}
 
     def takes(self, q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor) -> bool:
         """Whether it can attend with such heads."""
@@ -207,10 +188,10 @@ class PromptKernel:
 
     def _plan(self, row: Row, window: int | None, *, block_tokens: int) -> PromptPlan:
         """The row's plan in this sweep; layers ask again and again for the same."""
-        plan = self._plans.get((row.index, window))
-        if plan is None or plan.row is not row.plan:
-            plan = self._plans[row.index, window] = PromptPlan(row.plan, window=window, block_tokens=block_tokens)
-        return plan
+        key = (row.index, window, block_tokens)
+        if key not in self._plans or self._plans[key].row is not row.plan:
+            self._plans[key] = PromptPlan(row.plan, window=window, block_tokens=block_tokens)
+        return self._plans[key]
 
 
 def attends_to_prompts(shape: KVShape, dtype: torch.dtype, num_query_heads: int) -> bool:
