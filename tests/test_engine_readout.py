@@ -119,6 +119,20 @@ def read_slowly(hidden_1TD: Tensor, head: Head, plan: RowPlan, num_top: int) -> 
     return slow
 
 
+@pytest.mark.parametrize("num_top", [1, 2, 5])
+def test_of_equal_ones_that_which_is_drawn_comes_first(hidden_1TD: Tensor, num_top: int) -> None:
+    """However many are asked for: logits in bfloat16 are often equal."""
+    head = Head(torch.bfloat16)
+    head.weight_DV[:, 1::2] = head.weight_DV[:, ::2]  # every token has another one that is as probable
+    tokens = read(hidden_1TD, head, num_top_logprobs=num_top).drawn
+    greedy = [index for index, (_, request) in enumerate(PLAN.generators) if REQUESTS[request].temperature == 0]
+    assert greedy
+    for index in greedy:
+        assert tokens.top_ids_NK[index, 0] == tokens.token_ids_N[index] and tokens.token_ids_N[index] % 2 == 0
+        assert len(set(tokens.top_ids_NK[index].tolist())) == num_top
+        assert tokens.top_logprobs_NK[index, 0] == tokens.logprobs_N[index]
+
+
 def assert_reads(measured: Readout, expected: list[Slow], *, has_ties: bool = False) -> None:
     num_scores = len(measured.scored.token_ids_N)
     for tokens, slow in ((measured.scored, expected[:num_scores]), (measured.drawn, expected[num_scores:])):

@@ -173,6 +173,8 @@ def _read(logits_RV: Tensor, chunk: Chunk, samples: Sequence[Sample], num_top: i
         top_RK = numbers_RV.gather(1, top_ids_RK)
     else:
         top_RK, top_ids_RK = numbers_RV.topk(num_top)
+        if sums is not None and num_top:
+            top_ids_RK = _best_first(top_ids_RK, sums.best_R)
     nothing_R0 = numbers_RV.new_empty(len(numbers_RV), 0, dtype=torch.float32)  # no view, which would hold on to all
     kept = KeptTensors(nothing_R0, nothing_R0)
     if keeper is not None:
@@ -183,6 +185,13 @@ def _read(logits_RV: Tensor, chunk: Chunk, samples: Sequence[Sample], num_top: i
         scored_S, drawn_G = scored_S - sums.lse_R[chunk.scored_S], drawn_G - sums.lse_R[chunk.drawn_G]
         top_RK = top_RK - sums.lse_R[:, None]
     return _Reading(token_ids_G, scored_S, drawn_G, top_ids_RK, top_RK, *kept)
+
+
+def _best_first(top_ids_RK: Tensor, best_R: Tensor) -> Tensor:
+    """With the token that is drawn in the first place, however many are asked for: others may be as probable."""
+    place_R1 = (top_ids_RK == best_R[:, None]).int().argmax(-1, keepdim=True)
+    top_ids_RK = top_ids_RK.scatter(1, place_R1, top_ids_RK[:, :1])
+    return top_ids_RK.scatter(1, torch.zeros_like(place_R1), best_R[:, None])
 
 
 def _fetch(readings: Sequence[_Reading]) -> list[npt.NDArray[np.int32]]:
