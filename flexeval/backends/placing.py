@@ -6,6 +6,7 @@ Joins the search for a policy to the engine that obeys it; knows no request.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -32,6 +33,8 @@ from flexeval.policy.work import Workload
 from flexeval.request import TokenRequest
 
 Count = Callable[[Sequence[TokenRequest]], Workload]
+CONSIDERED = 16
+"""Workloads that are remembered: a server's batches are without number."""
 
 
 class Placements:
@@ -60,7 +63,7 @@ class Placements:
         self._correction = NO_CORRECTION
         self._search_s = 0.0
         self._is_split = False  # memory ran out under a policy that should have fitted
-        self._considered: list[Workload] = []  # for which the present policy has been thought about
+        self._considered = deque[Workload](maxlen=CONSIDERED)  # for which the present policy has been thought about
 
     def close(self) -> None:
         """Give back memory, threads and files."""
@@ -113,7 +116,8 @@ class Placements:
         policy = choose(self._shape, workload, hardware, fixed=fixed, is_apart=self._is_apart)
         if fixed is None:
             self._search_s = time.perf_counter() - start
-        self._considered = [workload]
+        self._considered.clear()
+        self._considered.append(workload)
         cap_gpu_memory(self._limits, opened.device)
         self.try_out(self.cost_model(workload), policy, requests)
         start = time.perf_counter()
@@ -135,7 +139,9 @@ class Placements:
             return policy
         model = replace(self.cost_model(workload), correction=self._correction)
         better = policy_for_more(model, policy, search_s=self._search_s, load_s=placed.load_s)
-        self._considered = [*self._considered, workload] if better is None else [workload]
+        if better is not None:
+            self._considered.clear()
+        self._considered.append(workload)
         return better or policy
 
     def begin(self, workload: Workload, requests: Sequence[TokenRequest], *, count: Count, is_again: bool) -> Course:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flexeval.engine.codecs.kv_format import KeysValues, KVLog
 from flexeval.engine.compute.attention import Context
-from flexeval.engine.compute.host_decode import DecodeKernel, Parts
+from flexeval.engine.compute.host_decode import DecodeKernel
 from flexeval.engine.compute.host_plan import Above, Gathered, HostPlan
 from flexeval.engine.compute.host_team import Job, Team
 from flexeval.engine.compute.partial import Partial, has_kernel, partial_attention
@@ -44,16 +44,12 @@ class Attending:
 
     def wait(self) -> Tensor:
         """The output `[T, N, W]`, once it is there."""
-        if not isinstance(self._busy, float):
-            self._busy = self._busy.wait()
+        self.seconds()
         return self._out_TNW
 
-    @property
     def seconds(self) -> float:
-        """How long the CPU took, without what it did before."""
-        self.wait()
-        assert isinstance(self._busy, float)
-        return self._busy
+        """How long the CPU took, without what it did before; waits for it."""
+        return self._busy if isinstance(self._busy, float) else self._busy.wait()
 
 
 class HostAttention:
@@ -89,32 +85,26 @@ class HostAttention:
         plan = self._plan(
             row, options.window, self.reads(logs), num_kv_heads=q_TKMH.shape[1], heads_per_kv=q_TKMH.shape[2]
         )
-        if plan.together is not None and plan.is_whole and options.sinks_N is None:
-            out_TKMW = out_TNW.unflatten(1, q_TKMH.shape[1:3])
-            _, job = self._begin(q_TKMH, logs, plan.together, options, out_TKMW)
-            return Attending(out_TNW, plan.num_keys, job)
         start = time.perf_counter()
         partials = [_attend(q_TKMH[part.token_B], logs[part.log], part, options) for part in plan.gathered]
         if plan.together is not None:
-            own, job = self._begin(q_TKMH, logs, plan.together, options)
+            assert self._kernel is not None
+            is_all = plan.is_whole and options.sinks_N is None
+            own, job = self._kernel.begin(
+                q_TKMH,
+                logs,
+                plan.together,
+                scale=options.scale,
+                softcap=options.softcap,
+                rounded_PKMW=out_TNW.unflatten(1, q_TKMH.shape[1:3]) if is_all else None,
+            )
+            if is_all:
+                return Attending(out_TNW, plan.num_keys, job)
             job.wait()
             partials.append(own)
         partials += [_attend_above(q_TKMH, context.ancestor(above.span), above, options) for above in plan.aboves]
         out_TNW.copy_(_merge(partials, plan, options.sinks_N))
         return Attending(out_TNW, plan.num_keys, time.perf_counter() - start)
-
-    def _begin(
-        self,
-        q_TKMH: Tensor,
-        logs: list[KVLog],
-        parts: Parts,
-        options: AttentionOptions,
-        rounded_TKMW: Tensor | None = None,
-    ) -> tuple[Partial, Job]:
-        assert self._kernel is not None
-        return self._kernel.begin(
-            q_TKMH, logs, parts, scale=options.scale, softcap=options.softcap, rounded_PKMW=rounded_TKMW
-        )
 
     def reads(self, logs: Sequence[KVLog]) -> bool:
         """Whether our kernel reads such logs."""

@@ -25,7 +25,7 @@ class _Rows(ctypes.Structure):
         ("numbers", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
         ("best", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_rows", "size", "row_bytes", "kind")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "size", "stride", "kind")),
     )
 
 
@@ -46,8 +46,7 @@ def log_sums(logits_RV: Tensor) -> LogSums | None:
     if team is None:
         return None
     sums = LogSums(torch.empty(len(logits_RV)), torch.empty(len(logits_RV), dtype=torch.int64))
-    row_bytes = logits_RV.stride(0) * logits_RV.element_size()
     pointers = (tensor.data_ptr() for tensor in (logits_RV, *sums))
-    work = _Rows(*pointers, *logits_RV.shape, row_bytes, _KINDS[logits_RV.dtype])
+    work = _Rows(*pointers, *logits_RV.shape, logits_RV.stride(0), _KINDS[logits_RV.dtype])
     team.begin(team.library.flexeval_begin_softmax, work, (logits_RV, sums)).wait()
     return sums

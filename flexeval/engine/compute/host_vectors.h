@@ -4,7 +4,6 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 // Vectors are as long as the processor's: longer ones, GCC takes apart number by number.

@@ -5,7 +5,7 @@ Shapes: G tokens to draw, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,8 +25,10 @@ class Sample(NamedTuple):
     """Tokens that its request has drawn before: the place in its random stream."""
 
 
-def draw_tokens(best_G: Tensor, logits_GV: Tensor, samples: Iterable[Sample]) -> Tensor:
+def draw_tokens(best_G: Tensor, logits_GV: Tensor, samples: Sequence[Sample]) -> Tensor:
     """The next token after each position: the most probable, or a sample where `samples` has one."""
+    if not samples:
+        return best_G
     token_ids_G = best_G.clone()
     for row, request, step in samples:
         token_ids_G[row] = sample(logits_GV[row], request, step)

@@ -45,7 +45,7 @@ class AttentionLane:
         """
         attended = attending.wait()
         out_TNW = attended.wait()
-        self._lane.watch.add(attended.seconds)
+        self._lane.watch.add(attended.seconds())
         if has_triton(self._device):
             from flexeval.engine.memory.fetch_kernel import fetch
 

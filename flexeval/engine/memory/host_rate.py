@@ -14,12 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flexeval.engine.codecs.kv_format import (
-    CodedFormat,
-    KeysValues,
-    KVLog,
-    PlainFormat,
-)
+from flexeval.engine.codecs.kv_format import CodedFormat, KeysValues, KVLog, PlainFormat
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.host_team import build
