@@ -7,29 +7,11 @@
 //
 // Shapes as in host_decode.py. Sizes of heads are multiples of LANES and at most MAX_SIZE.
 
+#include "host_codes.h"
 #include "host_team.h"
-#include "host_vectors.h"
 
 #define ITS_LOW_BITS(i) ((i) % 4)
-#define BLOCK LANES  // tokens: their scores are one vector
 #define MAX_SIZE 1024
-
-struct work {
-    const float *queries;    // [T, K, M, H], scaled
-    const int64_t *logs;     // [P] address of the log a part lies in
-    const int64_t *tokens;   // [P] token of the row that asks
-    const int64_t *bounds;   // [P + 1] a part's places among all
-    const int32_t *places;   // tokens of the log
-    float *out;              // [P, K, M, W]
-    float *lse;              // [P, K, M]
-    void *rounded;           // NULL, or [P, K, M, W] of `rounded_kind`: the output goes there, and `out` is scratch
-    int64_t num_parts, num_kv_heads, heads_per_kv, key_size, value_size;
-    int64_t heads_at_once;   // KV heads of a piece
-    int64_t rounded_kind;
-    int64_t kind;
-    int64_t group_size;      // of codes; those of one byte's bits fill whole vectors
-    float softcap;           // 0: none
-};
 
 INLINE ints load_bytes(const uint8_t *bytes) {
 #if defined(__AVX512F__)
@@ -37,10 +19,6 @@ INLINE ints load_bytes(const uint8_t *bytes) {
 #else
     return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
 #endif
-}
-
-INLINE int bits_of(enum kind kind) {
-    return kind == FLOAT32 ? 32 : kind == CODES8 ? 8 : kind == CODES4 ? 4 : kind == CODES2 ? 2 : 16;
 }
 
 // So many vectors are read at once.
@@ -115,27 +93,21 @@ INLINE void add(enum kind kind, const struct block *block, floats weights, float
     }
 }
 
-// One query: its output so far, and the highest score and the sum of exponentials that go with it, and a block more.
+// The queries of one KV head: their outputs so far, and the highest scores and the sums of exponentials that go with them,
+// and a block more. What one query waits for others fill.
 INLINE void attend_block(
-    enum kind kind, const struct block *block, const struct work *w, const float *query, float *out, float *max,
+    enum kind kind, const struct block *block, const struct work *w, const float *queries, float *outs, float *max,
     float *sum
 ) {
-    const ints numbers = EACH_LANE(ITSELF), is_token = numbers < block->count;
-    const floats nothing = (floats){0} - INFINITY;
-    floats scores = multiply(kind, block, query);
-    if (w->softcap)
-        for (int t = 0; t < BLOCK; t++) scores[t] = w->softcap * tanhf(scores[t] / w->softcap);
-    scores = (floats)(((ints)scores & is_token) | ((ints)nothing & ~is_token));
-    const float seen = max_of(scores);
-    if (seen > *max) {
-        const float shrink = expf(*max - seen);  // exp(-inf) = 0 at first
-        *max = seen;
-        *sum *= shrink;
-        for (int64_t i = 0; i < w->value_size; i += LANES) *(floats *)(out + i) *= shrink;
+    const int64_t M = w->heads_per_kv, W = w->value_size;
+    floats weights[M] __attribute__((aligned(64)));
+    float shrink;
+    for (int64_t m = 0; m < M; m++) weights[m] = multiply(kind, block, queries + m * w->key_size);
+    for (int64_t m = 0; m < M; m++) {
+        weights[m] = weigh(w, weights[m], block->count, &max[m], &sum[m], &shrink);
+        for (int64_t i = 0; shrink != 1 && i < W; i += LANES) *(floats *)(outs + m * W + i) *= shrink;
     }
-    const floats weights = exp_of(scores - *max);
-    *sum += sum_of(weights);
-    add(kind, block, weights, out);
+    for (int64_t m = 0; m < M; m++) add(kind, block, weights[m], outs + m * W);
 }
 
 // All that is read of a block, as float32, for queries that read it again.
@@ -151,7 +123,8 @@ INLINE void widen(enum kind kind, const struct block *block, int64_t num_numbers
 INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t first_head, int64_t last_head) {
     const int64_t H = w->key_size, W = w->value_size, M = w->heads_per_kv, size = H + W;
     const int64_t group_size = kind >= CODES8 ? w->group_size : LANES, num_groups = size / group_size;
-    const int64_t num_bytes = size * w->num_kv_heads * bits_of(kind) / 8;  // of a token, but for scales and minima
+    const int64_t head_bytes = size * bits_of(kind) / 8;
+    const int64_t num_bytes = head_bytes * w->num_kv_heads;  // of a token, but for scales and minima
     const int64_t token_bytes = num_bytes + (kind >= CODES8 ? num_groups * w->num_kv_heads * 4 : 0);
     const int64_t first_row = (part * w->num_kv_heads + first_head) * M;
     const int64_t num_rows = (last_head - first_head) * M;
@@ -164,21 +137,13 @@ INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t f
     memset(out, 0, num_rows * W * sizeof *out);
     for (int64_t row = 0; row < num_rows; row++) max[row] = -INFINITY, sums[row] = 0;
     for (int64_t place = w->bounds[part]; place < w->bounds[part + 1]; place += BLOCK) {
-        const int64_t left = w->bounds[part + 1] - place;
-        block.count = wide.count = left < BLOCK ? left : BLOCK;
-        const uint8_t *tokens[BLOCK];
-        for (int t = 0; t < BLOCK; t++) {
-            const int64_t token = w->places[place + (t < block.count ? t : block.count - 1)];
-            tokens[t] = (const uint8_t *)w->logs[part] + token * token_bytes;
-        }
-        // While several queries meet this block the next one comes: tokens lie too far apart for processors to foresee.
-        for (int64_t t = BLOCK; M > 1 && t < (left < 2 * BLOCK ? left : 2 * BLOCK); t++) {
-            const uint8_t *const next = (const uint8_t *)w->logs[part] + w->places[place + t] * token_bytes;
-            const int64_t end = last_head * size * bits_of(kind) / 8;
-            for (int64_t byte = first_head * size * bits_of(kind) / 8; byte < end; byte += 64) __builtin_prefetch(next + byte);
-        }
+        const uint8_t *tokens[BLOCK], *next[BLOCK];
+        block.count = wide.count = find_tokens(w, part, place, token_bytes, tokens);
+        find_tokens(w, part, place + BLOCK < w->bounds[part + 1] ? place + BLOCK : place, token_bytes, next);
         for (int64_t head = first_head; head < last_head; head++) {
-            for (int t = 0; t < BLOCK; t++) block.tokens[t] = tokens[t] + head * size * bits_of(kind) / 8;
+            const int is_last = head == last_head - 1;
+            if (M > 1) fetch(is_last ? next : tokens, (is_last ? first_head : head + 1) * head_bytes, head_bytes);
+            for (int t = 0; t < BLOCK; t++) block.tokens[t] = tokens[t] + head * head_bytes;
             for (int64_t group = 0; kind >= CODES8 && group < num_groups; group++) {
                 ints pairs;
                 for (int t = 0; t < BLOCK; t++)
@@ -188,14 +153,13 @@ INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t f
                 affine[group][0] = load(FLOAT16, (const uint8_t *)&scales);
                 affine[group][1] = load(FLOAT16, (const uint8_t *)&minima);
             }
-            if (M > 1) widen(kind, &block, size, numbers);
-            for (int64_t m = 0; m < M; m++) {
-                const int64_t row = (head - first_head) * M + m;
-                const float *const query = w->queries + ((w->tokens[part] * w->num_kv_heads + head) * M + m) * H;
-                if (M > 1)
-                    attend_block(FLOAT32, &wide, w, query, out + row * W, &max[row], &sums[row]);
-                else
-                    attend_block(kind, &block, w, query, out + row * W, &max[row], &sums[row]);
+            const int64_t row = (head - first_head) * M;
+            const float *const queries = w->queries + (w->tokens[part] * w->num_kv_heads + head) * M * H;
+            if (M > 1) {
+                widen(kind, &block, size, numbers);
+                attend_block(FLOAT32, &wide, w, queries, out + row * W, &max[row], &sums[row]);
+            } else {
+                attend_block(kind, &block, w, queries, out + row * W, &max[row], &sums[row]);
             }
         }
     }
@@ -214,6 +178,9 @@ static void attend_piece(const void *work, int64_t piece) {
     const int64_t pieces = (w->num_kv_heads + w->heads_at_once - 1) / w->heads_at_once;  // of a part
     const int64_t part = piece / pieces, first = piece % pieces * w->heads_at_once;
     const int64_t end = first + w->heads_at_once, last = end < w->num_kv_heads ? end : w->num_kv_heads;
+#if HAS_BYTE_PRODUCTS
+    if ((w->kind == CODES4 || w->kind == CODES2) && w->heads_per_kv == 1) return attend_to_codes(w, part, first, last);
+#endif
     switch (w->kind) {  // a copy of the code for each
     case FLOAT32: return attend(FLOAT32, w, part, first, last);
     case FLOAT16: return attend(FLOAT16, w, part, first, last);
