@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexeval.engine.codecs.kv_format import CodedFormat, KeysValues, KVCoding, KVFormat, KVLog, KVShape, make_format
-from flexeval.engine.compute.attention import PackedAttention
+from flexeval.engine.compute.attention import PackedAttention, attend_above, complete
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.dense import dense_attention
 from flexeval.engine.compute.host_attention import HostAttention
@@ -168,6 +168,8 @@ def check(
             attending = HostAttention(kernel, num_threads=2).begin(q_TNH, options, made, context)
             outs.append(attending.wait())
             num_read = attending.num_keys
+            own = HostAttention(kernel, num_threads=2, sees_above=False).begin(q_TNH, options, made, context)
+            outs.append(complete(own.wait(), own.lse_TN, attend_above(q_TNH, options, made, context), options))
     tolerance = 3e-6 if dtype == torch.float32 else 0.03
     for out_TNW in outs:
         assert out_TNW.dtype == dtype

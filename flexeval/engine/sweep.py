@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from flexeval.engine.compute.anatomy import Anatomy, LayerCall
-from flexeval.engine.compute.attention import Attention
+from flexeval.engine.compute.attention import Above, Attention, attend_above, complete
 from flexeval.engine.compute.host_attention import Attending
 from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.port import Attend, AttentionOptions
@@ -36,7 +36,9 @@ class _Apart(NamedTuple):
     hidden_1TD: Tensor
     call: LayerCall
     weights: LayerWeights
+    options: AttentionOptions
     attending: Transfer[Attending]
+    above: Above | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +89,19 @@ class Sweeper:
         with self.trace.phase("embed"):
             calls = self._embed(rows, cache, hidden, on_host, for_later)
         is_in_place = [cache.is_in_place(layer) for layer in layers]
-        cells = ((layer, row) for layer in layers for row in in_turn if self._is_cell(layer, row, on_host))
-        coming = [(layer, row) for layer, row in cells if not is_in_place[layer]]
-        context_ahead = ahead(cache.lane_in, lambda cell: cache.load(*cell), coming)
+        coming: list[Callable[[], Any]] = []
+        for layer in (layer for layer in layers if not is_in_place[layer]):
+            apart_here = [row for row in rows if row.index in on_host[layer] and row.ancestors]
+            coming += [partial(cache.load_above, layer, row) for row in apart_here]
+            coming += [partial(cache.load, layer, row) for row in in_turn if self._is_cell(layer, row, on_host)]
+        context_ahead = ahead(cache.lane_in, lambda load: load(), coming)
+
+        def context_of(load: Callable[[int, Row], Any], layer: int, row: Row) -> Any:
+            return load(layer, row) if is_in_place[layer] else next(context_ahead)
 
         def compute(layer: int, row: Row, weights: LayerWeights) -> None:
             hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)
-            context = cache.load(layer, row) if is_in_place[layer] else next(context_ahead)
+            context = context_of(cache.load, layer, row)
             attend = self._attend(layer, row, cache, context)
             hidden.save(row.index, self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, weights))
             if row.fresh:
@@ -112,7 +120,8 @@ class Sweeper:
                         self._come_back(row, before[row.index], hidden)
                     if row.index in on_host[layer]:
                         call, hidden_1TD = calls[row.index][layer], hidden.load(row.index)
-                        apart[row.index] = self._set_out(layer, row, hidden_1TD, call, cache, weights(row))
+                        bring = partial(context_of, cache.load_above, layer, row)
+                        apart[row.index] = self._set_out(layer, row, hidden_1TD, call, cache, bring, weights(row))
                     elif row.index in soon:
                         compute(layer, row, weights(row))
                 self.weights.send_for_next()
@@ -189,9 +198,16 @@ class Sweeper:
         return hidden_1TD.index_copy(1, needed.index_W, needed_1WD)
 
     def _set_out(
-        self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, cache: Cache, weights: LayerWeights
+        self,
+        layer: int,
+        row: Row,
+        hidden_1TD: Tensor,
+        call: LayerCall,
+        cache: Cache,
+        bring_above: Callable[[], Any],
+        weights: LayerWeights,
     ) -> _Apart:
-        """Run a layer up to its attention and hand that to the CPU.
+        """Run a layer up to its attention and hand that to the CPU; meanwhile attend to what the sequences share.
 
         A layer that is not replayed is called once more to finish, so that norm and projections are computed twice.
         """
@@ -204,13 +220,20 @@ class Sweeper:
                 inputs = self.anatomy.run_to_attention(layer, hidden_1TD, call)
             context = cache.store_for_host(layer, row, inputs.k_TKH, inputs.v_TKW)
         attending = self.host.submit(row, inputs.q_TNH, inputs.options, context)
-        return _Apart(layer, hidden_1TD, call, weights, attending)
+        above = None
+        if row.ancestors:
+            shared = bring_above()
+            with self.watch.running():
+                above = attend_above(inputs.q_TNH, inputs.options, row, shared)
+        return _Apart(layer, hidden_1TD, call, weights, inputs.options, attending, above)
 
     def _come_back(self, row: Row, apart: _Apart, hidden: HiddenStore) -> None:
         """Run the rest of a layer, once the CPU has attended."""
-        layer, hidden_1TD, call, weights, attending = apart
+        layer, hidden_1TD, call, weights, options, attending, above = apart
         out_TNW = self.host.take(attending)
         with self.watch.running():
+            if above is not None or options.sinks_N is not None:
+                out_TNW = complete(out_TNW, self.host.take_lse(attending), above, options)
             if row.is_replayed:
                 assert self.replay is not None
                 hidden_1TD = self.replay.run_from_attention(layer, row, out_TNW, weights)

@@ -25,12 +25,12 @@ def host_rows(
         plans: The rows of a sweep.
         kv_bytes: Per layer, bytes of a token's KV in host memory; 0 where it rests elsewhere.
         weight_bytes: Per layer, bytes of weights that come to the device.
-        share: Of the decode attention over KV in host memory, how much the CPU takes.
+        share: Of the decode attention over sequences' own KV in host memory, how much the CPU takes.
     """
     is_rewriting = any(compaction.group == SHARED for plan in plans for compaction in plan.compactions)
     decode = [index for index, plan in enumerate(plans) if plan.decode]
     fit = [index for index in decode if not plans[index].compactions and not is_rewriting]
-    num_tokens = sum(_num_read(plans[index]) for index in decode)
+    num_tokens = sum(span.log_length for index in decode for span in plans[index].decode)
     parts = balanced([num_tokens * size for size in kv_bytes], weight_bytes, share=share)
     ends = accumulate((part * len(decode) for part in parts), initial=0.0)
     counts = [floor(end + ROUNDING) - floor(start + ROUNDING) for start, end in pairwise(ends)]
@@ -58,9 +58,3 @@ def balanced(kv_bytes: Sequence[int], weight_bytes: Sequence[int], *, share: flo
         left = max(0.0, left - sum(kv_bytes[layer] for layer in full))
         open_layers -= full
     return parts
-
-
-def _num_read(plan: RowPlan) -> int:
-    """Tokens of logs that a decode row reads."""
-    above = sum(span.num_keys for span in plan.ancestors if span.source.group is not None)
-    return above + sum(span.log_length for span in plan.decode)

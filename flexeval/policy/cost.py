@@ -146,8 +146,8 @@ class CostModel:
         """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3).
 
         The KV of a call is sent for when that of the one before has been taken, so that many small ones take as long as
-        Python. What the CPU attends to does not cross the link. Nor do values that rest in host memory and are not
-        chosen; for the others the computation waits, once it has chosen.
+        Python. What the CPU attends to, sequences' own contexts, does not cross the link; what they share does. Nor do
+        values that rest in host memory and are not chosen; for the others the computation waits, once it has chosen.
         """
         shape, hardware = self.shape, self.hardware
         num_rows = self.num_items(policy)["hidden"]
@@ -159,6 +159,7 @@ class CostModel:
             "kv": sweep.num_kv_read * shape.kv_bytes_per_token,
             "hidden": hidden_bytes,
         }
+        own_bytes = sweep.num_own_read * shape.kv_bytes_per_token
         written_bytes = {"kv": sweep.num_kv_written * shape.kv_bytes_per_token, "hidden": hidden_bytes}
 
         def moved(item_bytes: Mapping[str, float], *tiers: Tier) -> Linear:
@@ -172,6 +173,8 @@ class CostModel:
             least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
             kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)
             seconds[Lane.TO_GPU] = (moved({"kv": 1.0}, Tier.CPU, Tier.DISK) - placement.host_attention) * kv_layer_s
+            shared_layer_s = (read_bytes["kv"] - own_bytes) / hardware.to_gpu_bytes_per_s
+            seconds[Lane.TO_GPU] += placement.host_attention * shared_layer_s
             if shape.sparsity is not None:
                 spared_bytes, chosen_bytes = value_bytes(shape, sweep)
                 spared_s = kv_layer_s - max((read_bytes["kv"] - spared_bytes) / hardware.to_gpu_bytes_per_s, least_s)
@@ -182,7 +185,7 @@ class CostModel:
             seconds[Lane.FROM_GPU] = moved(written_bytes, Tier.CPU, Tier.DISK) / hardware.from_gpu_bytes_per_s
         if self.can_attend_on_host:
             rows_s = sweep.num_calls * OPERATIONS_PER_HOST_ROW * hardware.launch_s if read_bytes["kv"] else 0.0
-            layer_s = read_bytes["kv"] / hardware.host_attention_bytes_per_s + rows_s
+            layer_s = own_bytes / hardware.host_attention_bytes_per_s + rows_s
             seconds[Lane.HOST_ATTENTION] = placement.host_attention * layer_s
         if hardware.disk_bytes:
             seconds[Lane.DISK_READ] = moved(read_bytes, Tier.DISK) / hardware.disk_read_bytes_per_s

@@ -9,7 +9,7 @@ B sequences, L fresh tokens, S context, A descendants' tokens, P ancestor's toke
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,10 +83,8 @@ class PackedAttention:
                 keys_values = context.ancestor(span)
             else:
                 keys_values = KeysValues(k_TKH[in_row : in_row + span.num_keys], v_TKW[in_row : in_row + span.num_keys])
-            self._ancestor(q_TNH, options, row, span, keys_values, out_TNW, lse_TN)
-        if options.sinks_N is not None:  # a sink adds exp(sink) to the softmax's denominator and nothing to its sum
-            out_TNW *= torch.sigmoid(lse_TN - options.sinks_N.float())[..., None].to(out_TNW.dtype)
-        return out_TNW
+            _attend_to_ancestor(q_TNH, options, row, span, keys_values, out_TNW, lse_TN)
+        return _sink(out_TNW, lse_TN, options)
 
     @staticmethod
     def _fresh(
@@ -158,31 +156,65 @@ class PackedAttention:
         out_TNW[tokens] = partial.out_BNQW[:, :, 0]
         lse_TN[tokens] = partial.lse_BNQ[:, :, 0]
 
-    @staticmethod
-    def _ancestor(
-        q_TNH: Tensor,
-        options: AttentionOptions,
-        row: Row,
-        span: AncestorSpan,
-        keys_values: KeysValues,
-        out_TNW: Tensor,
-        lse_TN: Tensor,
-    ) -> None:
-        """All descendants' tokens over one ancestor's KV, merged into what they have attended to so far."""
-        tokens = slice(span.start, span.start + span.length)
-        mask_1AP = None
-        if options.window is not None and span.last_position - span.first_key_position >= options.window:
-            key_position_P = span.first_key_position + torch.arange(span.num_keys, device=q_TNH.device)
-            distance_AP = row.positions_1T[0, tokens, None] - key_position_P
-            mask_1AP = (distance_AP < options.window)[None]
-        partial: Partial = partial_attention(
-            q_TNH[tokens].transpose(0, 1)[None],
-            keys_values.keys_CKH.transpose(0, 1)[None],
-            keys_values.values_CKW.transpose(0, 1)[None],
-            scale=options.scale,
-            mask_BQS=mask_1AP,
-            softcap=options.softcap,
-        )
-        merge_into(
-            out_TNW[tokens], lse_TN[tokens], partial.out_BNQW[0].transpose(0, 1), partial.lse_BNQ[0].transpose(0, 1)
-        )
+
+class Above(NamedTuple):
+    """What a row's tokens have attended to of their ancestors."""
+
+    out_TNW: Tensor
+    lse_TN: Tensor
+    """Log-sum-exp of the scores, float32; -inf where a token has none."""
+
+
+def attend_above(q_TNH: Tensor, options: AttentionOptions, row: Row, context: Context) -> Above | None:
+    """Attend to the ancestors of a row that decodes, and to nothing else; None where there are none."""
+    if not row.ancestors:
+        return None
+    num_tokens, num_heads, _ = q_TNH.shape
+    seen = [context.ancestor(span) for span in row.ancestors]
+    above = Above(
+        q_TNH.new_zeros(num_tokens, num_heads, seen[0].values_CKW.shape[-1]),
+        torch.full((num_tokens, num_heads), -torch.inf, device=q_TNH.device),
+    )
+    for span, keys_values in zip(row.ancestors, seen, strict=True):
+        _attend_to_ancestor(q_TNH, options, row, span, keys_values, *above)
+    return above
+
+
+def complete(out_TNW: Tensor, lse_TN: Tensor, above: Above | None, options: AttentionOptions) -> Tensor:
+    """The output of a row that has attended to its own context, with what it sees of its ancestors; in place."""
+    if above is not None:
+        merge_into(out_TNW, lse_TN, *above)
+    return _sink(out_TNW, lse_TN, options)
+
+
+def _sink(out_TNW: Tensor, lse_TN: Tensor, options: AttentionOptions) -> Tensor:
+    if options.sinks_N is not None:  # a sink adds exp(sink) to the softmax's denominator and nothing to its sum
+        out_TNW *= torch.sigmoid(lse_TN - options.sinks_N.float())[..., None].to(out_TNW.dtype)
+    return out_TNW
+
+
+def _attend_to_ancestor(
+    q_TNH: Tensor,
+    options: AttentionOptions,
+    row: Row,
+    span: AncestorSpan,
+    keys_values: KeysValues,
+    out_TNW: Tensor,
+    lse_TN: Tensor,
+) -> None:
+    """All descendants' tokens over one ancestor's KV, merged into what they have attended to so far."""
+    tokens = slice(span.start, span.start + span.length)
+    mask_1AP = None
+    if options.window is not None and span.last_position - span.first_key_position >= options.window:
+        key_position_P = span.first_key_position + torch.arange(span.num_keys, device=q_TNH.device)
+        distance_AP = row.positions_1T[0, tokens, None] - key_position_P
+        mask_1AP = (distance_AP < options.window)[None]
+    partial: Partial = partial_attention(
+        q_TNH[tokens].transpose(0, 1)[None],
+        keys_values.keys_CKH.transpose(0, 1)[None],
+        keys_values.values_CKW.transpose(0, 1)[None],
+        scale=options.scale,
+        mask_BQS=mask_1AP,
+        softcap=options.softcap,
+    )
+    merge_into(out_TNW[tokens], lse_TN[tokens], partial.out_BNQW[0].transpose(0, 1), partial.lse_BNQ[0].transpose(0, 1))

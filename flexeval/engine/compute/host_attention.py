@@ -35,10 +35,12 @@ WRITTEN_OUT_TOKENS = 1024
 class Attending:
     """What becomes of a row."""
 
-    def __init__(self, out_TNW: Tensor, num_keys: int, busy: Job | float):
+    def __init__(self, out_TNW: Tensor, lse_TN: Tensor, num_keys: int, busy: Job | float):
         """`busy` is how long the CPU takes, in seconds where it is done."""
         self.num_keys = num_keys
         """Tokens whose keys and values are read."""
+        self.lse_TN = lse_TN
+        """Log-sum-exp of the scores, float32, once the output is there."""
         self._out_TNW = out_TNW
         self._busy = busy
 
@@ -55,14 +57,23 @@ class Attending:
 class HostAttention:
     """Dense decode attention on the CPU; one instance serves every row and layer, from one thread at a time."""
 
-    def __init__(self, team: Team | None, num_threads: int) -> None:
-        """With our kernel, if there is a team for it; torch uses `num_threads` in the thread that calls."""
+    def __init__(self, team: Team | None, num_threads: int, *, sees_above: bool = True) -> None:
+        """With our kernel, if there is a team for it; torch uses `num_threads` in the thread that calls.
+
+        Without `sees_above` what sequences share is left to others, and attention sinks with it.
+        """
         self._kernel = None if team is None else DecodeKernel(team)
         self._num_threads = num_threads
+        self._sees_above = sees_above
         self._plans: dict[int, tuple[RowPlan, dict[object, HostPlan]]] = {}
 
     def begin(
-        self, q_TNH: Tensor, options: AttentionOptions, row: Row, context: Context, out_TNW: Tensor | None = None
+        self,
+        q_TNH: Tensor,
+        options: AttentionOptions,
+        row: Row,
+        context: Context,
+        room: tuple[Tensor, Tensor] | None = None,
     ) -> Attending:
         """Attend for the row's new tokens, whose KV `context` already holds.
 
@@ -74,13 +85,14 @@ class HostAttention:
             options: How the layer attends.
             row: Which tokens see what.
             context: Where that lies.
-            out_TNW: Contiguous; filled with the output. None makes one.
+            room: For the output and the log-sum-exp, contiguous. None makes some.
         """
         assert row.decode and not row.fresh, "prompts are the GPU's"
         logs = [context.own_log(decode) for decode in row.decode]
         shape = logs[0].format.shape
-        if out_TNW is None:
-            out_TNW = q_TNH.new_empty(*q_TNH.shape[:2], shape.value_size)
+        if room is None:
+            room = q_TNH.new_empty(*q_TNH.shape[:2], shape.value_size), torch.empty(q_TNH.shape[:2])
+        out_TNW, lse_TN = room
         q_TKMH = q_TNH.unflatten(1, (shape.num_heads, -1))
         plan = self._plan(
             row, options.window, self.reads(logs), num_kv_heads=q_TKMH.shape[1], heads_per_kv=q_TKMH.shape[2]
@@ -89,7 +101,7 @@ class HostAttention:
         partials = [_attend(q_TKMH[part.token_B], logs[part.log], part, options) for part in plan.gathered]
         if plan.together is not None:
             assert self._kernel is not None
-            is_all = plan.is_whole and options.sinks_N is None
+            is_all = plan.is_whole and not (self._sees_above and options.sinks_N is not None)
             own, job = self._kernel.begin(
                 q_TKMH,
                 logs,
@@ -97,14 +109,15 @@ class HostAttention:
                 scale=options.scale,
                 softcap=options.softcap,
                 rounded_PKMW=out_TNW.unflatten(1, q_TKMH.shape[1:3]) if is_all else None,
+                lse_PKM=lse_TN.unflatten(1, q_TKMH.shape[1:3]) if is_all else None,
             )
             if is_all:
-                return Attending(out_TNW, plan.num_keys, job)
+                return Attending(out_TNW, lse_TN, plan.num_keys, job)
             job.wait()
             partials.append(own)
         partials += [_attend_above(q_TKMH, context.ancestor(above.span), above, options) for above in plan.aboves]
-        out_TNW.copy_(_merge(partials, plan, options.sinks_N))
-        return Attending(out_TNW, plan.num_keys, time.perf_counter() - start)
+        _merge(partials, plan, options.sinks_N if self._sees_above else None, out_TNW, lse_TN)
+        return Attending(out_TNW, lse_TN, plan.num_keys, time.perf_counter() - start)
 
     def reads(self, logs: Sequence[KVLog]) -> bool:
         """Whether our kernel reads such logs."""
@@ -123,7 +136,12 @@ class HostAttention:
         key = (window, has_kernel, *heads.values())
         if key not in before[1]:
             before[1][key] = HostPlan(
-                row.plan, window=window, has_kernel=has_kernel, num_threads=self._num_threads, **heads
+                row.plan,
+                window=window,
+                has_kernel=has_kernel,
+                num_threads=self._num_threads,
+                sees_above=self._sees_above,
+                **heads,
             )
         return before[1][key]
 
@@ -164,12 +182,16 @@ def _attend_above(q_TKMH: Tensor, keys_values: KeysValues, above: Above, options
     return Partial(out_KAMW.transpose(0, 1), lse_KAM.transpose(0, 1))
 
 
-def _merge(partials: Sequence[Partial], plan: HostPlan, sinks_N: Tensor | None) -> Tensor:
-    """Output `[T, N, W]`, float32, from all parts of all contexts."""
+def _merge(
+    partials: Sequence[Partial], plan: HostPlan, sinks_N: Tensor | None, out_TNW: Tensor, lse_TN: Tensor
+) -> None:
+    """Fill in the output and the log-sum-exp, from all parts of all contexts."""
     out_PKMW = torch.cat([partial.out_BNQW for partial in partials])
-    if plan.is_whole and sinks_N is None:
-        return out_PKMW.float().flatten(1, 2)
     lse_PKM = torch.cat([partial.lse_BNQ for partial in partials])
+    if plan.is_whole and sinks_N is None:
+        out_TNW.copy_(out_PKMW.flatten(1, 2))
+        lse_TN.copy_(lse_PKM.flatten(1, 2))
+        return
     if plan.part_X is not None:
         out_PKMW, lse_PKM = out_PKMW.index_select(0, plan.part_X), lse_PKM.index_select(0, plan.part_X)
     lse_ZTKM = lse_PKM.unflatten(0, (-1, plan.num_tokens))
@@ -180,4 +202,5 @@ def _merge(partials: Sequence[Partial], plan: HostPlan, sinks_N: Tensor | None) 
         lse_TKM = torch.logaddexp(lse_TKM, sinks_N.float().view(lse_TKM.shape[1:]))
     weight_ZTKM = (lse_ZTKM - lse_TKM).exp_()
     out_ZTKMW: Tensor = out_PKMW.float().unflatten(0, (-1, plan.num_tokens)).mul_(weight_ZTKM[..., None])
-    return out_ZTKMW.sum(0).flatten(1, 2)
+    out_TNW.copy_(out_ZTKMW.sum(0).flatten(1, 2))
+    lse_TN.copy_(lse_TKM.flatten(1, 2))

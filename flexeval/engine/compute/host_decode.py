@@ -87,6 +87,7 @@ class DecodeKernel:
         scale: float,
         softcap: float | None,
         rounded_PKMW: Tensor | None = None,
+        lse_PKM: Tensor | None = None,
     ) -> tuple[Partial, Job]:
         """Have the team attend; what comes out is there when the job is done.
 
@@ -97,6 +98,7 @@ class DecodeKernel:
             scale: Factor on the scores.
             softcap: Scores become softcap * tanh(score / softcap).
             rounded_PKMW: Contiguous; filled with the output, rounded to its type. The output in float32 is none then.
+            lse_PKM: Contiguous, float32; filled with the log-sum-exp of the scores. None makes one.
         """
         form = logs[0].format
         kind = _Kind.of(form)
@@ -108,7 +110,9 @@ class DecodeKernel:
         queries = q_TKMH.float().mul(scale).contiguous()
         addresses = torch.tensor([log.data_CB.data_ptr() for log in logs])[torch.tensor(parts.logs)]
         out_PKMW = torch.empty(num_parts, num_kv_heads, heads_per_kv, value_size)
-        lse_PKM = torch.empty(num_parts, num_kv_heads, heads_per_kv)
+        if lse_PKM is None:
+            lse_PKM = torch.empty(num_parts, num_kv_heads, heads_per_kv)
+        assert lse_PKM.shape == out_PKMW.shape[:3] and lse_PKM.is_contiguous(), lse_PKM.shape
         if rounded_PKMW is not None:
             assert rounded_PKMW.shape == out_PKMW.shape and rounded_PKMW.is_contiguous(), rounded_PKMW.shape
         num_pieces = min(num_kv_heads, -(-PIECES_PER_THREAD * self.team.num_threads // num_parts))

@@ -70,8 +70,9 @@ class HostPlan:
         heads_per_kv: int,
         num_threads: int,
         has_kernel: bool,
+        sees_above: bool,
     ):
-        """Plan for so many threads, and for our kernel or for torch."""
+        """Plan for so many threads, for our kernel or for torch, and for ancestors or without them."""
         num_pieces = -(-PIECES_PER_THREAD * num_threads // num_kv_heads)
         parts = list(_parts(row, window, num_pieces))
         self.num_keys = sum(len(part.places) for part in parts)
@@ -84,7 +85,7 @@ class HostPlan:
         """Calls over what they share."""
         asking = [call.token_B for call in self.gathered] if self.together is None else [self.together.token_P]
         tokens: list[int] = torch.cat(asking).tolist()
-        for ancestor in row.ancestors:
+        for ancestor in row.ancestors if sees_above else ():
             first = _first_seen(ancestor, row, window)
             if first < ancestor.num_keys:
                 self.aboves.append(Above(ancestor, first, _mask(ancestor, row, window, first, heads_per_kv)))

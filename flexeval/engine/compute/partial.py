@@ -227,5 +227,6 @@ def merge_into(out_TNW: Tensor, lse_TN: Tensor, other_out_TNW: Tensor, other_lse
 
         return merge_kernel.merge_into(out_TNW, lse_TN, other_out_TNW, other_lse_TN)
     weight_TN = torch.sigmoid(other_lse_TN - lse_TN)  # exp(b) / (exp(a) + exp(b))
+    weight_TN.masked_fill_(other_lse_TN == -torch.inf, 0.0)  # also where neither sees a key
     out_TNW.lerp_(other_out_TNW, weight_TN[..., None].to(out_TNW.dtype))
     torch.logaddexp(lse_TN, other_lse_TN, out=lse_TN)

@@ -1,11 +1,11 @@
 """Attention where KV rests: queries go to the host, the CPU attends, its output comes back. Knows lanes and streams.
 
-Knows neither which rows are attended for here nor how attention is computed.
+The CPU reads what sequences have for themselves, each token of it for one query of a head; what they share is for the
+compute device, which reads it once for all of them. Knows neither which rows are attended for here nor how attention is
+computed.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,15 +30,15 @@ class AttentionLane:
         self._device = device
         self._trace = trace
         self._attention: HostAttention | None = None  # made by the lane when first asked: it may have to compile
-        self._outputs: dict[int, Tensor] = {}  # by row, page-locked
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}  # by row, page-locked
         give_spare_cores(lambda take: lane.submit(take).wait())
 
     def submit(self, row: Row, q_TNH: Tensor, options: AttentionOptions, context: HostContext) -> Transfer[Attending]:
-        """Attend for a row, whose new tokens' KV has been stored: output `[T, N, W]`, for `take`."""
+        """Attend for a row to its sequences' own contexts, whose new tokens have been stored; for `take`."""
         return self._lane.submit(self._begin, row, q_TNH, options, context)
 
     def take(self, attending: Transfer[Attending]) -> Tensor:
-        """The output on the compute device.
+        """The output `[T, N, W]` on the compute device.
 
         It is sent for by whoever waits for it, and by a kernel if there is one: in the link's queue it would stand
         behind gigabytes of weights and KV, and the next row's queries behind it.
@@ -46,11 +46,11 @@ class AttentionLane:
         attended = attending.wait()
         out_TNW = attended.wait()
         self._lane.watch.add(attended.seconds())
-        if has_triton(self._device):
-            from flexeval.engine.memory.fetch_kernel import fetch
+        return self._fetch(out_TNW)
 
-            return fetch(out_TNW, self._device)
-        return out_TNW.to(self._device, non_blocking=True)
+    def take_lse(self, attending: Transfer[Attending]) -> Tensor:
+        """The log-sum-exp `[T, N]` of an output that has been taken, likewise; sinks are not among the scores."""
+        return self._fetch(attending.wait().lse_TN)
 
     def drain(self) -> None:
         """Wait for all that was submitted, taken or not."""
@@ -63,22 +63,28 @@ class AttentionLane:
             context.wait()
             # Copies from a GPU without blocking go to page-locked memory, which torch keeps and hands out again.
             q_TNH = q_TNH.to("cpu", non_blocking=True)
-            if options.sinks_N is not None:
-                options = replace(options, sinks_N=options.sinks_N.to("cpu", non_blocking=True))
             if self._device.type == "cuda":  # the host reads: its own copies must be there, and all that logs wait for
                 torch.cuda.current_stream().synchronize()
             if self._attention is None:
                 num_threads = num_spare_cores()
-                self._attention = HostAttention(build(num_threads), num_threads)
-            out_TNW = self._page_locked(row.index, q_TNH, context) if self._device.type == "cuda" else None
-            attending = self._attention.begin(q_TNH, options, row, context, out_TNW)
+                self._attention = HostAttention(build(num_threads), num_threads, sees_above=False)
+            room = self._page_locked(row.index, q_TNH, context) if self._device.type == "cuda" else None
+            attending = self._attention.begin(q_TNH, options, row, context, room)
         self._trace.moved("host_attention", attending.num_keys * context.format.token_bytes)
         return attending
 
-    def _page_locked(self, row: int, q_TNH: Tensor, context: HostContext) -> Tensor:
-        """Room for the row's output, in the place of its last one, from which its queries came: these are here."""
+    def _fetch(self, tensor: Tensor) -> Tensor:
+        if has_triton(self._device):
+            from flexeval.engine.memory.fetch_kernel import fetch
+
+            return fetch(tensor, self._device)
+        return tensor.to(self._device, non_blocking=True)
+
+    def _page_locked(self, row: int, q_TNH: Tensor, context: HostContext) -> tuple[Tensor, Tensor]:
+        """Room for what comes of a row, in the place of what came last, from which its queries came: these are here."""
         shape = (*q_TNH.shape[:2], context.format.shape.value_size)
-        room = self._outputs.get(row)
-        if room is None or room.shape != shape or room.dtype != q_TNH.dtype:
-            room = self._outputs[row] = torch.empty(shape, dtype=q_TNH.dtype, pin_memory=True)
+        room = self._rooms.get(row)
+        if room is None or room[0].shape != shape or room[0].dtype != q_TNH.dtype:
+            out_TNW = torch.empty(shape, dtype=q_TNH.dtype, pin_memory=True)
+            room = self._rooms[row] = out_TNW, torch.empty(shape[:2], pin_memory=True)
         return room

@@ -84,7 +84,7 @@ class KVCache:
         """
         if not self.is_in_place(layer):
             self._buffers.next_turn()
-        logs = {group: log for group in self._groups(row) if (log := self._logs.get((layer, group))) is not None}
+        logs = self._logs_of(layer, row)
         rooms = {batch.span.group: batch.num_sequences for batch in row.decode}
         held: dict[int, Tensor] = {}  # logs as a whole
         for compaction in row.compactions:
@@ -93,18 +93,14 @@ class KVCache:
             if batch.span.group in logs and batch.span.group not in held:
                 log, span = logs[batch.span.group], batch.span
                 held[span.group] = self._read(log, 0, span.log_length, room=batch.num_sequences)
-        ancestors: dict[KeySource, KVLog] = {}
-        for ancestor in row.ancestors:
-            source = ancestor.source
-            if source.group is None or source in ancestors:
-                continue
-            if source.group in held:
-                tokens_CB = held[source.group][source.log_start : source.log_start + ancestor.num_keys]
-            else:
-                tokens_CB = self._read(logs[source.group], source.log_start, ancestor.num_keys, room=0)
-            ancestors[source] = KVLog(logs[source.group].format, tokens_CB)
         own = {group: KVLog(logs[group].format, held[group]) for group in rooms if group in held}
-        return LoadedContext(own, ancestors, MappingProxyType(self._scratch))  # which is not looked through
+        return self._context(own, self._ancestors(row, logs, held))
+
+    def load_above(self, layer: int, row: Row) -> LoadedContext:
+        """Bring what a row's sequences share to the device, and nothing else; as `load`."""
+        if not self.is_in_place(layer):
+            self._buffers.next_turn()
+        return self._context({}, self._ancestors(row, self._logs_of(layer, row), {}))
 
     def store(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> KeysValues:
         """Take the KV of a row's new tokens: into logs, and into the scratch for later rows of the sweep.
@@ -129,9 +125,9 @@ class KVCache:
         return seen
 
     def store_for_host(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor) -> HostContext:
-        """The same for a row that nothing was loaded for; where the CPU finds what the row reads."""
+        """Take the KV of a row for which the CPU attends; where it finds what the sequences have for themselves."""
         self.store(layer, row, keys_TKH, values_TKW, LoadedContext({}, {}, {}))
-        return HostContext({group: self._logs[layer, group] for group in self._groups(row)})
+        return HostContext({batch.span.group: self._logs[layer, batch.span.group] for batch in row.decode})
 
     def host_token_bytes(self, layer: int) -> int:
         """Bytes of a token's KV at a layer whose KV rests in host memory; 0 at others, and before there is any."""
@@ -164,10 +160,28 @@ class KVCache:
         self._logs = {}
         self._scratch.clear()
 
-    @staticmethod
-    def _groups(row: Row) -> set[int]:
+    def _logs_of(self, layer: int, row: Row) -> dict[int, Log]:
+        """The logs that there are of those that a row reads or rewrites."""
         groups = {batch.span.group for batch in row.decode} | {compaction.group for compaction in row.compactions}
-        return groups | {span.source.group for span in row.ancestors if span.source.group is not None}
+        groups |= {span.source.group for span in row.ancestors if span.source.group is not None}
+        return {group: log for group in groups if (log := self._logs.get((layer, group))) is not None}
+
+    def _ancestors(self, row: Row, logs: Mapping[int, Log], held: Mapping[int, Tensor]) -> dict[KeySource, KVLog]:
+        """What a row reads of its ancestors' logs: of those that are held, and of others."""
+        ancestors: dict[KeySource, KVLog] = {}
+        for ancestor in row.ancestors:
+            source = ancestor.source
+            if source.group is None or source in ancestors:
+                continue
+            if source.group in held:
+                tokens_CB = held[source.group][source.log_start : source.log_start + ancestor.num_keys]
+            else:
+                tokens_CB = self._read(logs[source.group], source.log_start, ancestor.num_keys, room=0)
+            ancestors[source] = KVLog(logs[source.group].format, tokens_CB)
+        return ancestors
+
+    def _context(self, own: dict[int, KVLog], ancestors: dict[KeySource, KVLog]) -> LoadedContext:
+        return LoadedContext(own, ancestors, MappingProxyType(self._scratch))  # which is not looked through
 
     def _read(self, log: Log, start: int, num_tokens: int, *, room: int) -> Tensor:
         """Tokens of a log on the device, with room for more behind them; in place, where that is possible."""

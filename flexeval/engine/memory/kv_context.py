@@ -56,7 +56,7 @@ class LoadedContext(NamedTuple):
 
 
 class HostContext:
-    """What one row reads at one layer, in host memory, where it rests."""
+    """What a row's sequences have for themselves at one layer, in host memory, where it rests."""
 
     def __init__(self, logs: dict[int, Log]):
         self._logs = logs
@@ -74,19 +74,14 @@ class HostContext:
 
     def own_log(self, batch: DecodeBatch) -> KVLog:
         """The log of a decode batch."""
-        return self._in_place(batch.span.group)
-
-    def ancestor(self, span: AncestorSpan) -> KeysValues:
-        """An ancestor of sequences that decode: always in a log."""
-        assert span.source.group is not None, span
-        places = slice(span.source.log_start, span.source.log_start + span.num_keys)
-        return self._in_place(span.source.group).at(places)
-
-    def _in_place(self, group: int) -> KVLog:
-        log = self._logs[group]
+        log = self._logs[batch.span.group]
         memory = log.extent.memory()
         assert memory is not None and memory.device.type == "cpu", "the CPU attends in host memory only"
         return KVLog(log.format, log.tokens(memory))
+
+    def ancestor(self, span: AncestorSpan) -> KeysValues:
+        """Never asked for."""
+        raise AssertionError("what sequences share is attended to on the compute device")
 
 
 class Cache(Protocol):
@@ -103,8 +98,12 @@ class Cache(Protocol):
         """Take the KV of a row's new tokens; what its own tokens attend to."""
         ...
 
+    def load_above(self, layer: int, row: Row) -> Any:
+        """The same for a row for which the CPU attends: only what its sequences share."""
+        ...
+
     def store_for_host(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor) -> HostContext:
-        """The same for a row that nothing was loaded for; where the CPU finds what the row reads."""
+        """Take the KV of a row for which the CPU attends; where it finds what the sequences have for themselves."""
         ...
 
     def host_token_bytes(self, layer: int) -> int:

@@ -86,6 +86,10 @@ class SparseKVCache:
         values = self._values.store(layer, row, keys_TKH, values_TKW, context.values)
         return KeysValues(keys.keys_CKH, values.values_CKW)
 
+    def load_above(self, layer: int, row: Row) -> LoadedContext:
+        """Never asked for: the CPU attends to all keys."""
+        raise AssertionError("the CPU does not attend under a sparse setting")
+
     def store_for_host(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor) -> HostContext:
         """Never asked for: the CPU attends to all keys."""
         raise AssertionError("the CPU does not attend under a sparse setting")
