@@ -142,7 +142,7 @@ def test_sweeps_add_up_to_the_batch(
 def test_what_the_cpu_attends_to_is_read_where_it_rests(num_shared: int, device: str, overlap: bool) -> None:
     """Two sequences of 30 tokens draw 5: each of four decode sweeps reads them and what they have drawn.
 
-    What comes before them in both is brought for each row that decodes.
+    What comes before them in both is brought once for the two rows.
     """
     anatomy = Anatomy(tiny_config("llama"), torch.float32)
     token_bytes = model_shape(anatomy, None, torch.device(device)).kv_bytes_per_token
@@ -159,7 +159,7 @@ def test_what_the_cpu_attends_to_is_read_where_it_rests(num_shared: int, device:
         prompts = [header + tuple(range(n, n + 30)) for n in (5, 50)]
         executor.execute([TokenRequest(prompt_ids=ids, max_tokens=5) for ids in prompts])
         trace = executor.trace
-    num_brought = 4 * 4 * 2 * num_shared if device == "cuda" else 0  # sweeps, layers and rows
+    num_brought = 4 * 4 * num_shared if device == "cuda" else 0  # sweeps and layers
     assert trace.lanes["kv_in"].num_bytes == num_brought * token_bytes
     decode = [sweep.lanes["host_attention"] for sweep in trace.sweeps if not sweep.num_fresh_tokens]
     assert [lane.num_bytes for lane in decode] == [4 * 2 * (30 + step) * token_bytes for step in (1, 2, 3, 4)]

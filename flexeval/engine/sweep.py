@@ -20,6 +20,7 @@ from flexeval.engine.compute.port import Attend, AttentionOptions
 from flexeval.engine.compute.replay import LayerWeights, Replay
 from flexeval.engine.compute.row import Needed, Row
 from flexeval.engine.memory.attention_lane import AttentionLane
+from flexeval.engine.memory.contexts_ahead import ContextsAhead, Wanted
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv_context import Cache
 from flexeval.engine.memory.lane import Transfer, ahead
@@ -88,21 +89,11 @@ class Sweeper:
         hidden_ahead = ahead(hidden.lane, hidden.load, moving * len(layers), depth=1 if len(moving) > 1 else 0)
         with self.trace.phase("embed"):
             calls = self._embed(rows, cache, hidden, on_host, for_later)
-        is_in_place = [cache.is_in_place(layer) for layer in layers]
-        coming: list[Callable[[], Any]] = []
-        for layer in (layer for layer in layers if not is_in_place[layer]):
-            apart_here = [row for row in rows if row.index in on_host[layer] and row.ancestors]
-            coming += [partial(cache.load_above, layer, row) for row in apart_here]
-            coming += [partial(cache.load, layer, row) for row in in_turn if self._is_cell(layer, row, on_host)]
-        context_ahead = ahead(cache.lane_in, lambda load: load(), coming)
-
-        def context_of(load: Callable[[int, Row], Any], layer: int, row: Row) -> Any:
-            return load(layer, row) if is_in_place[layer] else next(context_ahead)
+        contexts = ContextsAhead(cache, len(layers), self._wanted(rows, in_turn, on_host))
 
         def compute(layer: int, row: Row, weights: LayerWeights) -> None:
             hidden_1TD = hidden.load(row.index) if hidden.stays(row.index) else next(hidden_ahead)
-            context = context_of(cache.load, layer, row)
-            attend = self._attend(layer, row, cache, context)
+            attend = self._attend(layer, row, cache, contexts.take(Wanted(layer, row)))
             hidden.save(row.index, self._run(layer, row, hidden_1TD, calls[row.index][layer], attend, weights))
             if row.fresh:
                 self.pace.step()
@@ -114,14 +105,14 @@ class Sweeper:
                 slab = self.weights.take(layer)
                 weights = partial(self._weights_of, layer, slab, num_tokens)
                 before, apart = apart, {}
-                soon = before.keys() if is_in_place[layer] else ()  # run at once, or the CPU would wait for all of them
+                # Run at once, or the CPU would wait for all of them.
+                soon = before.keys() if contexts.is_in_place[layer] else ()
                 for row in rows:  # the CPU has the next layer's queries of one row while it attends for another
                     if row.index in before:
                         self._come_back(row, before[row.index], hidden)
                     if row.index in on_host[layer]:
                         call, hidden_1TD = calls[row.index][layer], hidden.load(row.index)
-                        bring = partial(context_of, cache.load_above, layer, row)
-                        apart[row.index] = self._set_out(layer, row, hidden_1TD, call, cache, bring, weights(row))
+                        apart[row.index] = self._set_out(layer, row, hidden_1TD, call, cache, contexts, weights(row))
                     elif row.index in soon:
                         compute(layer, row, weights(row))
                 self.weights.send_for_next()
@@ -131,6 +122,16 @@ class Sweeper:
                 cache.end_layer()
         # While the CPU attends for the last rows, the first are read off.
         yield from ahead(hidden.lane, hidden.load, self._end(rows, apart, hidden), depth=1 if moving else 0)
+
+    def _wanted(
+        self, rows: Sequence[Row], in_turn: Sequence[Row], on_host: Sequence[Collection[int]]
+    ) -> Iterator[Wanted]:
+        """What is read of logs, in the order of the sweep: by rows for which the CPU attends, and by all others."""
+        for layer in range(self.anatomy.num_layers):
+            for row in rows:
+                if row.index in on_host[layer] and row.ancestors:
+                    yield Wanted(layer, row, is_above_alone=True)
+            yield from (Wanted(layer, row) for row in in_turn if self._is_cell(layer, row, on_host))
 
     def _embed(
         self,
@@ -204,7 +205,7 @@ class Sweeper:
         hidden_1TD: Tensor,
         call: LayerCall,
         cache: Cache,
-        bring_above: Callable[[], Any],
+        contexts: ContextsAhead,
         weights: LayerWeights,
     ) -> _Apart:
         """Run a layer up to its attention and hand that to the CPU; meanwhile attend to what the sequences share.
@@ -222,7 +223,7 @@ class Sweeper:
         attending = self.host.submit(row, inputs.q_TNH, inputs.options, context)
         above = None
         if row.ancestors:
-            shared = bring_above()
+            shared = contexts.take(Wanted(layer, row, is_above_alone=True))
             with self.watch.running():
                 above = attend_above(inputs.q_TNH, inputs.options, row, shared)
         return _Apart(layer, hidden_1TD, call, weights, inputs.options, attending, above)

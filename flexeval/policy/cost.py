@@ -146,8 +146,9 @@ class CostModel:
         """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3).
 
         The KV of a call is sent for when that of the one before has been taken, so that many small ones take as long as
-        Python. What the CPU attends to, sequences' own contexts, does not cross the link; what they share does. Nor do
-        values that rest in host memory and are not chosen; for the others the computation waits, once it has chosen.
+        Python. What the CPU attends to, sequences' own contexts, does not cross the link; what they share does, once.
+        Nor do values that rest in host memory and are not chosen; for the others the computation waits, once it has
+        chosen.
         """
         shape, hardware = self.shape, self.hardware
         num_rows = self.num_items(policy)["hidden"]
@@ -173,7 +174,8 @@ class CostModel:
             least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
             kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)
             seconds[Lane.TO_GPU] = (moved({"kv": 1.0}, Tier.CPU, Tier.DISK) - placement.host_attention) * kv_layer_s
-            shared_layer_s = (read_bytes["kv"] - own_bytes) / hardware.to_gpu_bytes_per_s
+            num_shared = min(sweep.num_kv_read - sweep.num_own_read, self.workload.num_shared_tokens)
+            shared_layer_s = num_shared * shape.kv_bytes_per_token / hardware.to_gpu_bytes_per_s
             seconds[Lane.TO_GPU] += placement.host_attention * shared_layer_s
             if shape.sparsity is not None:
                 spared_bytes, chosen_bytes = value_bytes(shape, sweep)
