@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from flexeval.engine.compute.anatomy import Anatomy, LayerCall
-from flexeval.engine.compute.attention import Above, Attention, attend_above, complete
+from flexeval.engine.compute.attention import Attended, Attention, attend_above, complete
 from flexeval.engine.compute.host_attention import Attending
 from flexeval.engine.compute.pace import Pace
 from flexeval.engine.compute.port import Attend, AttentionOptions
@@ -39,7 +39,7 @@ class _Apart(NamedTuple):
     weights: LayerWeights
     options: AttentionOptions
     attending: Transfer[Attending]
-    above: Above | None
+    above: Attended | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,21 +157,19 @@ class PackedAttention:
         lse_TN[tokens] = partial.lse_BNQ[:, :, 0]
 
 
-class Above(NamedTuple):
-    """What a row's tokens have attended to of their ancestors."""
+class Attended(NamedTuple):
+    """What a row's tokens come to with some of what they see."""
 
     out_TNW: Tensor
     lse_TN: Tensor
-    """Log-sum-exp of the scores, float32; -inf where a token has none."""
+    """Log-sum-exp of the scores, float32; -inf where a token sees none of it."""
 
 
-def attend_above(q_TNH: Tensor, options: AttentionOptions, row: Row, context: Context) -> Above | None:
-    """Attend to the ancestors of a row that decodes, and to nothing else; None where there are none."""
-    if not row.ancestors:
-        return None
+def attend_above(q_TNH: Tensor, options: AttentionOptions, row: Row, context: Context) -> Attended:
+    """Attend to the ancestors of a row that decodes, and to nothing else; it has some."""
     num_tokens, num_heads, _ = q_TNH.shape
     seen = [context.ancestor(span) for span in row.ancestors]
-    above = Above(
+    above = Attended(
         q_TNH.new_zeros(num_tokens, num_heads, seen[0].values_CKW.shape[-1]),
         torch.full((num_tokens, num_heads), -torch.inf, device=q_TNH.device),
     )
@@ -180,7 +178,7 @@ def attend_above(q_TNH: Tensor, options: AttentionOptions, row: Row, context: Co
     return above
 
 
-def complete(out_TNW: Tensor, lse_TN: Tensor, above: Above | None, options: AttentionOptions) -> Tensor:
+def complete(out_TNW: Tensor, lse_TN: Tensor, above: Attended | None, options: AttentionOptions) -> Tensor:
     """The output of a row that has attended to its own context, with what it sees of its ancestors; in place."""
     if above is not None:
         merge_into(out_TNW, lse_TN, *above)

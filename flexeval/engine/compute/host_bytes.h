@@ -42,7 +42,7 @@ INLINE __m512i part_of(int bits, __m512i bytes, int part) {
     return _mm512_and_si512(_mm512_srli_epi16(bytes, part * bits), _mm512_set1_epi8((1 << bits) - 1));
 }
 
-// A query's digits, [chunk][part][digit] of 64 bytes, and its sum over each group, in steps. Returns the step.
+// A query's digits, [chunk][part][digit] of 64 bytes, and its sum over each lane, in steps. Returns the step.
 static float take_digits(int bits, const struct codes *codes, const float *query, __m512i *digits, float *sums) {
     const int64_t part_size = codes->group_bytes, num_parts = 8 / bits;
     floats largest = {0}, all = {0};
@@ -53,8 +53,8 @@ static float take_digits(int bits, const struct codes *codes, const float *query
     }
     const float top = max_of(largest), each = top > 0 ? MOST / top : 0;
     memset(digits, 0, codes->num_chunks * num_parts * DIGITS * sizeof *digits);
-    for (int64_t group = 0; group < codes->num_groups; group++) {
-        floats sum = {0};
+    memset(sums, 0, codes->num_chunks * 4 * sizeof *sums);
+    for (int64_t group = 0; group < codes->num_groups; group++)
         for (int64_t part = 0; part < num_parts; part++)
             for (int64_t i = 0; i < part_size; i += LANES) {
                 const int64_t byte = group * part_size + i;
@@ -63,10 +63,8 @@ static float take_digits(int bits, const struct codes *codes, const float *query
                 __m512i *const its = digits + (byte / CHUNK * num_parts + part) * DIGITS;
                 for (int digit = 0; digit < DIGITS; digit++)
                     _mm_storeu_si128((__m128i *)((uint8_t *)(its + digit) + byte % CHUNK), digit_of(steps, digit));
-                sum += (floats)_mm512_cvtepi32_ps(steps);
+                sums[byte / 16] += sum_of((floats)_mm512_cvtepi32_ps(steps));
             }
-        sums[group] = sum_of(sum);
-    }
     return top / MOST + 0 * sum_of(all);  // NaN where the query is no number
 }
 
@@ -134,8 +132,8 @@ INLINE void multiply_chunk(
 // A group's weights of all tokens, as digits. Returns the step.
 INLINE float digits_of(floats weights, floats scale, __m128i digits[DIGITS]) {
     const float largest = _mm512_reduce_max_ps((__m512)scale);  // weights are 1 at most
-    const floats steps = weights * scale * (largest > 0 ? MOST / largest : 0);
-    for (int digit = 0; digit < DIGITS; digit++) digits[digit] = digit_of(_mm512_cvtps_epi32((__m512)steps), digit);
+    const __m512i steps = _mm512_cvtps_epi32((__m512)(weights * scale * (largest > 0 ? MOST / largest : 0)));
+    for (int digit = 0; digit < DIGITS; digit++) digits[digit] = digit_of(steps, digit);
     return largest / MOST;
 }
 

@@ -11,7 +11,7 @@
 // A head's query, and its answer so far.
 struct state {
     __m512i *digits;     // of the query, as `take_digits` gives them
-    float *query_sums;   // over each group, in steps
+    float *query_sums;   // over each lane, in steps
     float step, max, sum;
     floats *sums;        // of codes by weight, [chunk][r][part]
     floats *minima;      // by weight, of each group and token of a block
@@ -36,9 +36,11 @@ INLINE floats score(
         const __m512i *const digits = state->digits + c * (8 / bits) * DIGITS;
         const __mmask64 mask = MASK(keys->num_bytes - c * CHUNK);
         multiply_chunk(bits, tokens, head * l->head_bytes + c * CHUNK, mask, digits, lanes);
-        for (int lane = 0; lane < 4; lane++) products += affine[l->key_groups[4 * c + lane]][0] * lanes[lane];
+        for (int64_t lane = 4 * c; lane < 4 * c + 4; lane++) {
+            const floats *const its = affine[l->key_groups[lane]];
+            products += its[0] * lanes[lane % 4] + its[1] * state->query_sums[lane];
+        }
     }
-    for (int64_t g = 0; g < keys->num_groups; g++) products += affine[g][1] * state->query_sums[g];
     return products * state->step;
 }
 
@@ -95,14 +97,14 @@ INLINE void attend(int bits, const struct work *w, int64_t part, int64_t first_h
                              (head_bytes + num_groups * 4) * w->num_kv_heads, key_groups, value_groups};
     struct state states[num_heads];
     __m512i digits[num_heads * num_digits];
-    float query_sums[num_heads * keys.num_groups];
+    float query_sums[num_heads * 4 * keys.num_chunks];
     ALIGNED floats sums[num_heads * num_sums], minima[num_heads * values.num_groups];
     ALIGNED floats weights[AT_ONCE], affine[AT_ONCE][num_groups][2];
     memset(sums, 0, sizeof sums), memset(minima, 0, sizeof minima);
     for (int64_t head = 0; head < num_heads; head++) {
         struct state *const state = states + head;
         const float *const query = w->queries + (w->tokens[part] * w->num_kv_heads + first_head + head) * H;
-        *state = (struct state){digits + head * num_digits, query_sums + head * keys.num_groups, 0, -INFINITY, 0,
+        *state = (struct state){digits + head * num_digits, query_sums + head * 4 * keys.num_chunks, 0, -INFINITY, 0,
                                 sums + head * num_sums, minima + head * values.num_groups};
         state->step = take_digits(bits, &keys, query, state->digits, state->query_sums);
     }

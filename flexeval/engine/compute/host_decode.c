@@ -139,7 +139,7 @@ INLINE void attend(enum kind kind, const struct work *w, int64_t part, int64_t f
     for (int64_t place = w->bounds[part]; place < w->bounds[part + 1]; place += BLOCK) {
         const uint8_t *tokens[BLOCK], *next[BLOCK];
         block.count = wide.count = find_tokens(w, part, place, token_bytes, tokens);
-        find_tokens(w, part, place + BLOCK < w->bounds[part + 1] ? place + BLOCK : place, token_bytes, next);
+        if (M > 1) find_tokens(w, part, place + BLOCK < w->bounds[part + 1] ? place + BLOCK : place, token_bytes, next);
         for (int64_t head = first_head; head < last_head; head++) {
             const int is_last = head == last_head - 1;
             if (M > 1) fetch(is_last ? next : tokens, (is_last ? first_head : head + 1) * head_bytes, head_bytes);

@@ -82,25 +82,11 @@ class KVCache:
 
         Two loads may be outstanding: the one in use and the next. Where all lies in place, it may run anywhere.
         """
-        if not self.is_in_place(layer):
-            self._buffers.next_turn()
-        logs = self._logs_of(layer, row)
-        rooms = {batch.span.group: batch.num_sequences for batch in row.decode}
-        held: dict[int, Tensor] = {}  # logs as a whole
-        for compaction in row.compactions:
-            held[compaction.group] = self._compact(logs[compaction.group], compaction, rooms.get(compaction.group, 0))
-        for batch in row.decode if self._brings_own else ():
-            if batch.span.group in logs and batch.span.group not in held:
-                log, span = logs[batch.span.group], batch.span
-                held[span.group] = self._read(log, 0, span.log_length, room=batch.num_sequences)
-        own = {group: KVLog(logs[group].format, held[group]) for group in rooms if group in held}
-        return self._context(own, self._ancestors(row, logs, held))
+        return self._load(layer, row, brings_own=self._brings_own)
 
     def load_above(self, layer: int, row: Row) -> LoadedContext:
-        """Bring what a row's sequences share to the device, and nothing else; as `load`."""
-        if not self.is_in_place(layer):
-            self._buffers.next_turn()
-        return self._context({}, self._ancestors(row, self._logs_of(layer, row), {}))
+        """Bring what a row's sequences share, and nothing else; as `load`."""
+        return self._load(layer, row, brings_own=False)
 
     def store(self, layer: int, row: Row, keys_TKH: Tensor, values_TKW: Tensor, context: LoadedContext) -> KeysValues:
         """Take the KV of a row's new tokens: into logs, and into the scratch for later rows of the sweep.
@@ -160,14 +146,23 @@ class KVCache:
         self._logs = {}
         self._scratch.clear()
 
-    def _logs_of(self, layer: int, row: Row) -> dict[int, Log]:
-        """The logs that there are of those that a row reads or rewrites."""
+    @staticmethod
+    def _groups(row: Row) -> set[int]:
         groups = {batch.span.group for batch in row.decode} | {compaction.group for compaction in row.compactions}
-        groups |= {span.source.group for span in row.ancestors if span.source.group is not None}
-        return {group: log for group in groups if (log := self._logs.get((layer, group))) is not None}
+        return groups | {span.source.group for span in row.ancestors if span.source.group is not None}
 
-    def _ancestors(self, row: Row, logs: Mapping[int, Log], held: Mapping[int, Tensor]) -> dict[KeySource, KVLog]:
-        """What a row reads of its ancestors' logs: of those that are held, and of others."""
+    def _load(self, layer: int, row: Row, *, brings_own: bool) -> LoadedContext:
+        if not self.is_in_place(layer):
+            self._buffers.next_turn()
+        logs = {group: log for group in self._groups(row) if (log := self._logs.get((layer, group))) is not None}
+        rooms = {batch.span.group: batch.num_sequences for batch in row.decode}
+        held: dict[int, Tensor] = {}  # logs as a whole
+        for compaction in row.compactions:
+            held[compaction.group] = self._compact(logs[compaction.group], compaction, rooms.get(compaction.group, 0))
+        for batch in row.decode if brings_own else ():
+            if batch.span.group in logs and batch.span.group not in held:
+                log, span = logs[batch.span.group], batch.span
+                held[span.group] = self._read(log, 0, span.log_length, room=batch.num_sequences)
         ancestors: dict[KeySource, KVLog] = {}
         for ancestor in row.ancestors:
             source = ancestor.source
@@ -178,9 +173,7 @@ class KVCache:
             else:
                 tokens_CB = self._read(logs[source.group], source.log_start, ancestor.num_keys, room=0)
             ancestors[source] = KVLog(logs[source.group].format, tokens_CB)
-        return ancestors
-
-    def _context(self, own: dict[int, KVLog], ancestors: dict[KeySource, KVLog]) -> LoadedContext:
+        own = {group: KVLog(logs[group].format, held[group]) for group in rooms if group in held}
         return LoadedContext(own, ancestors, MappingProxyType(self._scratch))  # which is not looked through
 
     def _read(self, log: Log, start: int, num_tokens: int, *, room: int) -> Tensor:
