@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_30B, OPT_125M, T4, generating, opt, scoring
 
-from flexeval.policy.computing import OPERATIONS_PER_STEP, PACKED_RATE, attention_seconds, product_seconds
+from flexeval.policy.computing import (
+    OPERATIONS_PER_RECORDED_STEP,
+    OPERATIONS_PER_STEP,
+    PACKED_RATE,
+    attention_seconds,
+    product_seconds,
+)
 from flexeval.policy.cost import HOST_WAIT_SHARE, OPERATIONS_PER_HOST_ROW, OPERATIONS_PER_LOAD, CostModel, Lane
 from flexeval.policy.hardware import Hardware
 from flexeval.policy.policy import Policy, Split, Tier
@@ -22,6 +28,8 @@ FLEXGEN_30B = Policy(
     num_groups=3,
 )
 """FlexGen's published policy (table 2 and appendix): 20/80, 0/100, 0/100, 48 x 3."""
+UNRECORDED_S = (OPERATIONS_PER_STEP - OPERATIONS_PER_RECORDED_STEP) * T4.launch_s
+"""What a row that decodes takes longer at a layer whose launches are not recorded."""
 
 
 def cost_of(policy: Policy, shape: ModelShape, workload: Workload, hardware: Hardware):
@@ -203,6 +211,7 @@ def test_few_tokens_read_packed_weights_as_they_rest():
     before, after = (cost_of(policy, shape, generating(16), T4) for shape in (unpacked, as_it_rests))
     unpacking_bytes = unpacked.layer_bytes + 2 * unpacked.layer_compute_bytes
     saved_s = 31 * 48 * (unpacking_bytes - unpacked.layer_bytes / PACKED_RATE) / T4.memory_bytes_per_s
+    saved_s += 31 * 48 * UNRECORDED_S
     saved = before.lanes["decode"][Lane.COMPUTE] - after.lanes["decode"][Lane.COMPUTE]
     assert saved == pytest.approx(saved_s, rel=1e-6)
     assert before.lanes["prefill"] == after.lanes["prefill"]
@@ -224,7 +233,8 @@ def test_a_short_sweep_moves_and_reads_only_the_experts_its_tokens_choose():
             if shape.is_packed and is_short:
                 read_bytes += 31 * 48 * (shape.layer_bytes + shape.layer_compute_bytes) * unmet
             saved_s = whole.lanes["decode"][Lane.COMPUTE] - by_need.lanes["decode"][Lane.COMPUTE]
-            assert saved_s == pytest.approx(read_bytes / T4.memory_bytes_per_s)
+            waited_s = 0 if shape.is_packed else 31 * 48 * UNRECORDED_S  # what is unpacked is not recorded anyway
+            assert saved_s == pytest.approx(read_bytes / T4.memory_bytes_per_s - waited_s)
             assert whole.peak_bytes == by_need.peak_bytes
 
 
@@ -235,7 +245,8 @@ def test_packed_weights_move_less_and_unpack_once_a_layer():
     lanes = plain.lanes["decode"], w4.lanes["decode"]
     assert (lanes[0][Lane.TO_GPU] - lanes[1][Lane.TO_GPU]) * 12e9 == pytest.approx(saved_bytes)
     unpack_s = 31 * 48 * (packed.layer_bytes + packed.layer_compute_bytes) / T4.memory_bytes_per_s
-    assert lanes[1][Lane.COMPUTE] - lanes[0][Lane.COMPUTE] == pytest.approx(unpack_s)
+    unrecorded_s = 31 * 48 * 3 * UNRECORDED_S  # groups of 48
+    assert lanes[1][Lane.COMPUTE] - lanes[0][Lane.COMPUTE] == pytest.approx(unpack_s + unrecorded_s)
     saved_room = 12 * (OPT_30B.layer_bytes - packed.layer_bytes)  # ten layers and two buffers
     assert plain.peak_bytes[Tier.GPU] - w4.peak_bytes[Tier.GPU] == saved_room - packed.layer_compute_bytes
 
@@ -299,6 +310,20 @@ def test_products_take_what_was_measured_with_one_token_and_with_few():
     assert (one, few) == pytest.approx((2e6 / 20e9, 2e6 / 10e9))
     assert some == pytest.approx((one + few) / 2)
     assert many - few == pytest.approx(2 * 1e6 * 1000 / 0.1e12)
+
+
+def test_a_gpu_at_its_limit_of_power_takes_as_long_as_its_products_alone():
+    """What comes between them takes time of its own where it is long, or products are no faster for the rest it is."""
+    work, policy = scoring(256, 512), replace(FLEXGEN_30B, row_tokens=4096)
+    products_s = 48 * 2 * OPT_30B.layer_params * (256 * 512 - 32 * 16) / T4.flops_per_s  # of 32 calls of 4,096 tokens
+
+    def seconds(**rates: float) -> float:
+        return cost_of(policy, OPT_30B, work, replace(T4, **rates)).lanes["prefill"][Lane.COMPUTE]
+
+    others_s = seconds() - products_s
+    assert 0 < others_s < 0.1 * products_s
+    assert seconds(cold_speedup=1.02) == pytest.approx(products_s / 1.02 + others_s)
+    assert seconds(cold_speedup=1.5) == pytest.approx(products_s)
 
 
 def test_a_layer_on_a_cpu_takes_its_operations_its_attention_and_python():

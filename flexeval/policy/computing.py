@@ -19,9 +19,10 @@ if TYPE_CHECKING:  # hardware.py measures with torch; predicting must not need i
 
 KERNELS_PER_CALL = 24
 """Kernels a decoder layer launches: 7 matrix products, 2 norms, rotary, attention, activation, residuals, KV append."""
-OPERATIONS_PER_STEP = 200
-"""Small operations that take as long as Python for a row that decodes at a layer, beside a GPU's lanes: about 1 ms.
-Where weights and KV stay on the GPU, a step is one recording instead. On a CPU any layer call takes as long."""
+OPERATIONS_PER_STEP, OPERATIONS_PER_RECORDED_STEP = 200, 80
+"""Small operations that take as long as Python for a row that decodes at a layer, beside a GPU's lanes: about 1 ms, and
+0.4 where what comes before and after its attention is recorded. Where weights and KV stay on the GPU, a step is one
+recording instead. On a CPU any layer call takes as long as the first."""
 KEEPING_RANKINGS, KEEPING_PASSES = 2, 3
 """Searches for the most probable, and operations on all of the vocabulary, with which a distribution is kept."""
 PACKED_RATE = 0.55
@@ -35,6 +36,8 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
     (see `product_seconds`), what any product takes on a CPU, its attention, and what its other operations make; where
     keys are chosen, every score is written out. A packed slab is unpacked once a layer, or read as it rests by every
     call of few tokens. Of experts, only those that tokens chose are read, and unpacked where the sweep is short.
+
+    A GPU at its limit of power takes as long as its products alone would: all else lets it rest, and them be faster.
     """
     call_tokens = sweep.num_tokens / sweep.num_calls
     is_on_cpu = hardware.home is Tier.CPU
@@ -65,21 +68,32 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
         + num_results / hardware.elementwise_per_s
         + device_bytes / hardware.memory_bytes_per_s
     )
-    return shape.num_layers * layer_s + _head_seconds(shape, workload, hardware, sweep)
+    sweep_s = shape.num_layers * layer_s + _head_seconds(shape, workload, hardware, sweep)
+    num_params = shape.num_layers * shape.layer_params
+    return max(sweep_s, 2 * num_params * sweep.num_calls * max(0, call_tokens - FEW_TOKENS) / hardware.flops_per_s)
+
+
+def step_operations(shape: ModelShape, sweep: Sweep) -> int:
+    """Small operations that take as long as the host does for a row that decodes at a layer, beside a GPU's lanes.
+
+    What a layer launches is not recorded where its experts are fetched, or its matrices unpacked over others'.
+    """
+    is_unpacked = shape.is_packed and sweep.num_tokens > shape.few_tokens * sweep.num_calls
+    return OPERATIONS_PER_STEP if is_unpacked or shape.num_experts > 1 else OPERATIONS_PER_RECORDED_STEP
 
 
 def product_seconds(hardware: Hardware, num_tokens: float, num_params: float, *, num_bytes: float) -> float:
     """Seconds of the products of a call with matrices of so many numbers, of which it reads so many bytes.
 
     Measured with one token and with few, and between them on a line: on a CPU kernels differ, on a GPU reading rules.
-    Further tokens are multiplied at the peak rate. That is a roofline (Williams et al., 2009) summed rather than
-    maximized: peak * t / (t + t_half).
+    Further tokens are multiplied at the peak rate, a GPU's below its limit of power. That is a roofline (Williams et
+    al., 2009) summed rather than maximized: peak * t / (t + t_half).
     """
     single_s = num_bytes / hardware.single_product_bytes_per_s
     few_s = num_bytes / hardware.few_product_bytes_per_s
     if num_tokens <= FEW_TOKENS:
         return single_s + (few_s - single_s) * max(0.0, num_tokens - 1) / (FEW_TOKENS - 1)
-    return few_s + 2 * num_params * (num_tokens - FEW_TOKENS) / hardware.flops_per_s
+    return few_s + 2 * num_params * (num_tokens - FEW_TOKENS) / hardware.cold_flops_per_s
 
 
 def attention_seconds(shape: ModelShape, hardware: Hardware, sweep: Sweep) -> float:

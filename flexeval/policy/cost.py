@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from flexeval.policy.computing import OPERATIONS_PER_STEP, compute_seconds
+from flexeval.policy.computing import compute_seconds, step_operations
 from flexeval.policy.correction import NO_CORRECTION, Correction
 from flexeval.policy.experts import fetched_part
 from flexeval.policy.placement import Linear, Placement
@@ -169,7 +169,7 @@ class CostModel:
         seconds = {Lane.COMPUTE: compute_seconds(shape, self.workload, hardware, sweep)}
         if hardware.home is Tier.GPU:
             if sweep.num_kv_read:
-                step_s = shape.num_layers * sweep.num_calls * OPERATIONS_PER_STEP * hardware.launch_s
+                step_s = shape.num_layers * sweep.num_calls * step_operations(shape, sweep) * hardware.launch_s
                 seconds[Lane.COMPUTE] += step_s * placement.is_step_in_parts
             least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
             kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)

@@ -48,7 +48,7 @@ class Hardware:
     disk_write_bytes_per_s: float
     """Writes from host to disk; 0 without a disk."""
     flops_per_s: float
-    """A large matrix product on the compute device, in the layer's number format."""
+    """A large matrix product on the compute device, in the layer's number format; on a GPU, one of many in a row."""
     single_product_bytes_per_s: float
     """Matrices multiplied by one token, which is read faster than it is multiplied."""
     few_product_bytes_per_s: float
@@ -75,11 +75,18 @@ class Hardware:
     """Keys and values that a CPU attends to beside a busy link; 0 where none does."""
     attended_link_share: float = 1.0
     """Of the copies to the GPU that the link makes at `to_gpu_bytes_per_s`, those that it makes while a CPU attends."""
+    cold_speedup: float = 1.0
+    """By how much a GPU multiplies faster than that where it rests now and then, and keeps below its limit of power."""
 
     @property
     def home(self) -> Tier:
         """The tier that the compute device works in: data resting there need not move."""
         return Tier.GPU if self.device == "cuda" else Tier.CPU
+
+    @property
+    def cold_flops_per_s(self) -> float:
+        """A large matrix product on a compute device that keeps below its limit of power."""
+        return self.cold_speedup * self.flops_per_s
 
     def capacity_bytes(self, tier: Tier) -> int:
         """Usable bytes of a tier."""

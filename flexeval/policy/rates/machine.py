@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 from flexeval.policy.rates.attention import HEAD_SIZE, attention_rates
 from flexeval.policy.rates.disk import disk_rates
-from flexeval.policy.rates.products import few_token_rates, matmul_rate
+from flexeval.policy.rates.products import few_token_rates, matmul_rates
 from flexeval.policy.rates.timing import FAST_BUDGET_S, best_seconds
 
 PROBE_BYTES = 32 * 2**20
@@ -25,6 +25,7 @@ NUM_RANKED = 32
 
 def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path | None) -> dict[str, float]:
     """The rates of `Hardware` by their names there, in about a second. Raises `ConfigError`."""
+    flops_per_s, cold_flops_per_s = matmul_rates(device, dtype)
     to_gpu, from_gpu = _link_rates() if device == "cuda" else (0.0, 0.0)
     single, few, product_s, launch_s = few_token_rates(device, dtype)
     attention, (softmax, ranking) = attention_rates(device, dtype), _logits_rates(device, dtype)
@@ -34,7 +35,8 @@ def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path |
         "from_gpu_bytes_per_s": from_gpu,
         "disk_read_bytes_per_s": disk_read,
         "disk_write_bytes_per_s": disk_write,
-        "flops_per_s": matmul_rate(device, dtype),
+        "flops_per_s": flops_per_s,
+        "cold_speedup": max(1.0, cold_flops_per_s / flops_per_s),
         "single_product_bytes_per_s": single,
         "few_product_bytes_per_s": few,
         "product_s": product_s,

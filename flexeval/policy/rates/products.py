@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from flexeval.policy.profile import FEW_TOKENS
-from flexeval.policy.rates.timing import FAST_BUDGET_S, best_seconds, sustained_seconds
+from flexeval.policy.rates.timing import FAST_BUDGET_S, RESTING_S, best_seconds, sustained_seconds
 
 MATMUL_SIZES = {"cpu": (256, 1024, 1024), "cuda": (8192, 8192, 8192)}
 """Tokens, inputs and outputs of the timed matrix product."""
@@ -28,14 +27,26 @@ LAUNCH_REPEATS = 5
 """Times that they are timed, with and without."""
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large product; on a GPU, of one that goes on."""
+class _ProductRates(NamedTuple):
+    """Of large products, in operations a second."""
+
+    flops_per_s: float
+    cold_flops_per_s: float
+
+
+def matmul_rates(device: str, dtype: torch.dtype) -> _ProductRates:
+    """Of a large product; on a GPU, of one that goes on, and of one after a rest."""
     tokens, inputs, outputs = MATMUL_SIZES[device]
     # Random numbers: on ones or zeros a GPU draws less power, and runs faster than it ever does at work.
     left = torch.randn(tokens, inputs, device=device).to(dtype)
     right = torch.randn(outputs, inputs, device=device).to(dtype)
-    timed = sustained_seconds if device == "cuda" else partial(best_seconds, device=device)
-    return 2 * tokens * inputs * outputs / timed(lambda: left @ right.T)
+    num_operations = 2 * tokens * inputs * outputs
+    if device == "cuda":
+        time.sleep(RESTING_S)
+    cold_flops_per_s = num_operations / best_seconds(lambda: left @ right.T, device)
+    if device != "cuda":
+        return _ProductRates(cold_flops_per_s, cold_flops_per_s)
+    return _ProductRates(num_operations / sustained_seconds(lambda: left @ right.T), cold_flops_per_s)
 
 
 class _FewTokenRates(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 
 FAST_BUDGET_S = 0.05
 """For what takes well under a millisecond a time."""
-HEATING_S, SUSTAINED_S = 0.7, 0.3
-"""A GPU computes for so long before it is timed, and then for so long."""
+RESTING_S, HEATING_S, SUSTAINED_S = 0.3, 0.7, 0.3
+"""A GPU's rest before it is timed cold; how long it computes before it is timed hot; and for how long it is then."""
 
 
 def best_seconds(run: Callable[[], object], device: str, *, budget_s: float = 0.1) -> float:
@@ -33,7 +33,7 @@ def best_seconds(run: Callable[[], object], device: str, *, budget_s: float = 0.
 def sustained_seconds(run: Callable[[], object]) -> float:
     """The mean of many runs on a GPU that has been busy for a while: at the limit of its power it is slower than cold.
 
-    An H200 multiplied at 777 TFLOP/s in its first tenth of a second, and at 680 after some.
+    An H200 multiplied at 777 TFLOP/s in its first tenth of a second, and at 680 after some; another at 766 and 650.
     """
     num_runs = max(1, round(0.01 / best_seconds(run, "cuda")))
 
