@@ -69,6 +69,23 @@ def test_a_product_with_a_matrix_as_it_rests(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("offset", [0.0, 0.002, 0.05, 1.0, -1.0])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_product_with_a_matrix_as_it_rests_rounds_its_numbers_once(dtype: torch.dtype, offset: float) -> None:
+    """Times the identity it is the matrix itself: minima beside scales of all sizes, and of exactly zero."""
+    codec, (num_outputs, num_inputs) = IntegerCodec(4, 32), (640, 128)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(num_outputs * num_inputs, generator=generator) * 0.05 + offset
+    coded = codec.encode(values)
+    matrix = codec.matrix(coded.to(CUDA), 0, (num_outputs, num_inputs))
+    y_OI = matrix.multiply(torch.eye(num_inputs, dtype=dtype, device=CUDA), None).T.cpu()
+    wanted_OI = decoded(codec, coded, len(values)).view(num_outputs, num_inputs)
+    assert (y_OI == wanted_OI.to(dtype)).float().mean() > 0.995, "a number halfway between two may go either way"
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(y_OI.float(), wanted_OI, rtol=unit, atol=1e-7)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [8, 32, 64, 128])
 def test_a_large_product_is_the_same_every_time(num_tokens: int) -> None:
     """Large enough that every multiprocessor is at work: races show here."""
