@@ -500,4 +500,6 @@ def test_logs_that_are_compacted_keep_their_sequences(
     with loaded(policy, tmp_path, device=torch.device(device), overlap=True if share else None) as executor:
         assert_equal_results(executor.execute(requests), answers_to_coming_and_going())
         assert (executor.trace.lanes["host_attention"].num_bytes > 0) == (share > 0)
-    assert num_compacted > 4 * 3, "in every layer, and more than once"
+        reads_in_place = executor.tiers.crossing(policy).read == 0
+    assert num_compacted >= 4, "in every layer: they are full"
+    assert num_compacted > 4 * 3 or reads_in_place, "and more than once"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexeval.planning.logs import GroupLog, Seat, SharedLog
+from flexeval.planning.logs import EVERYWHERE, Crossing, GroupLog, Seat, SharedLog
 from flexeval.planning.rows import SHARED, Compaction
 
 
@@ -81,8 +82,18 @@ def test_shared_nodes_move_up_when_room_is_needed(data: st.DataObject) -> None:
             ]
 
 
-def test_a_log_is_compacted_once_its_waste_outweighs_the_writing() -> None:
-    group = GroupLog(group=0, num_seats=4, capacity=1000)
+@pytest.mark.parametrize(
+    ("crossing", "num_steps"),
+    [
+        (EVERYWHERE, 1),  # twenty tokens read for nothing, twice, outweigh writing 63 at half the weight
+        (Crossing(0.5, 0.5), 1),
+        (Crossing(0.5, 1.0), 9),  # ten times ten, for half of 107 read and half of 87 written at half the weight
+        (Crossing(0.0, 1.0), 40),  # nothing is read for nothing: when it is full
+        (Crossing(0.0, 0.0), 40),
+    ],
+)
+def test_a_log_is_compacted_once_its_waste_outweighs_the_writing(crossing: Crossing, num_steps: int) -> None:
+    group = GroupLog(group=0, num_seats=4, capacity=200, crossing=crossing)
     for stream in range(4):
         group.enter(a_seat(stream, 20, 200))
     group.begin_sweep(80)
@@ -93,5 +104,6 @@ def test_a_log_is_compacted_once_its_waste_outweighs_the_writing() -> None:
     while (compaction := group.begin_sweep(0)) is None:
         group.step()
         sweeps += 1
-    assert sweeps == 1, "twenty tokens read for nothing, twice, outweigh writing 63 at half the weight"
-    assert (compaction.log_length, len(compaction.places), group.length) == (83, 63, 63)
+    assert sweeps == num_steps
+    num_needed = 3 * (20 + num_steps)
+    assert (compaction.log_length, len(compaction.places), group.length) == (num_needed + 20, num_needed, num_needed)

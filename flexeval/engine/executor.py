@@ -105,7 +105,8 @@ class Executor(EngineParts):
         """
         results: dict[int, TokenResult] = {}
         with self.trace.phase("plan"):
-            scheduler = Scheduler(requests, self.policy, is_apart=self._is_apart)
+            crossing = self.tiers.crossing(self.policy)
+            scheduler = Scheduler(requests, self.policy, is_apart=self._is_apart, crossing=crossing)
         self.plan = scheduler.summary
         maker = RowMaker(self._device, is_apart=self._is_apart)
         sampled = {index: request for index, request in enumerate(requests) if request.temperature}

@@ -18,7 +18,7 @@ from flexeval.engine.answers import Answers
 from flexeval.engine.compute.readout import Readout
 from flexeval.planning.block import Block
 from flexeval.planning.kept import KeptNodes
-from flexeval.planning.logs import Step
+from flexeval.planning.logs import EVERYWHERE, Crossing, Step
 from flexeval.planning.prefix import build_tree
 from flexeval.planning.rowplans import RowBuilder
 from flexeval.planning.rows import SHARED, Compaction, RowPlan
@@ -33,13 +33,21 @@ from flexeval.request import TokenRequest, TokenResult
 class Scheduler:
     """The state of one batch of requests."""
 
-    def __init__(self, requests: Sequence[TokenRequest], policy: Policy, *, is_apart: bool = False):
+    def __init__(
+        self,
+        requests: Sequence[TokenRequest],
+        policy: Policy,
+        *,
+        is_apart: bool = False,
+        crossing: Crossing = EVERYWHERE,
+    ):
         """Plan the whole batch; nothing is admitted yet.
 
         Args:
             requests: What is asked.
             policy: How much is in flight.
             is_apart: Nothing is computed together: a row is of one request, and cut as if there were no other.
+            crossing: Where logs of KV are not read in place.
         """
         assert not is_apart or policy.group_sequences == 1, policy
         self._requests = requests
@@ -63,6 +71,7 @@ class Scheduler:
             self._usage,
             group_sequences=policy.group_sequences,
             num_groups=policy.num_groups,
+            crossing=crossing,
         )
         self._kept = KeptNodes(self.tree, self._usage, self._block, sweep_tokens=policy.sweep_tokens)
         self._num_open = list(self._usage.num_users)  # unfinished streams that run through each node

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flexeval.planning.logs import GroupLog, Seat
+from flexeval.planning.logs import Crossing, GroupLog, Seat
 from flexeval.planning.prefix import PrefixTree
 from flexeval.planning.streams import Stream
 from flexeval.planning.usage import NodeUsage
@@ -23,6 +23,7 @@ class Block:
         *,
         group_sequences: int,
         num_groups: int,
+        crossing: Crossing,
     ):
         """Make the groups, as many as are needed; each has room for the largest sequences there are."""
         self._streams = streams
@@ -36,7 +37,8 @@ class Block:
         for index in range(num_groups):
             num_seats = min(group_sequences, len(sizes) - index * group_sequences)
             if num_seats > 0:
-                self.groups.append(GroupLog(group=index, num_seats=num_seats, capacity=sum(sizes[:num_seats])))
+                capacity = sum(sizes[:num_seats])
+                self.groups.append(GroupLog(group=index, num_seats=num_seats, capacity=capacity, crossing=crossing))
         self._num_seats = sum(group.num_seats for group in self.groups)
 
     @property

@@ -1,14 +1,16 @@
 """Append-only logs of KV, and what is forgotten of them. Knows places in logs; neither tensors nor when anything runs.
 
-A log is written from its end on and read from its beginning, so that both are one run of bytes. What nobody needs any
-more is squeezed out by a *compaction*: the places still needed move up, in their order. (The copying of log-structured
-stores: Rosenblum and Ousterhout 1991.)
+A log is written from its end on. Where it crosses a link or comes from disk it is read from its beginning, so that both
+are one run of bytes; where it is attended to in place, only what is needed is read. What nobody needs any more is
+squeezed out by a *compaction*: the places still needed move up, in their order. (The copying of log-structured stores:
+Rosenblum and Ousterhout 1991.)
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,19 @@ Places = npt.NDArray[np.int32]
 
 WRITE_WEIGHT = 0.5
 """What writing a token of a log costs beside reading it: decoding writes little, and that way is free meanwhile."""
+
+
+class Crossing(NamedTuple):
+    """At which share of the layers logs come to where they are read, instead of being read in place."""
+
+    read: float
+    """In a sweep that reads them."""
+    rewritten: float
+    """In one that compacts them: a CPU that attends beside a GPU reads in place, but rewrites nothing."""
+
+
+EVERYWHERE = Crossing(1.0, 1.0)
+"""None is read in place."""
 
 
 @dataclass(slots=True)
@@ -81,13 +96,15 @@ class GroupLog:
     """Sequences at most."""
     capacity: int
     """Tokens of its log at most: what any `num_seats` sequences can come to need."""
+    crossing: Crossing = EVERYWHERE
+    """Where it is read in place, and where not."""
     seats: list[Seat] = field(default_factory=list)
     """In the order of their leaves, so that descendants of a node are neighbours."""
     length: int = 0
     """Tokens in the log, needed or not."""
     version: int = 0
     """Counts the steps at which more has changed than one token appended to each context: members, places."""
-    _wasted: int = 0  # tokens read for nothing since the last compaction
+    _wasted: float = 0  # tokens read for nothing since the last compaction, at each layer in the mean
     _last_streams: tuple[int, ...] = ()  # that stepped together
 
     @property
@@ -107,8 +124,8 @@ class GroupLog:
     def begin_sweep(self, num_entering: int) -> Compaction | None:
         """Make room for a step of every sequence and for `num_entering` tokens of prompts.
 
-        A sweep reads the whole log. It is compacted as soon as the tokens read for nothing weigh as much as those that
-        a compaction writes (renting skis: Karlin et al. 1988).
+        A sweep reads the whole log wherever it crosses. It is compacted as soon as the tokens read for nothing weigh as
+        much as those that a compaction reads and writes beside them (renting skis: Karlin et al. 1988).
         """
         num_needed = sum(seat.length for seat in self.seats)
         stepping = self.stepping
@@ -116,9 +133,11 @@ class GroupLog:
             self.length = self._wasted = 0
         num_dead = self.length - num_needed
         if stepping:
-            self._wasted += num_dead
+            self._wasted += self.crossing.read * num_dead
         is_full = self.length + len(stepping) + num_entering > self.capacity
-        if not num_dead or not (is_full or (stepping and self._wasted >= WRITE_WEIGHT * num_needed)):
+        read, rewritten = self.crossing
+        price = (rewritten - read) * self.length + WRITE_WEIGHT * rewritten * num_needed
+        if not num_dead or not (is_full or (stepping and self._wasted and self._wasted >= price)):
             return None
         kept = np.sort(np.concatenate([seat.own_places for seat in self.seats]))
         compaction = Compaction(group=self.group, log_length=self.length, places=kept)

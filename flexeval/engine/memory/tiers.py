@@ -9,6 +9,7 @@ import torch
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.tier import MemoryTier, Tier
 from flexeval.errors import CapacityError
+from flexeval.planning.logs import Crossing
 from flexeval.policy.policy import KINDS, Policy, Split
 from flexeval.policy.policy import Tier as TierName
 
@@ -62,6 +63,12 @@ class Tiers(Mapping[TierName, Tier]):
     def is_home(self, split: Split) -> bool:
         """Whether nothing of a kind is anywhere else than where it is computed."""
         return bool(getattr(split, self.home.name) == 1)
+
+    def crossing(self, policy: Policy) -> Crossing:
+        """Where logs of KV are not read in place: away from home, but where the CPU attends beside it."""
+        num_away = 1 - getattr(policy.kv, self.home.name)
+        in_host_memory = policy.kv.cpu if self.home.name is not TierName.CPU else 0.0
+        return Crossing(num_away - policy.host_attention * in_host_memory, num_away)
 
     def peak_bytes(self) -> dict[str, int]:
         """The most that was used of each: on a GPU everything, elsewhere what was handed out."""
