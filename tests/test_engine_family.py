@@ -98,6 +98,27 @@ def test_a_family_whose_wishes_were_ignored_would_be_refused_with_the_figure(
     check_family(tiny_config(name))
 
 
+@pytest.mark.parametrize("whose", ["the engine's", "transformers'"])
+def test_what_differs_only_once_is_told_from_a_family_that_cannot_run(
+    whose: str, monkeypatch: pytest.MonkeyPatch, empty_cache: Path
+) -> None:
+    answer, num_asked = family._answer_both_ways, 0
+
+    def disturbed(config: PretrainedConfig) -> family._Answers:
+        nonlocal num_asked
+        num_asked += 1
+        measured, expected = answer(config)
+        if num_asked == 1:
+            (measured if whose == "the engine's" else expected)[5] += 2e-4
+        return family._Answers(measured, expected)
+
+    monkeypatch.setattr(family, "_answer_both_ways", disturbed)
+    with pytest.raises(UnsupportedModelError, match=rf"by 0\.0002 .* by \d\S* when .* again; {whose} have") as caught:
+        check_family(tiny_config("llama"))
+    assert "Run the same command again" in str(caught.value) and num_asked == 2
+    check_family(tiny_config("llama"))
+
+
 def test_a_configuration_that_makes_no_sense_is_told_from_a_family_that_cannot_run() -> None:
     with pytest.raises(UnsupportedModelError, match=r"transformers makes no model of this.*sulu"):
         check_family(tiny_config("llama", hidden_act="sulu"))
