@@ -67,7 +67,7 @@ _WORDS = {
     "disk_read_bytes_per_s": ("reads from disk", 1e-9, "GB/s"),
     "disk_write_bytes_per_s": ("writes to disk", 1e-9, "GB/s"),
     "flops_per_s": ("matrix products", 1e-12, "TFLOP/s"),
-    "cold_speedup": ("the same after a rest", 1.0, "times faster"),
+    "cold_speedup": ("the same after a rest", 1.0, "times as fast"),
     "single_product_bytes_per_s": ("matrices times one token", 1e-9, "GB/s"),
     "few_product_bytes_per_s": ("matrices times few tokens", 1e-9, "GB/s"),
     "product_s": ("any product of few tokens", 1e6, "us"),

@@ -137,7 +137,7 @@ class GroupLog:
         is_full = self.length + len(stepping) + num_entering > self.capacity
         read, rewritten = self.crossing
         price = (rewritten - read) * self.length + WRITE_WEIGHT * rewritten * num_needed
-        if not num_dead or not (is_full or (stepping and self._wasted and self._wasted >= price)):
+        if not num_dead or not (is_full or (stepping and self._wasted >= price > 0)):
             return None
         kept = np.sort(np.concatenate([seat.own_places for seat in self.seats]))
         compaction = Compaction(group=self.group, log_length=self.length, places=kept)

@@ -40,13 +40,13 @@ def matmul_rates(device: str, dtype: torch.dtype) -> _ProductRates:
     # Random numbers: on ones or zeros a GPU draws less power, and runs faster than it ever does at work.
     left = torch.randn(tokens, inputs, device=device).to(dtype)
     right = torch.randn(outputs, inputs, device=device).to(dtype)
-    num_operations = 2 * tokens * inputs * outputs
     if device == "cuda":
         time.sleep(RESTING_S)
-    cold_flops_per_s = num_operations / best_seconds(lambda: left @ right.T, device)
-    if device != "cuda":
-        return _ProductRates(cold_flops_per_s, cold_flops_per_s)
-    return _ProductRates(num_operations / sustained_seconds(lambda: left @ right.T), cold_flops_per_s)
+    seconds = cold_s = best_seconds(lambda: left @ right.T, device)
+    if device == "cuda":
+        seconds = sustained_seconds(lambda: left @ right.T, once_s=cold_s)
+    num_operations = 2 * tokens * inputs * outputs
+    return _ProductRates(num_operations / seconds, num_operations / cold_s)
 
 
 class _FewTokenRates(NamedTuple):

@@ -30,12 +30,13 @@ def best_seconds(run: Callable[[], object], device: str, *, budget_s: float = 0.
     return min(seconds)
 
 
-def sustained_seconds(run: Callable[[], object]) -> float:
-    """The mean of many runs on a GPU that has been busy for a while: at the limit of its power it is slower than cold.
+def sustained_seconds(run: Callable[[], object], *, once_s: float) -> float:
+    """The mean of many runs, of about `once_s`, on a GPU that has been busy for a while.
 
-    An H200 multiplied at 777 TFLOP/s in its first tenth of a second, and at 680 after some; another at 766 and 650.
+    At the limit of its power it is slower than cold: an H200 multiplied at 777 TFLOP/s in its first tenth of a second,
+    and at 680 after some; another at 766 and 650.
     """
-    num_runs = max(1, round(0.01 / best_seconds(run, "cuda")))
+    num_runs = max(1, round(0.01 / once_s))
 
     def seconds(budget_s: float) -> float:
         start, num_rounds = time.perf_counter(), 0
