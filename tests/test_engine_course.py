@@ -15,9 +15,10 @@ from test_engine_shortage import MANY, Listener, load
 from tiny_directory import write_tiny_model
 from tiny_models import assert_equal_results
 
-from flexeval.backends import course
+from flexeval.backends import course, placing
 from flexeval.engine.scheduler import Scheduler
 from flexeval.engine.trace import SweepTrace
+from flexeval.errors import CapacityError
 from flexeval.policy.correction import Correction
 from flexeval.policy.cost import CostModel
 from flexeval.policy.policy import Policy, Split, apart
@@ -130,6 +131,32 @@ def test_the_rest_is_placed_anew_and_every_answer_is_the_same_and_given_once(
     assert "weights 50% cpu, 50% disk instead of 100% cpu" in words and "num groups 1 instead of 2" in words
     assert Policy.from_json(usage.policy) == OTHER and moves[0] == BLOCKS
     assert usage.splits == [] and usage.predicted_s > 0 and usage.corrected_s > 0
+
+
+def test_a_better_placement_that_finds_no_room_is_given_up(
+    model: str, moves: list[Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun is answered; the rest is, too, on a placement that is searched for within less memory."""
+    place, num_placed = placing.place_weights, 0
+
+    def fail_at_the_second(*args: Any, **options: Any) -> Any:
+        nonlocal num_placed
+        num_placed += 1
+        if num_placed == 2:
+            raise CapacityError("no room for 5 MiB more in cpu memory", tier="cpu")
+        return place(*args, **options)
+
+    monkeypatch.setattr(placing, "place_weights", fail_at_the_second)
+    listen = Listener()
+    with load(model) as engine:
+        expected = list(map(without_time, engine.generate(MANY)))
+    num_placed = 0
+    with load(model, policy="auto", disk=str(tmp_path)) as engine:
+        assert list(map(without_time, engine.generate(MANY, on_completions=listen))) == expected
+        usage = engine.usage()
+    assert listen.told == dict.fromkeys(range(len(MANY)), 1) and num_placed >= 3
+    assert len(usage.splits) == 1 and "of cpu memory used instead of" in usage.splits[0]
+    assert len(usage.moves) >= 1 and usage.predicted_s > 0
 
 
 SCORES, TEXTS = ([r for r in MANY if (r.max_tokens > 1) == generates] for generates in (False, True))

@@ -262,7 +262,7 @@ def test_stores_are_closed_only_when_nothing_is_in_flight(tmp_path: Path) -> Non
     with loaded(ALL_ON_DISK, tmp_path, overlap=True) as executor:
         for store, names in (
             (executor._make_cache({}, coding=None), ("kv_in", "kv_out")),
-            (executor._make_hidden(HiddenStore, []), ("hidden",)),
+            (executor._make_hidden(HiddenStore, [], prompt_tokens=1), ("hidden",)),
         ):
             for name in names:
                 executor._lanes[name].submit(lambda name=name: (time.sleep(0.03), done.append(name)))
@@ -453,6 +453,20 @@ def test_no_tier_gets_the_long_ones_of_unequal_rows(first: int, tmp_path: Path) 
     ]
     policy = Policy(hidden=Split(cpu=0.5, disk=0.5), row_tokens=24, sweep_tokens=200)
     assert_promise_is_kept(requests, policy, None, tmp_path)
+
+
+def test_hidden_states_of_a_sweep_with_few_tokens_stay_where_a_full_one_has_room(tmp_path: Path) -> None:
+    """Prompts that come while others decode are few: they would go to disk and back at each layer, for nothing."""
+    requests = [
+        TokenRequest(prompt_ids=tuple(range(5 + 20 * n, 25 + 20 * n)), max_tokens=2 + 3 * (n % 2)) for n in range(5)
+    ]
+    policy = Policy(hidden=Split(cpu=0.5, disk=0.5), row_tokens=20, sweep_tokens=80, group_sequences=4)
+    with loaded(policy, tmp_path) as executor:
+        executor.execute(requests)
+        sweeps = executor.trace.sweeps
+        moved = {sweep.num_fresh_tokens: sweep.lanes["hidden"].num_bytes for sweep in sweeps if sweep.num_fresh_tokens}
+    assert moved.keys() == {80, 20} and moved[80] > 0 and moved[20] == 0
+    assert any(sweep.num_fresh_tokens and sweep.num_decode_tokens for sweep in sweeps)
 
 
 def test_a_log_that_is_full_is_compacted_where_it_is_read(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tiny_directory import write_tiny_model
 
 from flexeval import Engine, Request
 from flexeval.answering import answer_all
+from flexeval.backends.placing import MOST_LESS
 from flexeval.backends.shortage import full_tier
 from flexeval.config import Setting
 from flexeval.engine.compute.anatomy import Anatomy
@@ -208,6 +209,29 @@ def test_weights_that_do_not_load_are_not_split(model: str, monkeypatch: pytest.
         fail_at(monkeypatch, MemoryTier, "allocate", CapacityError("no room", tier="cpu"), lambda call: True)
         with pytest.raises(CapacityError, match=r"^no room$"):
             engine.place(MANY)
+
+
+def test_weights_that_find_less_room_than_was_measured_are_placed_in_less(
+    model: str, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has taken memory meanwhile."""
+    with load(model, policy="auto", cpu_memory="100MB") as engine:
+        fail_at(monkeypatch, WeightStore, "__init__", CapacityError("no room", tier="cpu"), lambda call: call <= 2)
+        assert list(map(without_time, engine.generate(MANY))) == expected
+        usage = engine.usage()
+    assert usage.splits == [
+        "85.8 MiB of cpu memory used instead of 95.4 MiB",
+        "77.2 MiB of cpu memory used instead of 85.8 MiB",
+    ]
+    assert usage.predicted_s > 0 and usage.num_generated_tokens
+
+
+def test_weights_that_never_find_room_are_not_placed_for_ever(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(model, policy="auto") as engine:
+        fail_at(monkeypatch, WeightStore, "__init__", CapacityError("no room", tier="cpu"), lambda call: True)
+        with pytest.raises(CapacityError, match=r"^no room$"):
+            engine.generate(MANY)
+        assert len(engine.usage().splits) == MOST_LESS
 
 
 def test_memory_may_run_out_before_the_first_request(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

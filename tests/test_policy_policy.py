@@ -179,6 +179,19 @@ def test_no_tier_gets_more_of_unequal_rows_than_its_share_and_one(shares: list[i
     assert split.spread_sizes([7] * 12) == split.spread_sizes([1] * 12), "sizes that are equal do not matter"
 
 
+@given(
+    shares=st.lists(st.integers(0, 8), min_size=3, max_size=3).filter(any),
+    part=st.floats(0.01, 1.0),
+)
+def test_a_part_of_the_whole_fills_the_faster_tiers_and_none_beyond_its_share(shares: list[int], part: float) -> None:
+    split = Split(**{tier: share / sum(shares) for tier, share in zip(Tier, shares, strict=True)})
+    of_part = split.of_part(part)
+    for tier, slower in zip(Tier, (("cpu", "disk"), ("disk",), ()), strict=True):
+        assert getattr(of_part, tier) * part <= getattr(split, tier) + 1e-9
+        if any(getattr(of_part, name) > 1e-9 for name in slower):
+            assert getattr(of_part, tier) * part == pytest.approx(getattr(split, tier)), "full before the next is used"
+
+
 def test_a_policy_in_words():
     policy = Policy.parse("gpu-weights=0.25,row-tokens=2048,num-groups=3,host-attention=0.5")
     assert tell_policy(policy) == (

@@ -223,11 +223,11 @@ class Engine:
         That is a better one, which the work names, or a smaller one, where memory ran out.
         """
         policy: Policy | None = None
+        is_again = False
         while batch.unanswered:
             requests = [batch.token_requests[index] for index in batch.unanswered]
             workload = self._count(requests)
             try:
-                is_again = policy is not None
                 policy = work(self._placements.ready(workload, requests, policy, on_layer), workload, is_again)
                 if policy is None:
                     return
@@ -235,6 +235,7 @@ class Engine:
                 if error is batch.listener_error:
                     raise
                 policy = self._placements.split(error, workload)
+            is_again = is_again or policy is not None
             release(self._opened.device)  # not in the `except`, whose traceback holds tensors
 
     def _answer(

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from flexeval.backends.backend import Usage, add_up
 from flexeval.backends.course import Course, Moving
@@ -16,7 +17,7 @@ from flexeval.backends.loading import OpenModel, cap_gpu_memory
 from flexeval.backends.placed import OnLayer, Placed, place_weights
 from flexeval.backends.shortage import cannot_split, does_not_load, full_tier
 from flexeval.backends.trial import try_out
-from flexeval.config import Limits
+from flexeval.config import Limits, format_size
 from flexeval.engine.codecs.kv_format import make_format
 from flexeval.engine.cpu_rates import cpu_attention_rate, cpu_prompt_rate, cpu_softmax_rate
 from flexeval.engine.memory.host_rate import host_attention_rate
@@ -35,6 +36,8 @@ from flexeval.request import TokenRequest
 Count = Callable[[Sequence[TokenRequest]], Workload]
 CONSIDERED = 16
 """Workloads that are remembered: a server's batches are without number."""
+LESS, MOST_LESS = 0.1, 4
+"""Where weights do not find the room that was measured, this share of it is given up; so often at most."""
 
 
 class Placements:
@@ -62,6 +65,7 @@ class Placements:
         self._tried: Correction | None = None
         self._correction = NO_CORRECTION
         self._search_s = 0.0
+        self._num_less = 0  # times that less memory was counted on
         self._is_split = False  # memory ran out under a policy that should have fitted
         self._considered = deque[Workload](maxlen=CONSIDERED)  # for which the present policy has been thought about
 
@@ -171,10 +175,11 @@ class Placements:
             self.close()
         return better
 
-    def split(self, error: Exception, workload: Workload) -> Policy:
+    def split(self, error: Exception, workload: Workload) -> Policy | None:
         """Give everything back where memory ran out; the policy to go on with.
 
-        A policy that was set by hand is split for good.
+        A policy that was set by hand is split for good. None where one is to be searched for: weights did not find the
+        room that was measured, and less is counted on from now on.
 
         Args:
             error: What was raised; raised again, where it is about anything else.
@@ -188,7 +193,10 @@ class Placements:
         if full is None:
             raise error
         if placed is None:
-            raise error if isinstance(error, CapacityError) else does_not_load(error, full) from error
+            if self._fixed_policy is not None or self._num_less == MOST_LESS:
+                raise error if isinstance(error, CapacityError) else does_not_load(error, full) from error
+            self._count_on_less(full)
+            return None
         policy = placed.executor.policy
         smaller = split(policy, self.cost_model(workload), full, keeps_rows=self._is_apart)
         if smaller is None:
@@ -200,6 +208,18 @@ class Placements:
         if self._fixed_policy is not None:
             self._fixed_policy = smaller
         return smaller
+
+    def _count_on_less(self, full: Tier) -> None:
+        """Something else has taken memory, or holds it in pieces, since it was measured."""
+        before = self._measure()
+        after = int((1 - LESS) * before.capacity_bytes(full))
+        room: dict[str, Any] = {f"{full}_bytes": after}
+        self._hardware = replace(before, **room)
+        self._num_less += 1
+        words = f"{format_size(after)} of {full} memory used instead of {format_size(before.capacity_bytes(full))}"
+        self._past.append(
+            Usage(load_s=0.0, num_prompt_tokens=0, num_computed_prompt_tokens=0, num_generated_tokens=0, splits=[words])
+        )
 
     def _measure(self) -> Hardware:
         """The machine, measured once: before the engine itself fills the memory."""

@@ -71,7 +71,7 @@ class Executor(EngineParts):
         try:
             while scheduler.has_work:
                 rows = self._make_rows(maker, scheduler.plan_sweep())
-                hidden = self._make_hidden(WatchedHidden, rows)
+                hidden = self._make_hidden(WatchedHidden, rows, prompt_tokens=scheduler.summary.num_computed_tokens)
                 seen.append(hidden)
                 with closing(hidden):
                     for _ in self._sweeper.sweep(
@@ -126,7 +126,9 @@ class Executor(EngineParts):
                     share=self.policy.host_attention,
                 )
                 rows = self._make_rows(maker, plans)
-                with closing(self._make_hidden(HiddenStore, rows)) as hidden:
+                with closing(
+                    self._make_hidden(HiddenStore, rows, prompt_tokens=self.plan.num_computed_tokens)
+                ) as hidden:
                     outcomes = self._sweeper.sweep(
                         rows,
                         cache,

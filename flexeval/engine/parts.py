@@ -226,14 +226,18 @@ class EngineParts:
             self.trace.settle(name, lane.watch.take_laps())
         self.trace.settle("compute", self._watch.take_laps())
 
-    def _make_hidden(self, make: type[H], rows: Sequence[Row]) -> H:
+    def _make_hidden(self, make: type[H], rows: Sequence[Row], *, prompt_tokens: int) -> H:
         """A sweep's rows, those that decode first: their few tokens would wait for larger copies, so they stay.
 
-        A lone row's hidden states stay as well: they are the next layer's input at once.
+        A lone row's hidden states stay as well: they are the next layer's input at once. And so do those of a sweep
+        that takes few of the batch's `prompt_tokens`, as far as the room for those of a full one goes.
         """
         home = self.tiers.home
         sizes = [row.plan.num_tokens for row in rows if row.fresh]
-        fresh = [home] * len(sizes) if len(rows) == 1 else self.tiers.spread_sizes(self.policy.hidden, sizes)
+        fresh = [home] * len(sizes)
+        if sizes and len(rows) > 1:
+            part = min(1.0, sum(sizes) / min(self.policy.sweep_tokens, prompt_tokens))
+            fresh = self.tiers.spread_sizes(self.policy.hidden.of_part(part), sizes)
         return make(
             [home] * (len(rows) - len(sizes)) + fresh,
             device=self._device,

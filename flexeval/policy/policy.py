@@ -77,6 +77,19 @@ class Split:
         ]
         return [tier for _, _, tier in sorted(places)]
 
+    def of_part(self, part: float) -> Split:
+        """The shares of a part of the whole, in (0, 1], where no tier takes more than its share of the whole has room.
+
+        The faster tiers are filled first: what is less than a full load need not go where the rest of one would.
+        """
+        left = part
+        shares: dict[str, float] = {}
+        for tier in Tier:
+            taken = min(left, getattr(self, tier))
+            shares[tier] = taken / part
+            left -= taken
+        return Split(**shares)
+
     def spread_sizes(self, sizes: Sequence[int]) -> list[Tier]:
         """The tier of each of some rows of these sizes: whichever lacks most of its share of all so far.
 
