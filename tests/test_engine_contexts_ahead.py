@@ -43,7 +43,11 @@ class Loads:
 
 def row(index: int, *places: int) -> Row:
     spans = [SimpleNamespace(source=KeySource(group=-1, log_start=place)) for place in places]
-    return cast(Row, SimpleNamespace(index=index, ancestors=spans))
+    return cast(Row, SimpleNamespace(index=index, ancestors=spans, read_groups={-1}))
+
+
+def prompts(index: int) -> Row:
+    return cast(Row, SimpleNamespace(index=index, ancestors=[], read_groups=set()))
 
 
 def test_what_rows_share_is_brought_once_in_turn() -> None:
@@ -62,6 +66,15 @@ def test_what_rows_share_is_brought_once_in_turn() -> None:
     last = ["2:0 above", "2:0 above", "2:2 above", "2:3 above", "2:4"]
     assert taken == first + in_place + last
     assert sorted(loads.done) == sorted({*taken}), "nothing twice"
+
+
+def test_a_row_that_reads_no_log_does_not_hold_up_what_the_next_one_reads() -> None:
+    loads = Loads()
+    rows = [row(0), prompts(1)]
+    wanted = [Wanted(layer, one) for layer in (0, 2) for one in rows]
+    contexts = ContextsAhead(cast(Cache, loads), 3, wanted)
+    assert contexts.take(wanted[0]) == "0:0" and loads.done == ["0:0", "2:0"], "before the first is in use"
+    assert [contexts.take(one) for one in wanted[1:]] == ["0:1", "2:0", "2:1"]
 
 
 @pytest.mark.parametrize("overlap", [False, True])

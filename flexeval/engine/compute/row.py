@@ -103,6 +103,12 @@ class Row:
         return self.plan.ancestors
 
     @property
+    def read_groups(self) -> set[int]:
+        """The groups whose logs it reads or rewrites."""
+        own = {batch.span.group for batch in self.decode} | {compaction.group for compaction in self.compactions}
+        return own | {span.source.group for span in self.ancestors if span.source.group is not None}
+
+    @property
     def steady(self) -> Hashable:
         """Equal for rows that decode from the same places: their launches are the same. None where there are none such.
 

@@ -28,26 +28,33 @@ class Wanted(NamedTuple):
 
 
 class ContextsAhead:
-    """The contexts of one sweep: while one is in use, the next is brought, unless all lies in place."""
+    """The contexts of one sweep: while one is in use, the next is brought, unless all lies in place.
+
+    Prompts that read no log stand in no queue: the next context would be sent for only when the one before had been
+    used.
+    """
 
     def __init__(self, cache: Cache, num_layers: int, wanted: Iterable[Wanted]):
-        """They are asked for in the order of `wanted`; of layers where all lies in place, in any."""
+        """They are asked for in the order of `wanted`; what need not be brought, in any."""
         self._cache = cache
         self.is_in_place = [cache.is_in_place(layer) for layer in range(num_layers)]
-        coming = (one for one in wanted if not self.is_in_place[one.layer])
+        coming = (one for one in wanted if self._is_brought(one))
         each = [next(alike) for _, alike in groupby(coming, lambda one: one.what)]
         self._ahead = ahead(cache.lane_in, self._load, each)
         self._above: tuple[Hashable, Any] = (None, None)
 
     def take(self, wanted: Wanted) -> Any:
         """A context of the cache's own kind, on the compute device."""
-        if self.is_in_place[wanted.layer]:
+        if not self._is_brought(wanted):
             return self._load(wanted)
         if not wanted.is_above_alone:
             return next(self._ahead)
         if self._above[0] != wanted.what:
             self._above = wanted.what, next(self._ahead)
         return self._above[1]
+
+    def _is_brought(self, wanted: Wanted) -> bool:
+        return not self.is_in_place[wanted.layer] and bool(wanted.row.read_groups)
 
     def _load(self, wanted: Wanted) -> Any:
         load = self._cache.load_above if wanted.is_above_alone else self._cache.load

@@ -80,7 +80,8 @@ class KVCache:
     def load(self, layer: int, row: Row) -> LoadedContext:
         """Bring what a row reads at a layer to the device; runs on the lane for KV coming in.
 
-        Two loads may be outstanding: the one in use and the next. Where all lies in place, it may run anywhere.
+        Two loads may be outstanding: the one in use and the next. Where all lies in place, or the row reads no log, it
+        may run anywhere.
         """
         return self._load(layer, row, brings_own=self._brings_own)
 
@@ -146,15 +147,11 @@ class KVCache:
         self._logs = {}
         self._scratch.clear()
 
-    @staticmethod
-    def _groups(row: Row) -> set[int]:
-        groups = {batch.span.group for batch in row.decode} | {compaction.group for compaction in row.compactions}
-        return groups | {span.source.group for span in row.ancestors if span.source.group is not None}
-
     def _load(self, layer: int, row: Row, *, brings_own: bool) -> LoadedContext:
-        if not self.is_in_place(layer):
+        groups = row.read_groups
+        if groups and not self.is_in_place(layer):
             self._buffers.next_turn()
-        logs = {group: log for group in self._groups(row) if (log := self._logs.get((layer, group))) is not None}
+        logs = {group: log for group in groups if (log := self._logs.get((layer, group))) is not None}
         rooms = {batch.span.group: batch.num_sequences for batch in row.decode}
         held: dict[int, Tensor] = {}  # logs as a whole
         for compaction in row.compactions:
