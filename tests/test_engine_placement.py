@@ -6,6 +6,7 @@ import dataclasses
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -30,6 +31,7 @@ from flexeval.engine.memory.disk import DiskExtent, DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
 from flexeval.engine.memory.kv import KVCache
 from flexeval.engine.memory.lanes import LANES
+from flexeval.engine.memory.tier import MemoryExtent, MemoryTier
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.errors import CapacityError
 from flexeval.policy.cost import CostModel
@@ -45,9 +47,11 @@ ALL_ON_DISK = dataclasses.replace(SMALL, weights=Split(disk=1.0), kv=Split(disk=
 
 
 @contextmanager
-def loaded(policy: Policy, folder: Path | None, *, device: torch.device = CPU, **options: Any) -> Iterator[Executor]:
-    anatomy = Anatomy(tiny_config("llama"), torch.float32)
-    checkpoint = StateDictCheckpoint(anatomy, tiny_model("llama").state_dict())
+def loaded(
+    policy: Policy, folder: Path | None, *, device: torch.device = CPU, family: str = "llama", **options: Any
+) -> Iterator[Executor]:
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    checkpoint = StateDictCheckpoint(anatomy, tiny_model(family).state_dict())
     disk = None if folder is None else DiskTier(folder)
     with Executor(anatomy, checkpoint, policy, codec=None, device=device, disk_tier=disk, **options) as executor:
         yield executor
@@ -467,6 +471,30 @@ def test_hidden_states_of_a_sweep_with_few_tokens_stay_where_a_full_one_has_room
         moved = {sweep.num_fresh_tokens: sweep.lanes["hidden"].num_bytes for sweep in sweeps if sweep.num_fresh_tokens}
     assert moved.keys() == {80, 20} and moved[80] > 0 and moved[20] == 0
     assert any(sweep.num_fresh_tokens and sweep.num_decode_tokens for sweep in sweeps)
+
+
+@pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=["none", "kv4"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3", "gpt_oss"])
+def test_logs_in_host_memory_are_expected_as_they_come(
+    family: str, coding: KVCoding | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made ahead, so that none may be of another size, and none too many."""
+    expected, made = Counter[int](), Counter[int]()
+    allocate = MemoryTier.allocate
+
+    def count(self: MemoryTier, num_bytes: int) -> MemoryExtent:
+        made[num_bytes] += 1
+        return allocate(self, num_bytes)
+
+    header = tuple(range(5, 25))
+    tails = [range(30 + 5 * n, 33 + 6 * n) for n in range(5)]
+    requests = [TokenRequest(prompt_ids=(*header, *tail), max_tokens=3) for tail in tails]
+    policy = Policy(kv=Split(cpu=0.7, disk=0.3), group_sequences=2, num_groups=3)
+    with loaded(policy, tmp_path, family=family, kv_coding=coding) as executor:
+        monkeypatch.setattr(MemoryTier, "expect", lambda self, sizes: expected.update(sizes))
+        monkeypatch.setattr(MemoryTier, "allocate", count)
+        executor.execute(requests)
+    assert expected == made and len(expected) > 1
 
 
 def test_a_log_that_is_full_is_compacted_where_it_is_read(tmp_path: Path) -> None:

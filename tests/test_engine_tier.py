@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from flexeval.engine.memory import tier as tier_module
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.tier import MemoryTier, Tier
 from flexeval.errors import CapacityError
@@ -186,6 +189,88 @@ def test_two_runs_share_a_disk_folder(tmp_path: Path) -> None:
     one.close()
 
 
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """What is page-locked, and by which thread, as if there were a GPU."""
+    locked: list[tuple[int, str]] = []
+
+    def forget(data: torch.Tensor) -> None:
+        locked.remove(next(entry for entry in locked if entry[0] == data.numel()))
+
+    monkeypatch.setattr(
+        "flexeval.engine.memory.tier.pin", lambda data: locked.append((data.numel(), threading.current_thread().name))
+    )
+    monkeypatch.setattr("flexeval.engine.memory.tier.unpin", forget)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return locked
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_what_is_expected_is_made_beside_the_caller_and_made_once(locked: list[tuple[int, str]]) -> None:
+    tier = MemoryTier(TierName.CPU, CPU, compute_device=CUDA)
+    for _ in range(2):  # a second batch finds what the first one has left
+        tier.expect([500, 900, 500, 70])
+        until(lambda: len(locked) == 4)
+        extents = [tier.allocate(size) for size in (900, 500, 500)]
+        assert [extent.num_bytes for extent in extents] == [900, 500, 500]
+        assert len(locked) == 4 and all(thread.startswith("page_lock") for _, thread in locked)
+        for extent in extents:
+            extent.free()
+        tier.expect_no_more()
+        assert tier.used_bytes == tier.peak_bytes == 1970
+    tier.close()
+    assert locked == [] and tier.used_bytes == 0
+
+
+def test_what_is_expected_and_not_begun_is_made_by_whoever_asks(
+    locked: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    pin = tier_module.pin
+
+    def wait(data: torch.Tensor) -> None:
+        if threading.current_thread().name.startswith("page_lock"):
+            begun.set()
+            assert go_on.wait(10)
+        pin(data)
+
+    monkeypatch.setattr("flexeval.engine.memory.tier.pin", wait)
+    tier = MemoryTier(TierName.CPU, CPU, compute_device=CUDA)
+    tier.expect([300, 80, 80])
+    assert begun.wait(10)
+    tier.allocate(80).free()
+    assert [size for size, _ in locked] == [80], "while the first is being made"
+    go_on.set()
+    assert tier.allocate(300).num_bytes == 300
+    tier.expect_no_more()
+    assert {(size, thread.split("_0")[0]) for size, thread in locked if size == 300} == {(300, "page_lock")}
+    assert len(locked) in (2, 3), "the second one of 80 may have been begun"
+    tier.close()
+    assert tier.used_bytes == 300, "which is in use"
+
+
+def test_what_cannot_be_made_ahead_is_told_to_whoever_asks_for_it(
+    locked: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(data: torch.Tensor) -> None:
+        raise CapacityError("the host memory could not be page-locked", tier="cpu")
+
+    monkeypatch.setattr("flexeval.engine.memory.tier.pin", fail)
+    tier = MemoryTier(TierName.CPU, CPU, compute_device=CUDA)
+    tier.expect([300, 300])
+    with pytest.raises(CapacityError, match="page-locked"):
+        tier.allocate(300)
+    tier.expect_no_more()
+    tier.close()
+    assert tier.used_bytes == 0
+
+
 @pytest.mark.gpu
 def test_page_locked_buffers_are_used_again() -> None:
     tier = MemoryTier(TierName.CPU, CPU, compute_device=CUDA)
@@ -199,23 +284,19 @@ def test_page_locked_buffers_are_used_again() -> None:
     assert tier.used_bytes == 0
 
 
-def test_idle_buffers_make_room_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned: list[int] = []
-    monkeypatch.setattr("flexeval.engine.memory.tier.pin", lambda data: pinned.append(data.numel()))
-    monkeypatch.setattr("flexeval.engine.memory.tier.unpin", lambda data: pinned.remove(data.numel()))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+def test_idle_buffers_make_room_one_by_one(locked: list[tuple[int, str]]) -> None:
     tier = MemoryTier(TierName.CPU, CPU, compute_device=CUDA)
 
     def batch(*sizes: int) -> list[int]:
         """A batch's logs and one sweep's hidden states; what stays page-locked when all have been given back."""
         for extent in [tier.allocate(size) for size in sizes]:
             extent.free()
-        return sorted(pinned)
+        return sorted(size for size, _ in locked)
 
     assert batch(9000, 7000, 300) == [300, 7000, 9000]
     assert batch(9000, 7000, 300) == [300, 7000, 9000]
     assert tier.allocate(100).num_bytes == 100  # neither fits what is idle nor beside it: the smallest gives way
-    assert sorted(pinned) == [100, 7000, 9000]
+    assert sorted(size for size, _ in locked) == [100, 7000, 9000]
     assert (tier.used_bytes, tier.peak_bytes) == (16100, 16300)
     tier.close()
-    assert pinned == [100]
+    assert [size for size, _ in locked] == [100]

@@ -20,7 +20,7 @@ from torch import Tensor
 from flexeval.directio import CHUNK_BYTES
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.memory.chunks import bytes_of
-from flexeval.engine.memory.tier import page_aligned
+from flexeval.engine.memory.page_lock import page_aligned
 from flexeval.engine.weight_file import FileTensor
 from flexeval.errors import DiskError, ModelError
 from flexeval.files import parse_json

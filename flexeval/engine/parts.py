@@ -13,7 +13,7 @@ import torch
 from flexeval.config import Sparsity
 from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.codecs.codec import Codec
-from flexeval.engine.codecs.kv_format import KVCoding
+from flexeval.engine.codecs.kv_format import KVCoding, make_format
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.attention import Attention
 from flexeval.engine.compute.dense import dense_attention
@@ -40,7 +40,6 @@ from flexeval.planning.rows import RowPlan
 from flexeval.policy.done import done_by
 from flexeval.policy.measured import MOST_SWEEPS
 from flexeval.policy.policy import Policy, check_sparse
-from flexeval.policy.policy import Tier as TierName
 
 H = TypeVar("H", bound=HiddenStore)
 ROWS_AHEAD = 3
@@ -100,6 +99,7 @@ class EngineParts:
         self._lanes = make_lanes(device, overlap=overlap)
         try:
             self.tiers.check(policy)
+            self._kv_shapes = [anatomy.kv_shape(layer) for layer in range(num_layers)]
             anatomy.bind_rest(checkpoint.rest(), device, vocabulary_codec)
             self._kv_tiers = self.tiers.spread(policy.kv, num_layers)
             self._weights = WeightStore(
@@ -109,7 +109,7 @@ class EngineParts:
                 codec=codec,
                 device=device,
                 device_tier=self.tiers.home,
-                host_tier=self.tiers[TierName.CPU],
+                host_tier=self.tiers.host,
                 disk_tier=disk_tier,
                 lane=self._lanes["weights"],
                 disk_lane=self._lanes["disk"],
@@ -201,6 +201,8 @@ class EngineParts:
 
     def _make_cache(self, capacities: Mapping[int, int], *, coding: KVCoding | None) -> Cache:
         make = SparseKVCache if self._is_sparse else KVCache
+        if not self._is_sparse:
+            self._expect_logs(capacities, coding)
         return make(
             self._kv_tiers,
             capacities=capacities,
@@ -211,12 +213,20 @@ class EngineParts:
             trace=self.trace,
         )
 
+    def _expect_logs(self, capacities: Mapping[int, int], coding: KVCoding | None) -> None:
+        """Have the logs that rest in host memory made, layer by layer, while the first prompts are computed."""
+        forms = [make_format(shape, self._anatomy.dtype, coding) for shape in self._kv_shapes]
+        host = self.tiers.host
+        sizes = [form.token_bytes for form, tier in zip(forms, self._kv_tiers, strict=True) if tier is host]
+        host.expect([num_tokens * size for size in sizes for num_tokens in capacities.values() if num_tokens])
+
     def _end_batch(self, cache: Cache) -> None:
         """Give the cache back, and settle the account of every lane."""
         self._host.drain()  # it reads logs where they rest
         if self._replay is not None:
             self._replay.forget_logs()
         cache.close()
+        self.tiers.host.expect_no_more()
         self.settle()
 
     def settle(self) -> None:

@@ -11,8 +11,8 @@ import torch
 from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.memory.chunks import bytes_of
 from flexeval.engine.memory.packing import Packer
+from flexeval.engine.memory.page_lock import page_aligned
 from flexeval.engine.memory.slab import SlabLayout
-from flexeval.engine.memory.tier import page_aligned
 from flexeval.engine.packed import save_rest
 from flexeval.prepared import REST, FileFacts, facts_of, layer_file
 

@@ -104,6 +104,7 @@ class Anatomy:
         self.experts = [find_experts(layer, per_token) for layer in self.layers]
         """Per layer, its experts; None where they are not apart."""
         self._specs = [_find_specs(*pair) for pair in zip(self.layers, self.experts, strict=True)]
+        self._kv_shapes: dict[tuple[TensorSpec, ...], KVShape] = {}  # by kind of layer
         self.vocabulary = Vocabulary(self.model)
         """Its embedding and head."""
         self._stubs = [_Stub(layer) for layer in self.layers]
@@ -224,12 +225,18 @@ class Anatomy:
         return reached[0]
 
     def kv_shape(self, layer: int) -> KVShape:
-        """One token's keys and values, found by calling the layer without memory, up to its attention."""
-        assert self.keys is None, "their tensors lie in memory"
-        one_1T = torch.zeros(1, 1, dtype=torch.long, device="meta")
-        embedded = self.embed(one_1T, one_1T)
-        inputs = self.run_to_attention(layer, embedded.hidden_1TD, embedded.calls[layer])
-        return KVShape.of(inputs.k_TKH, inputs.v_TKW)
+        """One token's keys and values, found by calling a layer of its kind without memory, up to its attention.
+
+        To be asked for the first time before weights are bound.
+        """
+        kind = tuple(self.layer_specs(layer))
+        if kind not in self._kv_shapes:
+            assert self.keys is None, "their tensors lie in memory"
+            one_1T = torch.zeros(1, 1, dtype=torch.long, device="meta")
+            embedded = self.embed(one_1T, one_1T)
+            inputs = self.run_to_attention(layer, embedded.hidden_1TD, embedded.calls[layer])
+            self._kv_shapes[kind] = KVShape.of(inputs.k_TKH, inputs.v_TKW)
+        return self._kv_shapes[kind]
 
     def head(self, hidden_1TD: Tensor) -> Tensor:
         """Logits `[1, T, V]` of hidden states that left the last layer."""

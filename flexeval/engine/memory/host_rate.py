@@ -20,7 +20,7 @@ from flexeval.engine.compute.host_attention import HostAttention
 from flexeval.engine.compute.host_team import build
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import Row, RowMaker
-from flexeval.engine.memory.tier import page_aligned
+from flexeval.engine.memory.page_lock import page_aligned
 from flexeval.planning.rows import AncestorSpan, DecodeSpan, RowPlan
 from flexeval.policy.memory import free_host_bytes
 from flexeval.team import give_spare_cores, num_spare_cores

@@ -15,9 +15,10 @@ from torch import Tensor
 from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.memory.disk import DiskExtent
 from flexeval.engine.memory.packing import Packer
+from flexeval.engine.memory.page_lock import page_aligned
 from flexeval.engine.memory.prepared import PreparedLayers
 from flexeval.engine.memory.slab import SlabLayout
-from flexeval.engine.memory.tier import Extent, Tier, page_aligned
+from flexeval.engine.memory.tier import Extent, Tier
 from flexeval.policy.policy import Tier as TierName
 
 

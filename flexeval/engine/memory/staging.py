@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexeval.directio import CHUNK_BYTES, STAGED_CHUNKS
-from flexeval.engine.memory.tier import page_aligned, pin, unpin
+from flexeval.engine.memory.page_lock import page_aligned, pin, unpin
 
 
 @dataclass(slots=True, eq=False)

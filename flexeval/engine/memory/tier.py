@@ -6,21 +6,19 @@ is copied in and out (`read`, `write`), on the calling lane's thread and stream.
 
 from __future__ import annotations
 
-import mmap
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flexeval.config import format_size
-from flexeval.directio import BLOCK_BYTES
+from flexeval.engine.memory.page_lock import BuffersAhead, page_aligned, pin, unpin
 from flexeval.errors import CapacityError
 from flexeval.policy.policy import Tier as TierName
 
-HUGE_PAGE_BYTES = 2 * 2**20
 PIECE_BYTES, PIECES_AHEAD = 64 * 2**20, 2
 """What is copied to a GPU in parts goes in pieces, a millisecond of the link each, of which so many stand in its queue,
 so that it can give way: a row's KV or hidden states would wait for a whole layer's weights, and the next one's."""
@@ -103,8 +101,9 @@ class Meter:
 class MemoryTier(Meter):
     """The memory of one device; host memory is page-locked where a GPU copies from it.
 
-    Page-locking takes a third of a second a gigabyte, so page-locked buffers that are given back wait for the next
-    request of about their size. They make room for others, the smallest first, where more would be held than ever was.
+    Page-locking takes long, so page-locked buffers that are given back wait for the next request of about their size,
+    and those that are expected are made ahead. What is idle makes room for others, the smallest first, where more would
+    be held than ever was.
     """
 
     def __init__(self, name: TierName, device: torch.device, *, compute_device: torch.device):
@@ -113,16 +112,61 @@ class MemoryTier(Meter):
         self.is_addressable = device == compute_device
         self.is_pinned = device.type == "cpu" and compute_device.type == "cuda"
         self._idle: list[Tensor] = []
+        self._counting = threading.Lock()  # buffers are made by a thread of their own as well
+        self._ahead = BuffersAhead(self._make)
 
     def allocate(self, num_bytes: int) -> MemoryExtent:
         """Room in this memory. Raises `CapacityError`."""
-        fitting = [buffer for buffer in self._idle if num_bytes <= buffer.numel() <= 2 * num_bytes]
-        if fitting:
-            buffer = min(fitting, key=Tensor.numel)
-            self._idle = [other for other in self._idle if other is not buffer]
-            return MemoryExtent(self, buffer, num_bytes)
-        while self._idle and self.used_bytes + num_bytes > self.peak_bytes:
-            self._drop(min(self._idle, key=Tensor.numel))
+        buffer = self._take_idle(num_bytes)
+        if buffer is None:
+            buffer = self._ahead.take(num_bytes)
+        if buffer is None:
+            buffer = self._make(num_bytes)
+        return MemoryExtent(self, buffer, num_bytes)
+
+    def expect(self, sizes: Sequence[int]) -> None:
+        """Extents of these sizes will be asked for: where that takes long, they are made beside the caller's work."""
+        if not self.is_pinned:
+            return
+        there = {index: buffer for index, size in enumerate(sizes) if (buffer := self._take_idle(size)) is not None}
+        with self._counting:
+            self._idle += there.values()
+        self._ahead.expect(size for index, size in enumerate(sizes) if index not in there)
+
+    def expect_no_more(self) -> None:
+        """What was expected is not made any more; what was made, and not asked for, waits for others."""
+        left = self._ahead.stop()
+        with self._counting:
+            self._idle += left
+
+    def recycle(self, buffer: Tensor) -> None:
+        """Take a buffer back from an extent."""
+        with self._counting:
+            if self.is_pinned and buffer.numel():
+                self._idle.append(buffer)
+            else:
+                self.give_back(buffer.numel())
+
+    def close(self) -> None:
+        """Give idle buffers back; the others go with their extents."""
+        self._idle += self._ahead.close()
+        while self._idle:
+            self._drop(self._idle.pop())
+
+    def _take_idle(self, num_bytes: int) -> Tensor | None:
+        """The smallest buffer that waits and fits."""
+        with self._counting:
+            fitting = [buffer for buffer in self._idle if num_bytes <= buffer.numel() <= 2 * num_bytes]
+            if not fitting:
+                return None
+            taken = min(fitting, key=Tensor.numel)
+            self._idle = [buffer for buffer in self._idle if buffer is not taken]
+            return taken
+
+    def _make(self, num_bytes: int) -> Tensor:
+        """A new buffer; any thread. Raises `CapacityError`."""
+        while (idle := self._in_the_way(num_bytes)) is not None:
+            self._drop(idle)
         try:
             buffer = (
                 page_aligned(num_bytes)
@@ -138,26 +182,24 @@ class MemoryTier(Meter):
             ) from error
         if self.is_pinned and num_bytes:
             pin(buffer)
-        self.take(num_bytes)
-        return MemoryExtent(self, buffer, num_bytes)
+        with self._counting:
+            self.take(num_bytes)
+        return buffer
 
-    def recycle(self, buffer: Tensor) -> None:
-        """Take a buffer back from an extent."""
-        if self.is_pinned and buffer.numel():
-            self._idle.append(buffer)
-        else:
-            self.give_back(buffer.numel())
-
-    def close(self) -> None:
-        """Give idle buffers back; the others go with their extents."""
-        while self._idle:
-            self._drop(self._idle[-1])
+    def _in_the_way(self, num_bytes: int) -> Tensor | None:
+        """The smallest idle buffer, taken, where that and as many bytes more would be more than there ever were."""
+        with self._counting:
+            if not self._idle or self.used_bytes + num_bytes <= self.peak_bytes:
+                return None
+            smallest = min(self._idle, key=Tensor.numel)
+            self._idle = [buffer for buffer in self._idle if buffer is not smallest]
+            return smallest
 
     def _drop(self, idle: Tensor) -> None:
         torch.cuda.synchronize()  # a copy may still be on its way
         unpin(idle)
-        self._idle = [other for other in self._idle if other is not idle]
-        self.give_back(idle.numel())
+        with self._counting:
+            self.give_back(idle.numel())
 
 
 class MemoryExtent:
@@ -202,38 +244,3 @@ class MemoryExtent:
         self._tier.recycle(self._buffer)
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.num_bytes = 0
-
-
-def page_aligned(num_bytes: int) -> Tensor:
-    """Host memory (uint8 `[num_bytes]`) that begins at a block's boundary, as direct transfers want it.
-
-    Where it is large, in huge pages, if the system gives any: they are made and page-locked in two thirds of the time.
-    """
-    if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        room = torch.empty(num_bytes + BLOCK_BYTES, dtype=torch.uint8)
-        start = -room.data_ptr() % BLOCK_BYTES
-        return room[start : start + num_bytes]
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-def pin(data: Tensor) -> None:
-    """Page-lock new memory: `pin_memory=True` would round its size up to a power of two. Raises `CapacityError`."""
-    data.zero_()  # makes its pages, with all threads: the driver would make them with one, three times as slowly
-    _check_cuda(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
-
-
-def unpin(data: Tensor) -> None:
-    """Undo `pin`; no copy may be on its way."""
-    _check_cuda(torch.cuda.cudart().cudaHostUnregister(data.data_ptr()))
-
-
-def _check_cuda(status: object) -> None:
-    if int(status) != 0:  # type: ignore[call-overload]
-        raise CapacityError(
-            f"the host memory could not be page-locked (CUDA error {status})",
-            mend="Raise the limit on locked memory (ulimit -l), or use less host memory (--cpu-memory)",
-            tier=TierName.CPU,
-        )

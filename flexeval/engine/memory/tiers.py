@@ -22,9 +22,9 @@ class Tiers(Mapping[TierName, Tier]):
         self._device = device
         self.disk = disk
         """None where the run has no folder."""
-        self._tiers: dict[TierName, Tier] = {
-            TierName.CPU: MemoryTier(TierName.CPU, torch.device("cpu"), compute_device=device)
-        }
+        self.host = MemoryTier(TierName.CPU, torch.device("cpu"), compute_device=device)
+        """Host memory."""
+        self._tiers: dict[TierName, Tier] = {TierName.CPU: self.host}
         if device.type == "cuda":
             self._tiers[TierName.GPU] = MemoryTier(TierName.GPU, device, compute_device=device)
         if disk is not None:
