@@ -478,9 +478,13 @@ def test_hidden_states_of_a_sweep_with_few_tokens_stay_where_a_full_one_has_room
 def test_logs_in_host_memory_are_expected_as_they_come(
     family: str, coding: KVCoding | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are made ahead, so that none may be of another size, and none too many."""
+    """They are made ahead, so that none may be of another size, and none too many. As if a GPU copied from there."""
     expected, made = Counter[int](), Counter[int]()
-    allocate = MemoryTier.allocate
+    init, allocate = MemoryTier.__init__, MemoryTier.allocate
+
+    def page_locked(self: MemoryTier, *where: Any, **device: Any) -> None:
+        init(self, *where, **device)
+        self.is_pinned = True
 
     def count(self: MemoryTier, num_bytes: int) -> MemoryExtent:
         made[num_bytes] += 1
@@ -490,6 +494,10 @@ def test_logs_in_host_memory_are_expected_as_they_come(
     tails = [range(30 + 5 * n, 33 + 6 * n) for n in range(5)]
     requests = [TokenRequest(prompt_ids=(*header, *tail), max_tokens=3) for tail in tails]
     policy = Policy(kv=Split(cpu=0.7, disk=0.3), group_sequences=2, num_groups=3)
+    for name in ("pin", "unpin"):
+        monkeypatch.setattr(f"flexeval.engine.memory.tier.{name}", lambda data: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(MemoryTier, "__init__", page_locked)
     with loaded(policy, tmp_path, family=family, kv_coding=coding) as executor:
         monkeypatch.setattr(MemoryTier, "expect", lambda self, sizes: expected.update(sizes))
         monkeypatch.setattr(MemoryTier, "allocate", count)

@@ -99,7 +99,8 @@ class EngineParts:
         self._lanes = make_lanes(device, overlap=overlap)
         try:
             self.tiers.check(policy)
-            self._kv_shapes = [anatomy.kv_shape(layer) for layer in range(num_layers)]
+            if self.tiers.host.is_pinned:  # before weights are bound
+                self._kv_shapes = [anatomy.kv_shape(layer) for layer in range(num_layers)]
             anatomy.bind_rest(checkpoint.rest(), device, vocabulary_codec)
             self._kv_tiers = self.tiers.spread(policy.kv, num_layers)
             self._weights = WeightStore(
@@ -215,6 +216,8 @@ class EngineParts:
 
     def _expect_logs(self, capacities: Mapping[int, int], coding: KVCoding | None) -> None:
         """Have the logs that rest in host memory made, layer by layer, while the first prompts are computed."""
+        if not self.tiers.host.is_pinned:
+            return
         forms = [make_format(shape, self._anatomy.dtype, coding) for shape in self._kv_shapes]
         host = self.tiers.host
         sizes = [form.token_bytes for form, tier in zip(forms, self._kv_tiers, strict=True) if tier is host]
