@@ -13,6 +13,7 @@ from flexeval.engine.codecs import codec as codec_module
 from flexeval.engine.codecs import hqq
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.codecs.hqq import HqqCodec
+from flexeval.engine.compute import host_team
 from flexeval.errors import ModelError
 
 CODECS: dict[str, Codec] = {
@@ -59,6 +60,36 @@ def test_stored_bytes_are_exact(codec: IntegerCodec, num_groups: int) -> None:
     coded = codec.encode(torch.randn(num_values))
     assert (coded.dtype, coded.shape) == (torch.uint8, (codec.num_bytes(num_values),))
     assert codec.num_bytes(num_values) == num_values * codec.bits // 8 + num_groups * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group_size", [4, 20, 64, 200])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_compiled_code_unpacks_to_the_bit_as_torch_does(
+    bits: int, group_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several runs that lie apart, and of some rows of a matrix; groups that no vector divides, and huge numbers."""
+    if host_team.library() is None:
+        pytest.skip("there is no C compiler")
+    group_size *= 2 if group_size * bits % 16 else 1
+    codec = IntegerCodec(bits, group_size)
+    num_values, scales = 300 * group_size, torch.tensor([1e-6, 1.0, 5e3])
+    coded_RB = torch.stack([codec.encode(scale * torch.randn(num_values)) for scale in scales])
+    apart_RB = torch.cat([coded_RB, torch.zeros(3, 32, dtype=torch.uint8)], dim=1)[:, :-32]
+    which = torch.tensor([299, 0, 7, 7])
+
+    def unpacked() -> list[Tensor]:
+        runs_RV = torch.full((3, num_values + 8), torch.nan, dtype=dtype)
+        codec.decode(apart_RB, runs_RV[:, :num_values])
+        rows_RV = torch.full((len(which), group_size), torch.nan, dtype=dtype)
+        codec.decode_rows(coded_RB[1], 300, which, rows_RV)
+        return [runs_RV, rows_RV]
+
+    ours = unpacked()
+    monkeypatch.setattr(codec_module.host_unpack, "unpack", lambda *_, **__: False)
+    for our, torchs in zip(ours, unpacked(), strict=True):
+        assert torch.equal(our.view(torch.uint8), torchs.view(torch.uint8))
+    assert ours[0][:, :num_values].isfinite().all() and ours[0][:, num_values:].isnan().all()
 
 
 def noise(codec: IntegerCodec, seed: int, offset: float, log2_spread: float | None, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import log
+from math import log, sqrt
 from typing import NamedTuple
 
 from flexeval.backends.gauging import measured_sweep, phase_plans
@@ -19,7 +19,7 @@ from flexeval.meter import PhasePlan
 from flexeval.policy.correction import Correction
 from flexeval.policy.cost import CostModel
 from flexeval.policy.measured import correct, seconds_of
-from flexeval.policy.policy import Policy, Tier
+from flexeval.policy.policy import Policy
 from flexeval.policy.replanning import better_policy, is_worth_a_search
 from flexeval.policy.sweeps import COUNTS, DECODE, PREFILL, Sweep, plan_sweeps, weights_share
 from flexeval.policy.work import Workload
@@ -139,7 +139,7 @@ class Course:
         """Correct the model by the sweeps so far."""
         self._executor.settle()
         sweeps = [sweep for sweep in self._executor.trace.sweeps if sweep.num_sweeps == 1]
-        first, others = _first_of_phases(sweeps) if self._model.hardware.home is Tier.GPU else ([], sweeps)
+        first, others = _first_of_phases(sweeps)
         self.correction = correct(
             self._model,
             self._executor.policy,
@@ -189,10 +189,14 @@ class Course:
         return (1 - (1 - chance) ** num_allowed) / (chance * num_allowed) if chance else 1.0
 
     def _longest_left(self) -> float:
-        """Sweeps until the last text has ended: what the plan has left, or the mean of the largest geometric number."""
+        """Sweeps until the last text has ended: what the plan has left, or the mean of the largest geometric number.
+
+        The last one is of the texts that go on longest: by so few ends, their chance may be lower by an error of it.
+        """
         num_left = max(0, self._sweeps[DECODE].num_sweeps - len(self._ends) + 1)
         num_texts, _ = self._open_texts()
-        chance = self._chance_to_end()
+        num_steps, num_stopped = self._late_ends()
+        chance = (num_stopped - sqrt(num_stopped)) / num_steps if num_steps else 0.0
         return min(num_left, (log(num_texts) + _EULER) / chance) if num_texts and chance else num_left
 
     def _chance_to_end(self) -> float:
@@ -201,10 +205,14 @@ class Course:
         Of a geometric distribution that is the best estimate, those under way counted. Texts differ, and those that go
         on have shown that they are not of the short ones: therefore the later half.
         """
+        num_steps, num_stopped = self._late_ends()
+        return min(1.0, num_stopped / num_steps) if num_steps else 0.0
+
+    def _late_ends(self) -> _Ends:
+        """The later half of all steps, and the ends in it."""
         now = self._ends[-1]
         then = self._ends[bisect_left(self._ends, now.num_steps / 2, key=lambda ends: ends.num_steps)]
-        num_steps = now.num_steps - then.num_steps
-        return min(1.0, (now.num_stopped - then.num_stopped) / num_steps) if num_steps else 0.0
+        return _Ends(now.num_steps - then.num_steps, now.num_stopped - then.num_stopped)
 
     def _find_better(self, waiting: Sequence[int], moving: Moving) -> Policy | None:
         """The policy that the requests that wait had better have, if it pays."""

@@ -19,7 +19,7 @@ from flexeval.backends.shortage import cannot_split, does_not_load, full_tier
 from flexeval.backends.trial import try_out
 from flexeval.config import Limits, format_size
 from flexeval.engine.codecs.kv_format import make_format
-from flexeval.engine.cpu_rates import cpu_attention_rate, cpu_prompt_rate, cpu_softmax_rate
+from flexeval.engine.cpu_rates import cpu_attention_rate, cpu_prompt_rate, cpu_softmax_rate, cpu_unpack_rate
 from flexeval.engine.memory.host_rate import host_attention_rate
 from flexeval.engine.sizes import model_shape
 from flexeval.errors import CapacityError
@@ -247,4 +247,6 @@ class Placements:
             hardware = replace(hardware, attention_flops_per_s=prompts.flops_per_s, attention_part_s=prompts.part_s)
         if softmax_per_s := cpu_softmax_rate(dtype):
             hardware = replace(hardware, softmax_per_s=softmax_per_s)
+        if (codec := self._opened.codec) is not None:
+            hardware = replace(hardware, unpacked_per_s=cpu_unpack_rate(codec, dtype))
         return hardware

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVLog, KVShape, make_format
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_decode import can_read
@@ -24,6 +25,8 @@ from flexeval.policy.rates.timing import best_seconds
 
 LOG_BYTES = 32 * 2**20
 """Of the log that single tokens attend to: more than a core's own caches."""
+UNPACKED = 2**22
+"""Numbers, as of a layer of a small model."""
 BUDGET_S = 0.02
 """Of the timed calls of a kernel; they are two at least."""
 
@@ -78,6 +81,13 @@ def cpu_softmax_rate(dtype: torch.dtype) -> float | None:
         return None
     logits_RV = torch.randn(*LOGITS_SIZES).to(dtype)
     return logits_RV.numel() / best_seconds(partial(log_sums, logits_RV), "cpu", budget_s=BUDGET_S)
+
+
+def cpu_unpack_rate(codec: Codec, dtype: torch.dtype) -> float:
+    """Numbers a second that are unpacked where the CPU computes everything."""
+    coded = codec.encode(torch.randn(UNPACKED))
+    out = torch.empty(UNPACKED, dtype=dtype)
+    return UNPACKED / best_seconds(partial(codec.decode, coded, out), "cpu", budget_s=BUDGET_S)
 
 
 def _prompt_seconds(

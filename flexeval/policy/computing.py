@@ -59,8 +59,11 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
     else:
         matrix_bytes = shape.layer_compute_bytes * met_part(shape, call_tokens)
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=matrix_bytes)
-        unpacked_bytes = shape.layer_bytes + shape.layer_compute_bytes if shape.is_packed else 0
-        device_bytes += sweep.weights_share * unpacked_bytes * fetched_part(shape, sweep.num_tokens)
+        unpacked_share = sweep.weights_share * fetched_part(shape, sweep.num_tokens) if shape.is_packed else 0.0
+        if hardware.unpacked_per_s:
+            products_s += unpacked_share * shape.layer_params / sweep.num_calls / hardware.unpacked_per_s
+        else:
+            device_bytes += unpacked_share * (shape.layer_bytes + shape.layer_compute_bytes)
     num_launches = OPERATIONS_PER_STEP if is_on_cpu else KERNELS_PER_CALL
     layer_s = (
         sweep.num_calls * (products_s + shape.num_matrices * hardware.product_s + num_launches * hardware.launch_s)

@@ -77,6 +77,8 @@ class Hardware:
     """Of the copies to the GPU that the link makes at `to_gpu_bytes_per_s`, those that it makes while a CPU attends."""
     cold_speedup: float = 1.0
     """By how much a GPU multiplies faster than that where it rests now and then, and keeps below its limit of power."""
+    unpacked_per_s: float = 0.0
+    """Numbers of packed matrices that a CPU unpacks; 0 where the memory's bandwidth is all that matters."""
 
     @property
     def home(self) -> Tier:
@@ -100,6 +102,7 @@ _MEASURED = {field.name for field in fields(Hardware)} - {
     "disk_bytes",
     "host_attention_bytes_per_s",
     "attended_link_share",
+    "unpacked_per_s",
 }
 """Rates that a profile must have, and no others."""
 

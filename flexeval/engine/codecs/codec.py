@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute import host_unpack
 from flexeval.engine.kernels import has_triton
 from flexeval.errors import ModelError
 
@@ -173,6 +174,8 @@ class IntegerCodec:
             from flexeval.engine.codecs import pack_kernel
 
             return pack_kernel.unpack(codes_RGP, affine_RG2, out_RGE, bits=self.bits)
+        if host_unpack.unpack(codes_RGP, affine_RG2, out_RGE, bits=self.bits):
+            return None
         num_runs, num_groups = codes_RGP.shape[:2]
         num_at_once = max(1, _CHUNK_VALUES // self.group_size)
         runs_at_once = max(1, num_at_once // max(1, num_groups))

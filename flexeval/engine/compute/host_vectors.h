@@ -20,6 +20,7 @@
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t bytes_of_lanes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 enum kind { FLOAT32, FLOAT16, BFLOAT16, CODES8, CODES4, CODES2 };
 
