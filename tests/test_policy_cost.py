@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_30B, OPT_125M, T4, generating, opt, scoring
+from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_6_7B, OPT_30B, OPT_125M, T4, generating, opt, scoring
 
 from flexeval.policy.computing import (
     OPERATIONS_PER_RECORDED_STEP,
     OPERATIONS_PER_STEP,
+    OTHERS_POWER,
     PACKED_RATE,
     attention_seconds,
     product_seconds,
@@ -312,8 +313,8 @@ def test_products_take_what_was_measured_with_one_token_and_with_few():
     assert many - few == pytest.approx(2 * 1e6 * 1000 / 0.1e12)
 
 
-def test_a_gpu_at_its_limit_of_power_takes_as_long_as_its_products_alone():
-    """What comes between them takes time of its own where it is long, or products are no faster for the rest it is."""
+def test_a_gpu_at_its_limit_of_power_takes_as_long_as_the_energy_of_all():
+    """What comes between products takes time of its own where they are no faster for the rest that it is."""
     work, policy = scoring(256, 512), replace(FLEXGEN_30B, row_tokens=4096)
     products_s = 48 * 2 * OPT_30B.layer_params * (256 * 512 - 32 * 16) / T4.flops_per_s  # of 32 calls of 4,096 tokens
 
@@ -323,7 +324,21 @@ def test_a_gpu_at_its_limit_of_power_takes_as_long_as_its_products_alone():
     others_s = seconds() - products_s
     assert 0 < others_s < 0.1 * products_s
     assert seconds(cold_speedup=1.02) == pytest.approx(products_s / 1.02 + others_s)
-    assert seconds(cold_speedup=1.5) == pytest.approx(products_s)
+    assert seconds(cold_speedup=1.5) == pytest.approx(products_s + OTHERS_POWER * others_s)
+
+
+def test_a_cpu_unpacks_a_layer_once_a_sweep_at_its_own_rate():
+    """A model of packed weights, half as many of them unpacked in a second."""
+    packed = replace(OPT_6_7B, layer_bytes=OPT_6_7B.layer_bytes // 4)
+    policy, work = Policy(group_sequences=16), generating(32)
+
+    def seconds(unpacked_per_s: float, phase: str) -> float:
+        hardware = replace(LAPTOP, cpu_bytes=64 * 10**9, unpacked_per_s=unpacked_per_s)
+        return cost_of(policy, packed, work, hardware).lanes[phase][Lane.COMPUTE]
+
+    num_values = packed.num_layers * packed.layer_compute_bytes / packed.dtype_bytes
+    for phase, plan in plan_sweeps(policy, work).items():
+        assert seconds(1e9, phase) - seconds(2e9, phase) == pytest.approx(plan.num_sweeps * num_values / 2e9), phase
 
 
 def test_a_layer_on_a_cpu_takes_its_operations_its_attention_and_python():

@@ -28,6 +28,9 @@ KEEPING_RANKINGS, KEEPING_PASSES = 2, 3
 PACKED_RATE = 0.55
 """Part of the device's memory bandwidth at which products of few tokens read matrices as they rest."""
 
+OTHERS_POWER = 0.25
+"""Power that a GPU takes for what is no product, of what products take (NVIDIA H200, five runs: 0 to 0.5)."""
+
 
 def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, sweep: Sweep) -> float:
     """Seconds the compute device is busy in one sweep.
@@ -37,7 +40,8 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
     keys are chosen, every score is written out. A packed slab is unpacked once a layer, or read as it rests by every
     call of few tokens. Of experts, only those that tokens chose are read, and unpacked where the sweep is short.
 
-    A GPU at its limit of power takes as long as its products alone would: all else lets it rest, and them be faster.
+    A GPU at its limit of power takes as long as the energy of all that comes in: all else takes a part of what products
+    do, and lets them be faster.
     """
     call_tokens = sweep.num_tokens / sweep.num_calls
     is_on_cpu = hardware.home is Tier.CPU
@@ -53,6 +57,7 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
         device_bytes += 2 * sweep.num_tokens * (shape.kv_bytes_per_token + shape.kv_compute_bytes_per_token)
     if shape.sparsity is not None:
         device_bytes += SHEET_BYTES * shape.num_query_heads * sweep.num_pairs
+    unpack_s = 0.0
     if shape.is_packed and call_tokens <= shape.few_tokens:
         device_bytes += sweep.num_calls * shape.layer_bytes / PACKED_RATE
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=0)
@@ -61,19 +66,21 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=matrix_bytes)
         unpacked_share = sweep.weights_share * fetched_part(shape, sweep.num_tokens) if shape.is_packed else 0.0
         if hardware.unpacked_per_s:
-            products_s += unpacked_share * shape.layer_params / sweep.num_calls / hardware.unpacked_per_s
+            unpack_s = unpacked_share * shape.layer_compute_bytes / shape.dtype_bytes / hardware.unpacked_per_s
         else:
             device_bytes += unpacked_share * (shape.layer_bytes + shape.layer_compute_bytes)
     num_launches = OPERATIONS_PER_STEP if is_on_cpu else KERNELS_PER_CALL
     layer_s = (
         sweep.num_calls * (products_s + shape.num_matrices * hardware.product_s + num_launches * hardware.launch_s)
         + attention_seconds(shape, hardware, sweep)
+        + unpack_s
         + num_results / hardware.elementwise_per_s
         + device_bytes / hardware.memory_bytes_per_s
     )
     sweep_s = shape.num_layers * layer_s + _head_seconds(shape, workload, hardware, sweep)
-    num_params = shape.num_layers * shape.layer_params
-    return max(sweep_s, 2 * num_params * sweep.num_calls * max(0, call_tokens - FEW_TOKENS) / hardware.flops_per_s)
+    num_operations = 2 * shape.num_layers * shape.layer_params * sweep.num_calls * max(0, call_tokens - FEW_TOKENS)
+    others_s = sweep_s - num_operations / hardware.cold_flops_per_s
+    return max(sweep_s, num_operations / hardware.flops_per_s + OTHERS_POWER * others_s)
 
 
 def step_operations(shape: ModelShape, sweep: Sweep) -> int:
