@@ -138,4 +138,4 @@ def test_the_table_says_that_memory_ran_out() -> None:
     figures = hold_against(accelerate(4, 32), [OURS], REQUESTS, asked=range(64), max_tokens=None)
     assert "memory ran out" not in shown(figures)
     split = dataclasses.replace(figures, splits=["sweeps of 512 tokens instead of 1,024"])
-    assert "memory ran out, and the work was split: sweeps of 512 tokens instead of 1,024" in shown(split)
+    assert "memory ran out, and work went on with sweeps of 512 tokens instead of 1,024" in shown(split)

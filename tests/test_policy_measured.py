@@ -1,5 +1,6 @@
 """Corrections from measured sweeps: of machines whose rates are off by known factors, and whether moving pays."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,22 @@ def test_a_sweep_that_something_else_held_up_counts_little() -> None:
     held_up = replace(usual[0], elapsed_s=100 * usual[0].elapsed_s, compute_s=100 * usual[0].compute_s)
     corrected = replace(model, correction=correct(model, policy, [held_up, *usual]))
     assert corrected.cost(policy).total_s == pytest.approx(model.cost(policy).total_s, rel=0.3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_phases_that_share_every_sweep_do_not_take_each_others_seconds(seed: int) -> None:
+    """A first block of few sweeps whose seconds scatter, as they do beside other work, and a model that is right."""
+    shape, hardware, policy = MACHINES["cpu"]
+    model = CostModel(shape=shape, workload=MIXED, hardware=hardware)
+    plan, rng = plan_sweeps(policy, MIXED), random.Random(seed)
+    sweeps = []
+    for _ in range(8):
+        sweep = measured(model, policy, [one(plan["prefill"], rng.uniform(0.02, 0.1)), one(plan["decode"])])
+        held_up = rng.lognormvariate(0, 0.15)
+        sweeps.append(replace(sweep, elapsed_s=held_up * sweep.elapsed_s, compute_s=held_up * sweep.compute_s))
+    found = correct(model, policy, sweeps).lanes
+    for phase in ("prefill", "decode"):
+        assert found[phase, Lane.COMPUTE] == pytest.approx(1.0, rel=0.2), phase
 
 
 def test_no_factor_leaves_its_bounds_and_little_evidence_moves_it_little() -> None:

@@ -88,9 +88,9 @@ def test_a_metric_that_a_good_model_makes_small_is_named_with_its_direction():
     [
         (
             ["rows of 1,024 tokens, not 2,048"],
-            "once; the batch was split: rows of 1,024 tokens, not 2,048. ",
+            "once; work went on with rows of 1,024 tokens, not 2,048. ",
         ),
-        (["groups of 8", "groups of 4"], "2 times; the batch was split: groups of 8; groups of 4. "),
+        (["groups of 8", "groups of 4"], "2 times; work went on with groups of 8; groups of 4. "),
     ],
 )
 def test_a_batch_that_was_split_is_a_caveat_everywhere(splits, says):

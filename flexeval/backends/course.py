@@ -258,7 +258,7 @@ def _less(sweep: Sweep, done: Sweep) -> Sweep:
 
 
 def _first_of_phases(sweeps: Sequence[SweepTrace]) -> tuple[list[SweepTrace], list[SweepTrace]]:
-    """The first sweep of each phase that has others, in which a GPU's kernels are made; and all other sweeps."""
+    """The first sweep of each phase that has others, which makes kernels or touches new pages; and all other sweeps."""
     num_sweeps = Counter(phase for sweep in sweeps for phase in sweep.done)
     begun = {phase for phase, num in num_sweeps.items() if num == 1}
     first: list[SweepTrace] = []

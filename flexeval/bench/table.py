@@ -29,7 +29,7 @@ def print_bench(results: BenchResults, console: Console) -> None:
     console.print(_systems(results))
     for system in results.systems:
         if system.splits:
-            split = f"memory ran out, and the work was split: {'; '.join(system.splits)}"
+            split = f"memory ran out, and work went on with {'; '.join(system.splits)}"
             console.print(Text(f"{_name(system)}: {split}", style="yellow"))
     ours = [system for system in results.systems if system.phases["prefill"].lanes]
     for system in ours:

@@ -259,6 +259,6 @@ def _splits(setting: SettingResult) -> str:
     num = len(setting.splits)
     times = "once" if num == 1 else f"{num} times"
     return (
-        f"memory ran out {times}; the batch was split: {'; '.join(setting.splits)}. "
+        f"memory ran out {times}; work went on with {'; '.join(setting.splits)}. "
         f"{show.seconds(setting.lost_s)} of work were done again, which its engine time leaves out."
     )
