@@ -24,6 +24,7 @@ from math import ceil, sqrt
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from flexeval.policy.correction import NO_CORRECTION, Correction
 from flexeval.policy.cost import CostModel, Lane
@@ -33,21 +34,23 @@ from flexeval.policy.policy import Policy, Tier
 from flexeval.policy.sweeps import Sweep, plan_sweeps
 
 K = TypeVar("K", bound=Hashable)
+Floats = npt.NDArray[np.float64]
 
 BOUNDS = (0.1, 10.0)
 """Least and most of a factor."""
 LEAST_SCATTER = 0.02
 """By which figures of sweeps differ at least from what is foretold, in logarithms."""
-HELD_WITHIN = 0.15
-"""By which factors differ from what was held of them, likewise: the plan is to be right within so much."""
+HELD_WITHIN, TAILS = 0.15, 3
+"""By which factors differ from what was held of them, likewise: the plan is to be right within so much, and seldom is
+wrong by far (degrees of freedom of Student's t)."""
 OUTLIER = 1.345
 """A figure that differs by more times the scatter counts as if it did not (95 % efficient where all is well)."""
 MOMENT_S = 0.002
 """Foretold seconds of a figure that are as good as noise."""
 WEAK = 1e-3
 """Weight of what was held while it is to count for nothing, but where sweeps tell nothing."""
-NUM_STEPS = 60
-"""Of the fit."""
+NUM_STEPS = 30
+"""Of a fit."""
 MOST_SWEEPS = 512
 """The last ones are looked at."""
 
@@ -191,23 +194,55 @@ def _fit(terms: Sequence[Mapping[K, float]], measured: Sequence[float], start: M
         for key, seconds in parts.items():
             terms_JC[row, column[key]] = seconds
     held_C = np.log([start[key] for key in keys])
-    log_J = np.log(np.maximum(measured, BOUNDS[0] * MOMENT_S))
-    moment_J = MOMENT_S / terms_JC.sum(1)
-    scatter, found_C = HELD_WITHIN, held_C
-    for step in range(NUM_STEPS):
-        parts_JC = terms_JC * np.exp(found_C)
-        shares_JC = parts_JC / parts_JC.sum(1)[:, None]
-        differs_J = log_J - np.log(parts_JC.sum(1))
-        off_J = np.maximum(np.abs(differs_J), LEAST_SCATTER)
-        if step < NUM_STEPS // 2:  # whatever was held: by how much do figures differ that the factors are fitted to?
-            weight_J, hold_C = 1 / (off_J * (1 + moment_J)), np.full(len(keys), WEAK)
-            num_free = max(1, len(terms) - len(keys))
-            scatter = float(np.median(off_J)) / 0.6745 * sqrt(len(terms) / num_free)  # of a normal distribution
-        else:
-            noise_J = np.hypot(scatter, moment_J)
-            weight_J = np.minimum(1.0, OUTLIER * noise_J / off_J) / noise_J**2
-            hold_C = 1 / (HELD_WITHIN**2 + (found_C - held_C) ** 2)
-        matrix_CC = (shares_JC.T * weight_J) @ shares_JC + np.diag(hold_C)
-        step_C = np.linalg.solve(matrix_CC, shares_JC.T @ (weight_J * differs_J) - hold_C * (found_C - held_C))
-        found_C = np.clip(found_C + np.clip(step_C, -1.0, 1.0), *np.log(BOUNDS))
+    sums = _Sums(terms_JC, np.log(np.maximum(measured, BOUNDS[0] * MOMENT_S)))
+    # As if nothing had been held: by how much do figures differ that the factors are fitted to?
+    alone_C, hold_C = held_C, np.full(len(keys), WEAK)
+    for _ in range(NUM_STEPS):
+        off_J = np.maximum(np.abs(sums.differences(alone_C)), LEAST_SCATTER)
+        alone_C = sums.step(alone_C, held_C, weight_J=1 / (off_J * (1 + sums.moment_J)), hold_C=hold_C)
+    num_free = max(1, len(terms) - len(keys))
+    scatter = float(np.median(off_J)) / 0.6745 * sqrt(len(terms) / num_free)  # of a normal distribution
+    found = (sums.most_probable(start_C, held_C, scatter) for start_C in (held_C, alone_C))
+    found_C = min(found, key=lambda found_C: sums.improbability(found_C, held_C, scatter))
     return dict(zip(keys, np.exp(found_C).tolist(), strict=True))
+
+
+class _Sums:
+    """Figures that are sums of terms, each times a factor; everything in logarithms but the terms."""
+
+    def __init__(self, terms_JC: Floats, log_J: Floats):
+        self._terms_JC = terms_JC
+        self._log_J = log_J
+        self.moment_J = MOMENT_S / terms_JC.sum(1)
+        """How much of each figure may be noise, however well all others agree."""
+
+    def differences(self, found_C: Floats) -> Floats:
+        """Of what was measured from what is foretold."""
+        differs_J: Floats = self._log_J - np.log(self._terms_JC @ np.exp(found_C))
+        return differs_J
+
+    def step(self, found_C: Floats, held_C: Floats, *, weight_J: Floats, hold_C: Floats) -> Floats:
+        """Gauss and Newton's, to the least sum of weighted squares of differences, of figures and of factors."""
+        parts_JC = self._terms_JC * np.exp(found_C)
+        shares_JC = parts_JC / parts_JC.sum(1)[:, None]
+        matrix_CC = (shares_JC.T * weight_J) @ shares_JC + np.diag(hold_C)
+        slope_C = shares_JC.T @ (weight_J * self.differences(found_C)) - hold_C * (found_C - held_C)
+        step_C: Floats = np.clip(np.linalg.solve(matrix_CC, slope_C), -1.0, 1.0)
+        return np.clip(found_C + step_C, *np.log(BOUNDS))
+
+    def most_probable(self, start_C: Floats, held_C: Floats, scatter: float) -> Floats:
+        """The next most probable factors, uphill from `start_C`."""
+        found_C, noise_J = start_C, np.hypot(scatter, self.moment_J)
+        for _ in range(NUM_STEPS):
+            off_J = np.maximum(np.abs(self.differences(found_C)), LEAST_SCATTER)
+            weight_J = np.minimum(1.0, OUTLIER * noise_J / off_J) / noise_J**2
+            hold_C = (1 + TAILS) / (TAILS * HELD_WITHIN**2 + (found_C - held_C) ** 2)
+            found_C = self.step(found_C, held_C, weight_J=weight_J, hold_C=hold_C)
+        return found_C
+
+    def improbability(self, found_C: Floats, held_C: Floats, scatter: float) -> float:
+        """The less, the more probable are these factors."""
+        off_J = np.abs(self.differences(found_C)) / np.hypot(scatter, self.moment_J)
+        huber_J = np.where(off_J < OUTLIER, off_J**2, OUTLIER * (2 * off_J - OUTLIER))
+        moved_C = (1 + TAILS) * np.log1p(((found_C - held_C) / HELD_WITHIN) ** 2 / TAILS)
+        return float(huber_J.sum() + moved_C.sum())
