@@ -21,15 +21,20 @@ def read_config(directory: Path) -> Config:
         ggufs = sorted(file.name for file in directory.glob("*.gguf"))
         mend = f"Name the file itself, such as {directory / ggufs[0]}" if ggufs else "Name a Hugging Face directory"
         raise ModelError("no config.json here", where=str(directory), mend=mend)
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> Config:
+    """Read what a `config.json` holds, whatever the file's name. Raises `ModelError` if it is not a model's."""
     try:
         config = read_json(path)
     except (ValueError, OSError) as error:
         raise ModelError(
-            f"config.json cannot be read: {error}", where=str(path), mend="Fetch the file again"
+            f"{path.name} cannot be read: {error}", where=str(path), mend="Fetch the file again"
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(
-            "config.json names no model_type", where=str(path), mend="Name a Hugging Face model's directory"
+            f"{path.name} names no model_type", where=str(path), mend="Name a Hugging Face model's directory"
         )
     return config
 

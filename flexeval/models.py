@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flexeval.assets import Asset, fetch
 from flexeval.cache import cached_directory
-from flexeval.checkpoints import check_weights, read_config
+from flexeval.checkpoints import check_weights, read_config, read_config_file
 from flexeval.errors import ModelError
 from flexeval.files import read_json, write_json
 from flexeval.prepared import is_prepared, read_manifest
@@ -184,12 +184,13 @@ def _dummy_config(ref: str) -> tuple[str, Config]:
     if what.lower() in PRESETS:
         return what.lower(), PRESETS[what.lower()]
     path = Path(os.path.expanduser(what))
-    if not what or (path.name != "config.json" and not path.is_dir()):
+    if not what or (path.name != "config.json" and not path.exists()):
         raise ModelError(f"no preset {what!r}", where=ref, mend=_near_matches(ref, _known_names()))
+    has_own_name = path.is_file() and path.name != "config.json"
     directory = path.parent if path.name == "config.json" else path
-    config = read_config(directory)
+    config = read_config_file(path) if has_own_name else read_config(directory)
     config.pop("quantization_config", None)  # made-up weights are not packed in anybody's way
-    return _slug(directory.resolve().name), config
+    return _slug(path.stem if has_own_name else directory.resolve().name), config
 
 
 def _demo_tokenizer() -> Path:

@@ -219,6 +219,13 @@ def test_a_dummy_from_a_config(directory: Path) -> None:
     assert json.loads((source.directory / "config.json").read_text()) == config
     assert source.name == "dummy-my-model"
     assert resolve(f"dummy:{directory}").directory == source.directory
+    other = directory / "my-moe.json"
+    path.rename(other)
+    named = resolve(f"dummy:{other}")
+    assert named.name == "dummy-my-moe" and json.loads((named.directory / "config.json").read_text()) == config
+    other.write_text("{}")
+    with pytest.raises(ModelError, match=r"my-moe\.json names no model_type"):
+        resolve(f"dummy:{other}")
 
 
 def test_a_dummy_whose_vocabulary_is_too_small_has_no_tokenizer(directory: Path) -> None:
