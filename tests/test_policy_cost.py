@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 from policy_cases import LAPTOP, LAPTOP_DISK, MIXED, OPT_6_7B, OPT_30B, OPT_125M, T4, generating, opt, scoring
 
+from flexeval.config import Setting
 from flexeval.policy.computing import (
+    KERNELS_PER_CALL,
     OPERATIONS_PER_RECORDED_STEP,
     OPERATIONS_PER_STEP,
     OTHERS_POWER,
@@ -29,6 +31,7 @@ FLEXGEN_30B = Policy(
     num_groups=3,
 )
 """FlexGen's published policy (table 2 and appendix): 20/80, 0/100, 0/100, 48 x 3."""
+TOPK = Setting.parse("topk10").sparsity
 UNRECORDED_S = (OPERATIONS_PER_STEP - OPERATIONS_PER_RECORDED_STEP) * T4.launch_s
 """What a row that decodes takes longer at a layer whose launches are not recorded."""
 
@@ -311,6 +314,25 @@ def test_products_take_what_was_measured_with_one_token_and_with_few():
     assert (one, few) == pytest.approx((2e6 / 20e9, 2e6 / 10e9))
     assert some == pytest.approx((one + few) / 2)
     assert many - few == pytest.approx(2 * 1e6 * 1000 / 0.1e12)
+
+
+def test_a_step_on_the_gpu_alone_is_one_recording_where_there_can_be_one():
+    """Layers with experts are launched one by one wherever they rest; where keys are chosen, halves of layers are."""
+    work, everything = generating(48), Split(gpu=1.0)
+    policy = Policy(weights=everything, kv=everything, hidden=everything, group_sequences=48)
+    alone = replace(opt(8, 1024, 16), num_experts=1)
+    slow = replace(T4, launch_s=10 * T4.launch_s)
+    for shape, num_operations in (
+        (alone, 0),
+        (replace(alone, num_experts=8, experts_per_token=2), OPERATIONS_PER_STEP),
+        (
+            replace(alone, sparsity=Setting.parse("topk10").sparsity, value_bytes_per_token=2048),
+            OPERATIONS_PER_RECORDED_STEP,
+        ),
+    ):
+        one, other = (cost_of(policy, shape, work, hardware).lanes["decode"][Lane.COMPUTE] for hardware in (T4, slow))
+        launches = (other - one) / (31 * 8 * 9 * T4.launch_s)
+        assert launches == pytest.approx(num_operations + KERNELS_PER_CALL, rel=0.01)
 
 
 def test_a_gpu_at_its_limit_of_power_takes_as_long_as_the_energy_of_all():

@@ -83,13 +83,13 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
     return max(sweep_s, num_operations / hardware.flops_per_s + OTHERS_POWER * others_s)
 
 
-def step_operations(shape: ModelShape, sweep: Sweep) -> int:
-    """Small operations that take as long as the host does for a row that decodes at a layer, beside a GPU's lanes.
+def is_recorded(shape: ModelShape, sweep: Sweep) -> bool:
+    """Whether what a layer launches for a row that decodes is recorded, beside a GPU's lanes or as a part of one step.
 
-    What a layer launches is not recorded where its experts are fetched, or its matrices unpacked over others'.
+    Not where its experts are fetched, nor where its matrices are unpacked over others'.
     """
     is_unpacked = shape.is_packed and sweep.num_tokens > shape.few_tokens * sweep.num_calls
-    return OPERATIONS_PER_STEP if is_unpacked or shape.num_experts > 1 else OPERATIONS_PER_RECORDED_STEP
+    return not is_unpacked and shape.num_experts == 1
 
 
 def product_seconds(hardware: Hardware, num_tokens: float, num_params: float, *, num_bytes: float) -> float:

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from flexeval.policy.computing import compute_seconds, step_operations
+from flexeval.policy.computing import (
+    OPERATIONS_PER_RECORDED_STEP,
+    OPERATIONS_PER_STEP,
+    compute_seconds,
+    is_recorded,
+)
 from flexeval.policy.correction import NO_CORRECTION, Correction
 from flexeval.policy.experts import fetched_part
 from flexeval.policy.placement import Linear, Placement
@@ -169,8 +174,11 @@ class CostModel:
         seconds = {Lane.COMPUTE: compute_seconds(shape, self.workload, hardware, sweep)}
         if hardware.home is Tier.GPU:
             if sweep.num_kv_read:
-                step_s = shape.num_layers * sweep.num_calls * step_operations(shape, sweep) * hardware.launch_s
-                seconds[Lane.COMPUTE] += step_s * placement.is_step_in_parts
+                has_recordings = is_recorded(shape, sweep)
+                num_operations = OPERATIONS_PER_RECORDED_STEP if has_recordings else OPERATIONS_PER_STEP
+                step_s = shape.num_layers * sweep.num_calls * num_operations * hardware.launch_s
+                may_be_one = has_recordings and shape.sparsity is None
+                seconds[Lane.COMPUTE] += step_s * (placement.is_step_in_parts if may_be_one else 1)
             least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
             kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)
             seconds[Lane.TO_GPU] = (moved({"kv": 1.0}, Tier.CPU, Tier.DISK) - placement.host_attention) * kv_layer_s
