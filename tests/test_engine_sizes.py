@@ -80,6 +80,13 @@ def test_only_active_experts_count_as_parameters_that_a_token_meets() -> None:
     assert mixtral.layer_params == attention + 4 * 64 + 2 * 3 * 64 * 128, "two experts of four, and the router"
 
 
+def test_steps_are_recorded_but_for_experts_and_requests_that_are_kept_apart() -> None:
+    llama, mixtral = (Anatomy(tiny_config(family), torch.float32) for family in ("llama", "mixtral"))
+    assert model_shape(llama, None, CPU).is_recordable
+    assert not model_shape(llama, None, CPU, is_apart=True).is_recordable
+    assert not model_shape(mixtral, None, CPU).is_recordable
+
+
 def test_types_scale_everything() -> None:
     full, half = (
         model_shape(Anatomy(tiny_config("llama"), dtype), None, CPU) for dtype in (torch.float32, torch.bfloat16)

@@ -226,7 +226,7 @@ def test_a_short_sweep_moves_and_reads_only_the_experts_its_tokens_choose():
     dense, unpacked = OPT_30B, opt(48, 7168, 56, weight_bits=4.5)
     policy = replace(FLEXGEN_30B, weights=Split(cpu=1.0), group_sequences=16, num_groups=1)
     for shape in (dense, unpacked):
-        experts = replace(shape, num_experts=64, experts_per_token=8, expert_share=0.9)
+        experts = replace(shape, num_experts=64, experts_per_token=8, expert_share=0.9, is_recordable=False)
         for num_sequences, is_short in ((4, True), (16, False)):
             whole, by_need = (cost_of(policy, one, generating(num_sequences), T4) for one in (shape, experts))
             unmet = 0.9 * (1 - 8 / 64) ** num_sequences
@@ -317,14 +317,14 @@ def test_products_take_what_was_measured_with_one_token_and_with_few():
 
 
 def test_a_step_on_the_gpu_alone_is_one_recording_where_there_can_be_one():
-    """Layers with experts are launched one by one wherever they rest; where keys are chosen, halves of layers are."""
+    """Where there is none, everything is launched one by one wherever it rests; where keys are chosen, halves are."""
     work, everything = generating(48), Split(gpu=1.0)
     policy = Policy(weights=everything, kv=everything, hidden=everything, group_sequences=48)
-    alone = replace(opt(8, 1024, 16), num_experts=1)
+    alone = opt(8, 1024, 16)
     slow = replace(T4, launch_s=10 * T4.launch_s)
     for shape, num_operations in (
         (alone, 0),
-        (replace(alone, num_experts=8, experts_per_token=2), OPERATIONS_PER_STEP),
+        (replace(alone, is_recordable=False), OPERATIONS_PER_STEP),
         (
             replace(alone, sparsity=Setting.parse("topk10").sparsity, value_bytes_per_token=2048),
             OPERATIONS_PER_RECORDED_STEP,

@@ -59,6 +59,7 @@ class Placements:
             kv_coding=opened.kv_coding,
             sparsity=opened.sparsity,
             vocabulary_codec=opened.vocabulary_codec,
+            is_apart=is_apart,
         )
         self._kv = (opened.anatomy.kv_shape(0), opened.anatomy.dtype, opened.kv_coding)
         self._hardware: Hardware | None = None

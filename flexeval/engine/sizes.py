@@ -32,8 +32,11 @@ def model_shape(
     kv_coding: KVCoding | None = None,
     sparsity: Sparsity | None = None,
     vocabulary_codec: Codec | None = None,
+    is_apart: bool = False,
 ) -> ModelShape:
     """Sizes of a model as the engine computes it on `device`; where layers differ, the largest.
+
+    Requests that are kept `is_apart` are computed by kernels that do not depend on how many they are.
 
     Raises `UnsupportedModelError` where its keys and values cannot be coded.
     """
@@ -76,7 +79,7 @@ def model_shape(
         vocab_size=text.vocab_size,
         dtype_bytes=anatomy.dtype.itemsize,
         results_per_token=results_per_token(anatomy, device),
-        few_tokens=codec.few_tokens(device) if codec is not None and takes_coded else 0,
+        few_tokens=codec.few_tokens(device) if codec is not None and takes_coded and not is_apart else 0,
         decode_copies=0 if sparsity else decode_copies(device, form, heads_per_kv=num_query_heads // num_kv_heads),
         gathers_prompts=not all(attends_to_prompts(kv, anatomy.dtype, num_query_heads) for kv in kv_shapes)
         or bool(sparsity),
@@ -84,6 +87,7 @@ def model_shape(
         num_experts=max(1, largest.num_experts),
         experts_per_token=active,
         expert_share=1 - largest.num_dense_bytes / largest.num_bytes,
+        is_recordable=not is_apart and all(experts is None for experts in anatomy.experts),
     )
 
 

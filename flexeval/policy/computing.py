@@ -86,10 +86,10 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
 def is_recorded(shape: ModelShape, sweep: Sweep) -> bool:
     """Whether what a layer launches for a row that decodes is recorded, beside a GPU's lanes or as a part of one step.
 
-    Not where its experts are fetched, nor where its matrices are unpacked over others'.
+    Not where its experts are fetched, nor its matrices unpacked over others', nor where requests are computed apart.
     """
     is_unpacked = shape.is_packed and sweep.num_tokens > shape.few_tokens * sweep.num_calls
-    return not is_unpacked and shape.num_experts == 1
+    return shape.is_recordable and not is_unpacked
 
 
 def product_seconds(hardware: Hardware, num_tokens: float, num_params: float, *, num_bytes: float) -> float:

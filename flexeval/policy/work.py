@@ -63,6 +63,8 @@ class ModelShape:
     """Which keys are attended to; None attends to all."""
     expert_share: float = 0.0
     """Share of a layer's bytes that are theirs; 0 without experts."""
+    is_recordable: bool = True
+    """Whether a GPU may launch from recordings what a layer computes of few tokens."""
 
     @property
     def is_packed(self) -> bool:
