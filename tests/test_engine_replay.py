@@ -63,7 +63,11 @@ def run(
     codec: Codec | None = None,
     kv_coding: KVCoding | None = None,
 ) -> list[TokenResult]:
-    """What is answered the second time, attending as a GPU does. Without tapes nothing is replayed."""
+    """What is answered the second time, attending as a GPU does. Without tapes nothing is replayed.
+
+    Our tapes here hear of torch's operations, and of nothing that is compiled for a CPU.
+    """
+    monkeypatch.setattr("flexeval.engine.compute.host_unpack.unpack", lambda *_, **__: False)
     monkeypatch.setattr("flexeval.engine.parts.dense_attention", lambda device: PackedAttention())
     monkeypatch.setattr(
         Executor,
