@@ -186,11 +186,13 @@ def _dummy_config(ref: str) -> tuple[str, Config]:
     path = Path(os.path.expanduser(what))
     if not what or (path.name != "config.json" and not path.exists()):
         raise ModelError(f"no preset {what!r}", where=ref, mend=_near_matches(ref, _known_names()))
-    has_own_name = path.is_file() and path.name != "config.json"
-    directory = path.parent if path.name == "config.json" else path
-    config = read_config_file(path) if has_own_name else read_config(directory)
+    if path.is_file() and path.name != "config.json":
+        name, config = path.stem, read_config_file(path)
+    else:
+        directory = path.parent if path.name == "config.json" else path
+        name, config = directory.resolve().name, read_config(directory)
     config.pop("quantization_config", None)  # made-up weights are not packed in anybody's way
-    return _slug(path.stem if has_own_name else directory.resolve().name), config
+    return _slug(name), config
 
 
 def _demo_tokenizer() -> Path:

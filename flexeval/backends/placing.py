@@ -218,9 +218,7 @@ class Placements:
         self._hardware = replace(before, **room)
         self._num_less += 1
         words = f"{format_size(after)} of {full} memory used instead of {format_size(before.capacity_bytes(full))}"
-        self._past.append(
-            Usage(load_s=0.0, num_prompt_tokens=0, num_computed_prompt_tokens=0, num_generated_tokens=0, splits=[words])
-        )
+        self._past.append(replace(add_up([]), splits=[words]))
 
     def _measure(self) -> Hardware:
         """The machine, measured once: before the engine itself fills the memory."""

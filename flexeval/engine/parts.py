@@ -202,8 +202,7 @@ class EngineParts:
 
     def _make_cache(self, capacities: Mapping[int, int], *, coding: KVCoding | None) -> Cache:
         make = SparseKVCache if self._is_sparse else KVCache
-        if not self._is_sparse:
-            self._expect_logs(capacities, coding)
+        self._expect_logs(capacities, coding)
         return make(
             self._kv_tiers,
             capacities=capacities,
@@ -216,10 +215,10 @@ class EngineParts:
 
     def _expect_logs(self, capacities: Mapping[int, int], coding: KVCoding | None) -> None:
         """Have the logs that rest in host memory made, layer by layer, while the first prompts are computed."""
-        if not self.tiers.host.is_pinned:
+        host = self.tiers.host
+        if self._is_sparse or not host.is_pinned:
             return
         forms = [make_format(shape, self._anatomy.dtype, coding) for shape in self._kv_shapes]
-        host = self.tiers.host
         sizes = [form.token_bytes for form, tier in zip(forms, self._kv_tiers, strict=True) if tier is host]
         host.expect([num_tokens * size for size in sizes for num_tokens in capacities.values() if num_tokens])
 

@@ -7,7 +7,7 @@
 
 struct unpacking {
     const uint8_t *codes;
-    const uint16_t *affine;
+    const uint8_t *affine;
     uint8_t *out;
     int64_t num_runs, num_groups, code_bytes, bits, kind;
     int64_t codes_run, codes_group, affine_run, affine_group, out_run;  // bytes from one to the next
@@ -51,7 +51,7 @@ INLINE float from_half(uint16_t half) { return _cvtsh_ss(half); }
 INLINE void unpack(enum kind kind, int bits, const struct unpacking *w, int64_t run, int64_t first, int64_t stop) {
     const int64_t group_bytes = w->code_bytes * 8 / bits * (kind == FLOAT32 ? 4 : 2);
     for (int64_t group = first; group < stop; group++) {
-        const uint16_t *const affine = (const uint16_t *)((const uint8_t *)w->affine + run * w->affine_run + group * w->affine_group);
+        const uint16_t *const affine = (const uint16_t *)(w->affine + run * w->affine_run + group * w->affine_group);
         const uint8_t *const codes = w->codes + run * w->codes_run + group * w->codes_group;
         unpack_group(kind, bits, codes, w->code_bytes, from_half(affine[0]), from_half(affine[1]),
                      w->out + run * w->out_run + group * group_bytes);

@@ -96,17 +96,13 @@ class Row:
     """Logs to rewrite first."""
     needed: Needed | None
     """What the last layer is to go on with after its attention; None is all tokens."""
+    read_groups: frozenset[int]
+    """The groups whose logs it reads or rewrites."""
 
     @property
     def ancestors(self) -> tuple[AncestorSpan, ...]:
         """What tokens see before their own context."""
         return self.plan.ancestors
-
-    @property
-    def read_groups(self) -> set[int]:
-        """The groups whose logs it reads or rewrites."""
-        own = {batch.span.group for batch in self.decode} | {compaction.group for compaction in self.compactions}
-        return own | {span.source.group for span in self.ancestors if span.source.group is not None}
 
     @property
     def steady(self) -> Hashable:
@@ -151,6 +147,13 @@ class RowMaker:
                 for compaction in plan.compactions
             ),
             needed=self._needed(plan) if plan.fresh else None,
+            read_groups=frozenset(
+                [
+                    *(span.group for span in plan.decode),
+                    *(compaction.group for compaction in plan.compactions),
+                    *(span.source.group for span in plan.ancestors if span.source.group is not None),
+                ]
+            ),
         )
 
     def _needed(self, plan: RowPlan) -> Needed | None:

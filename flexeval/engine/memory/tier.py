@@ -125,9 +125,8 @@ class MemoryTier(Meter):
         return MemoryExtent(self, buffer, num_bytes)
 
     def expect(self, sizes: Sequence[int]) -> None:
-        """Extents of these sizes will be asked for: where that takes long, they are made beside the caller's work."""
-        if not self.is_pinned:
-            return
+        """Page-locked extents of these sizes will be asked for: they are made beside the caller's work."""
+        assert self.is_pinned, "others are made at once"
         there = {index: buffer for index, size in enumerate(sizes) if (buffer := self._take_idle(size)) is not None}
         with self._counting:
             self._idle += there.values()
@@ -156,12 +155,7 @@ class MemoryTier(Meter):
     def _take_idle(self, num_bytes: int) -> Tensor | None:
         """The smallest buffer that waits and fits."""
         with self._counting:
-            fitting = [buffer for buffer in self._idle if num_bytes <= buffer.numel() <= 2 * num_bytes]
-            if not fitting:
-                return None
-            taken = min(fitting, key=Tensor.numel)
-            self._idle = [buffer for buffer in self._idle if buffer is not taken]
-            return taken
+            return self._take_smallest(lambda size: num_bytes <= size <= 2 * num_bytes)
 
     def _make(self, num_bytes: int) -> Tensor:
         """A new buffer; any thread. Raises `CapacityError`."""
@@ -189,11 +183,15 @@ class MemoryTier(Meter):
     def _in_the_way(self, num_bytes: int) -> Tensor | None:
         """The smallest idle buffer, taken, where that and as many bytes more would be more than there ever were."""
         with self._counting:
-            if not self._idle or self.used_bytes + num_bytes <= self.peak_bytes:
-                return None
-            smallest = min(self._idle, key=Tensor.numel)
-            self._idle = [buffer for buffer in self._idle if buffer is not smallest]
-            return smallest
+            is_more = self.used_bytes + num_bytes > self.peak_bytes
+            return self._take_smallest(lambda size: is_more)
+
+    def _take_smallest(self, is_wanted: Callable[[int], bool]) -> Tensor | None:
+        """The smallest idle buffer of a size that is wanted, if there is any."""
+        wanted = [buffer for buffer in self._idle if is_wanted(buffer.numel())]
+        smallest = min(wanted, key=Tensor.numel, default=None)
+        self._idle = [buffer for buffer in self._idle if buffer is not smallest]
+        return smallest
 
     def _drop(self, idle: Tensor) -> None:
         torch.cuda.synchronize()  # a copy may still be on its way
