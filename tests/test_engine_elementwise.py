@@ -10,6 +10,7 @@ from tiny_models import FAMILIES, tiny_config
 
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.elementwise import _Count, results_per_token
+from flexeval.engine.compute.experts import experts_per_token
 from flexeval.policy.rates import machine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -34,7 +35,9 @@ def test_what_is_one_launch_on_a_gpu_is_counted_once() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_counted(family: str) -> None:
-    assert 8 * 64 < results_per_token(Anatomy(tiny_config(family), torch.float32), CPU) < 64 * 64
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    most = 64 * 64 * experts_per_token(anatomy.config)
+    assert 8 * 64 < results_per_token(anatomy, CPU) < most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

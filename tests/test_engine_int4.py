@@ -10,7 +10,8 @@ from tiny_models import assert_equal_results, tiny_case, tiny_config, tiny_model
 from torch import Tensor
 
 from flexeval.engine.checkpoint import StateDictCheckpoint
-from flexeval.engine.codecs.codec import CodedMatrix, IntegerCodec
+from flexeval.engine.codecs.codec import IntegerCodec
+from flexeval.engine.codecs.coded import CodedMatrices, CodedMatrix, Route
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
@@ -103,6 +104,57 @@ def test_a_large_product_is_the_same_every_time(num_tokens: int) -> None:
         assert torch.equal(matrix.multiply(x_TI, None), y_TO)
 
 
+def route_of(expert_S: Tensor, num_experts: int) -> Route:
+    order_S = expert_S.argsort()
+    return Route(order_S, torch.bincount(expert_S, minlength=num_experts).cumsum(0).int())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group_size", "dtype"), [*((64, dtype) for dtype in TOLERANCE), (32, torch.bfloat16)])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(20, 64), (300, 200), (1536, 2048)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "per_token"), [(1, 128, 8), (9, 4, 1), (60, 5, 3), (128, 128, 8), (128, 2, 2)]
+)
+def test_products_with_experts_matrices_as_they_rest(
+    num_tokens: int,
+    num_experts: int,
+    per_token: int,
+    num_outputs: int,
+    num_inputs: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Some experts are chosen by none, one by all, more than a program takes at a time; their runs lie apart."""
+    codec = IntegerCodec(4, group_size)
+    padded = -(-num_inputs // group_size) * group_size
+    num_values, before = num_outputs * padded, 3 * group_size
+    run_values = before + num_values + group_size
+    coded_XB = torch.zeros(num_experts, 64 + codec.num_bytes(run_values) + 128, dtype=torch.uint8, device=CUDA)
+    values_XV = torch.randn(num_experts, run_values, device=CUDA) * 0.02 + 0.01
+    runs_XB = coded_XB[:, 64 : 64 + codec.num_bytes(run_values)]
+    for run_B, values_V in zip(runs_XB, values_XV, strict=True):
+        run_B.copy_(codec.encode(values_V))
+    codec.decode(runs_XB, values_XV)
+    weight_XOI = values_XV[:, before : before + num_values].view(num_experts, num_outputs, padded)[..., :num_inputs]
+    matrices = codec.matrices(runs_XB, before, (num_outputs, padded))
+
+    favourite_T1 = torch.full((num_tokens, 1), num_experts - 1, device=CUDA)
+    further_TC = torch.rand(num_tokens, num_experts - 1, device=CUDA).topk(per_token - 1).indices
+    expert_S = torch.cat([favourite_T1, further_TC], dim=1).view(-1)
+    route = route_of(expert_S, num_experts)
+    for num_rows in (num_tokens, len(expert_S)):
+        x_RI = torch.randn(num_rows, num_inputs, device=CUDA).to(dtype)
+        y_SO = matrices.multiply(x_RI, route)
+        assert (y_SO.dtype, y_SO.shape) == (dtype, (len(expert_S), num_outputs))
+        x_SI = x_RI.repeat_interleave(len(expert_S) // num_rows, 0).double()
+        expected_SO = torch.stack(
+            [weight_XOI[expert].double() @ x_I for expert, x_I in zip(expert_S.tolist(), x_SI, strict=True)]
+        )
+        assert (y_SO.double() - expected_SO).norm() / expected_SO.norm() < TOLERANCE[dtype]
+        for _ in range(5):
+            assert torch.equal(matrices.multiply(x_RI, route), y_SO), "the same sum in the same order"
+
+
 class UnpackedMatrix:
     """A coded matrix without a kernel: unpacked for every product, which counts them."""
 
@@ -114,6 +166,20 @@ class UnpackedMatrix:
     def multiply(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         UnpackedMatrix.num_products += 1
         return torch.nn.functional.linear(x_TI, self._weight_OI[:, : x_TI.shape[1]], bias_O)
+
+
+class UnpackedMatrices:
+    """The same of experts."""
+
+    def __init__(self, weight_XOI: Tensor):
+        self._weight_XOI = weight_XOI
+
+    def multiply(self, x_RI: Tensor, route: Route) -> Tensor:
+        UnpackedMatrix.num_products += 1
+        expert_S = torch.empty_like(route.order_S)
+        expert_S[route.order_S] = torch.searchsorted(route.end_X, torch.arange(len(expert_S)), right=True)
+        x_SI = x_RI.repeat_interleave(len(expert_S) // len(x_RI), 0)
+        return torch.einsum("soi,si->so", self._weight_XOI[expert_S][..., : x_RI.shape[1]], x_SI)
 
 
 class CodecWithoutUnpacking(IntegerCodec):
@@ -130,15 +196,24 @@ class CodecWithoutUnpacking(IntegerCodec):
         values = decoded(self, coded, coded.numel() // self.num_bytes(32) * 32)
         return UnpackedMatrix(values[first : first + shape[0] * shape[1]].view(shape))
 
+    def matrices(self, coded_XB: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrices:
+        values_XV = torch.empty(len(coded_XB), coded_XB.shape[1] // self.num_bytes(32) * 32)
+        self.decode(coded_XB, values_XV)
+        return UnpackedMatrices(values_XV[:, first : first + shape[0] * shape[1]].view(-1, *shape))
+
 
 @pytest.mark.parametrize("weights", [Split(cpu=1.0), Split(cpu=0.5, disk=0.5)])
 @pytest.mark.parametrize(
-    ("family", "takes_coded"), [("llama", True), ("opt", True), ("gpt2", False), ("mixtral", False)]
+    ("family", "takes_coded"),
+    [("gpt2", False), *((family, True) for family in ("llama", "opt", "mixtral", "gpt_oss", "deepseek_v3"))],
 )
 def test_few_tokens_are_multiplied_by_matrices_as_they_rest(
     family: str, takes_coded: bool, weights: Split, tmp_path: Path
 ) -> None:
-    """Some rows are short, some are long, so layers are bound now one way and now the other."""
+    """Some rows are short, some are long, so layers are bound now one way and now the other.
+
+    Of layers on disk, experts come as they are chosen.
+    """
     results = []
     for few_tokens in (0, 9):
         anatomy = Anatomy(tiny_config(family), torch.float32)

@@ -35,7 +35,7 @@ from flexeval.planning.rows import DecodeSpan, FreshSpan, RowPlan
 from flexeval.policy.policy import Policy, Split
 from flexeval.request import TokenRequest, TokenResult
 
-DENSE = [family for family in FAMILIES if family not in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")]
+EXPERTS = ("mixtral", "gpt_oss", "deepseek_v3")
 POLICIES = {
     "one group": Policy(group_sequences=16),
     "three groups": Policy(row_tokens=64, sweep_tokens=128, group_sequences=2, num_groups=3),
@@ -92,7 +92,7 @@ def run(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_layers_equal_transformers(
     family: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,8 +225,10 @@ def test_a_batch_is_not_replayed_on_the_logs_of_the_one_before(tmp_path: Path, m
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
-@pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
+@pytest.mark.parametrize(
+    ("family", "codec"),
+    [*product(["llama", "gpt_neox", "gemma2"], [None, IntegerCodec(4, 32)]), *product(EXPERTS, [IntegerCodec(4, 32)])],
+)
 def test_on_a_gpu_sequences_come_and_go_beside_prompts(
     family: str, codec: IntegerCodec | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

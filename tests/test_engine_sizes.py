@@ -80,11 +80,19 @@ def test_only_active_experts_count_as_parameters_that_a_token_meets() -> None:
     assert mixtral.layer_params == attention + 4 * 64 + 2 * 3 * 64 * 128, "two experts of four, and the router"
 
 
-def test_steps_are_recorded_but_for_experts_and_requests_that_are_kept_apart() -> None:
-    llama, mixtral = (Anatomy(tiny_config(family), torch.float32) for family in ("llama", "mixtral"))
-    assert model_shape(llama, None, CPU).is_recordable
-    assert not model_shape(llama, None, CPU, is_apart=True).is_recordable
-    assert not model_shape(mixtral, None, CPU).is_recordable
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_steps_are_recorded_but_for_requests_that_are_kept_apart(family: str) -> None:
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    assert model_shape(anatomy, None, CPU).is_recordable
+    assert not model_shape(anatomy, None, CPU, is_apart=True).is_recordable
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_a_codec_leaves_routers_as_they_are(family: str) -> None:
+    anatomy = Anatomy(tiny_config(family), torch.float32)
+    layout = SlabLayout(anatomy.layer_specs(2), IntegerCodec(4, 32))
+    matrices = {spec.name for spec in anatomy.layer_specs(2) if len(spec.shape) >= 2 and "bias" not in spec.name}
+    assert matrices - layout.coded_names == {"mlp.router.weight" if family == "gpt_oss" else "mlp.gate.weight"}
 
 
 def test_types_scale_everything() -> None:

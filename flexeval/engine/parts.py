@@ -165,9 +165,8 @@ class EngineParts:
         return num_bytes
 
     def _make_replay(self) -> Replay | None:
-        """Recordings are of layers whose experts need not be fetched, and of rows that have come a few times."""
-        has_experts = any(experts is not None for experts in self._anatomy.experts)
-        if self._device.type != "cuda" or has_experts or self._is_apart:
+        """Recordings are of rows that have come a few times."""
+        if self._device.type != "cuda" or self._is_apart:
             return None
         stream = torch.cuda.Stream(self._device)
         weights = self._weights

@@ -47,7 +47,7 @@ def model_shape(
     in_experts = [sum(math.prod(spec.shape) for spec in layer if len(spec.shape) == 3) for layer in specs]
     kinds = {tuple(layer): index for index, layer in enumerate(specs)}
     takes_coded = all(
-        SlabLayout(list(layer), codec).coded_names <= anatomy.linear_weights[index] for layer, index in kinds.items()
+        SlabLayout(list(layer), codec).coded_names <= anatomy.codable[index] for layer, index in kinds.items()
     )
     largest = max((SlabLayout(list(layer), codec) for layer in kinds), key=lambda layout: layout.num_bytes)
     named = (n for key in _NUM_EXPERTS if isinstance(n := getattr(text, key, None), int) and n > 0)
@@ -87,7 +87,7 @@ def model_shape(
         num_experts=max(1, largest.num_experts),
         experts_per_token=active,
         expert_share=1 - largest.num_dense_bytes / largest.num_bytes,
-        is_recordable=not is_apart and all(experts is None for experts in anatomy.experts),
+        is_recordable=not is_apart,
     )
 
 

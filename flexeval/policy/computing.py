@@ -59,7 +59,7 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
         device_bytes += SHEET_BYTES * shape.num_query_heads * sweep.num_pairs
     unpack_s = 0.0
     if shape.is_packed and call_tokens <= shape.few_tokens:
-        device_bytes += sweep.num_calls * shape.layer_bytes / PACKED_RATE
+        device_bytes += sweep.num_calls * shape.layer_bytes * met_part(shape, call_tokens) / PACKED_RATE
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=0)
     else:
         matrix_bytes = shape.layer_compute_bytes * met_part(shape, call_tokens)
@@ -86,7 +86,7 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
 def is_recorded(shape: ModelShape, sweep: Sweep) -> bool:
     """Whether what a layer launches for a row that decodes is recorded, beside a GPU's lanes or as a part of one step.
 
-    Not where its experts are fetched, nor its matrices unpacked over others', nor where requests are computed apart.
+    Not where its matrices are unpacked over others', nor where requests are computed apart.
     """
     is_unpacked = shape.is_packed and sweep.num_tokens > shape.few_tokens * sweep.num_calls
     return shape.is_recordable and not is_unpacked

@@ -20,7 +20,7 @@ from flexeval.policy.computing import (
     is_recorded,
 )
 from flexeval.policy.correction import NO_CORRECTION, Correction
-from flexeval.policy.experts import fetched_part
+from flexeval.policy.experts import fetched_part, is_by_need
 from flexeval.policy.placement import Linear, Placement
 from flexeval.policy.policy import KINDS, Policy, Tier
 from flexeval.policy.room import RoomModel
@@ -179,6 +179,9 @@ class CostModel:
                 step_s = shape.num_layers * sweep.num_calls * num_operations * hardware.launch_s
                 may_be_one = has_recordings and shape.sparsity is None
                 seconds[Lane.COMPUTE] += step_s * (placement.is_step_in_parts if may_be_one else 1)
+                if has_recordings and is_by_need(shape.num_experts, shape.experts_per_token, sweep.num_tokens):
+                    further = sweep.num_calls * (OPERATIONS_PER_STEP - OPERATIONS_PER_RECORDED_STEP)
+                    seconds[Lane.COMPUTE] += moved({"weights": further * hardware.launch_s}, Tier.CPU, Tier.DISK)
             least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
             kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)
             seconds[Lane.TO_GPU] = (moved({"kv": 1.0}, Tier.CPU, Tier.DISK) - placement.host_attention) * kv_layer_s

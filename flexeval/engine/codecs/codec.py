@@ -4,7 +4,7 @@ A codec works on a flat run of numbers whose length is a multiple of its group s
 Where it has a kernel for it, it also multiplies a few tokens by a matrix as it rests.
 
 Shapes: R runs, V numbers of a run, B bytes of a run, G groups, E numbers of a group, P bytes of its codes, T tokens,
-I inputs, O outputs.
+I inputs, O outputs, X experts.
 """
 
 from __future__ import annotations
@@ -14,17 +14,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flexeval.engine.codecs.coded import CodedMatrices, CodedMatrix, Int4Matrices, Int4Matrix
 from flexeval.engine.compute import host_unpack
 from flexeval.engine.kernels import has_triton
 from flexeval.errors import ModelError
-
-
-class CodedMatrix(Protocol):
-    """A weight `[O, I]` that is not unpacked."""
-
-    def multiply(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """`x @ W.T + bias`, `[T, O]`."""
-        ...
 
 
 class Codec(Protocol):
@@ -76,6 +69,10 @@ class Codec(Protocol):
 
     def matrix(self, coded: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrix:
         """The matrix `shape` (outputs, padded inputs) whose numbers begin at `first` of the run `coded`."""
+        ...
+
+    def matrices(self, coded_XB: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrices:
+        """A matrix of each run, as `matrix` finds it."""
         ...
 
 
@@ -205,12 +202,18 @@ class IntegerCodec:
 
     def matrix(self, coded: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrix:
         """Views into the run: codes and scales of the matrix's groups."""
+        return Int4Matrix(*self._rows(coded, first, shape))
+
+    def matrices(self, coded_XB: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrices:
+        """Views into the runs."""
+        return Int4Matrices(*self._rows(coded_XB, first, shape))
+
+    def _rows(self, coded: Tensor, first: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Codes `[..., O, G, P]`, scales and minima `[..., O, G, 2]` of a matrix within each run."""
         num_outputs, num_inputs = shape
-        codes_GP, affine_G2 = self.split(coded)
         groups = slice(first // self.group_size, (first + num_outputs * num_inputs) // self.group_size)
-        return Int4Matrix(
-            codes_GP[groups].view(num_outputs, -1, self.code_bytes), affine_G2[groups].view(num_outputs, -1, 2)
-        )
+        codes, affine = (part[..., groups, :].unflatten(-2, (num_outputs, -1)) for part in self.split(coded))
+        return codes, affine
 
     @property
     def top(self) -> int:
@@ -240,18 +243,3 @@ class IntegerCodec:
 def step_of(scale: Tensor) -> Tensor:
     """What to divide by for codes, float32: 1 where all numbers of a group are alike."""
     return scale.float().where(scale > 0, torch.ones_like(scale, dtype=torch.float32))
-
-
-class Int4Matrix(NamedTuple):
-    """A matrix of 4-bit codes as it rests on a GPU."""
-
-    packed_OGP: Tensor
-    """Codes of each row's groups."""
-    affine_OG2: Tensor
-    """Scale and minimum of each."""
-
-    def multiply(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """`x @ W.T + bias`."""
-        from flexeval.engine.codecs import product_kernel
-
-        return product_kernel.multiply(x_TI, self.packed_OGP, self.affine_OG2, bias_O)

@@ -18,9 +18,9 @@ from flexeval.engine.kernels import num_processors
 
 MAX_TOKENS = 128
 """Up to so many tokens a product with a matrix as it rests is faster than one with an unpacked matrix."""
-_OUTPUTS = 128
+OUTPUTS_A_PROGRAM = 128
 """Outputs of one program of the product."""
-_RESIDENT = {16: 4, 32: 3, 64: 3, 128: 2}
+RESIDENT = {16: 4, 32: 3, 64: 3, 128: 2}
 """Programs that run beside one another on a multiprocessor, by tokens: what their registers leave room for."""
 
 
@@ -40,13 +40,13 @@ def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tenso
     num_outputs, num_groups, num_bytes = packed_OGP.shape
     x_TI = x_TI.contiguous()
     block_tokens = max(16, triton.next_power_of_2(num_tokens))
-    num_blocks = triton.cdiv(num_outputs, _OUTPUTS)
+    num_blocks = triton.cdiv(num_outputs, OUTPUTS_A_PROGRAM)
     groups_a_step = 2 if x_TI.element_size() == 2 else 1
     parts = num_parts(
         num_blocks,
         triton.cdiv(num_groups, groups_a_step),
         num_processors=num_processors(x_TI.device),
-        num_resident=_RESIDENT[block_tokens],
+        num_resident=RESIDENT[block_tokens],
     )
     parts_STO = torch.empty(parts, num_tokens, num_outputs, dtype=torch.float32, device=x_TI.device)
     _multiply_kernel[(num_blocks, parts)](
@@ -61,13 +61,13 @@ def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tenso
         HALF=num_bytes,
         GROUPS=groups_a_step,
         TOKENS=block_tokens,
-        OUTPUTS=_OUTPUTS,
+        OUTPUTS=OUTPUTS_A_PROGRAM,
         num_warps=4,
         num_stages=3 if x_TI.element_size() == 2 and block_tokens <= 32 else 2,
     )
     y_TO = torch.empty(num_tokens, num_outputs, dtype=x_TI.dtype, device=x_TI.device)
     num_values = num_tokens * num_outputs
-    _sum_kernel[(triton.cdiv(num_values, 1024),)](
+    sum_parts[(triton.cdiv(num_values, 1024),)](
         parts_STO, bias_O, y_TO, num_values, num_outputs, PARTS=parts, HAS_BIAS=bias_O is not None, BLOCK=1024
     )
     return y_TO
@@ -88,13 +88,36 @@ def _multiply_kernel(
     TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    """One block of outputs over one part of the groups, `GROUPS` of them a step."""
+    """One block of outputs over one part of the groups."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     token = tl.arange(0, TOKENS)
+    is_token = token < num_tokens
+    sums = sums_of_part(
+        x, codes, affine, token, is_token, output, num_outputs, num_inputs, num_groups, HALF, GROUPS, TOKENS, OUTPUTS
+    )
+    target = parts + (tl.program_id(1) * num_tokens + token)[:, None].to(tl.int64) * num_outputs + output[None, :]
+    tl.store(target, sums, mask=is_token[:, None] & (output < num_outputs)[None, :])
+
+
+@triton.jit
+def sums_of_part(
+    x,
+    codes,
+    affine,
+    token,
+    is_token,
+    output,
+    num_outputs,
+    num_inputs,
+    num_groups,
+    HALF: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """Products of tokens, rows of `x`, and outputs over the program's part of the groups, `GROUPS` of them a step."""
     place = tl.arange(0, HALF)
     byte = tl.arange(0, GROUPS * HALF)
-    is_output = output < num_outputs
-    is_token = token < num_tokens
     row = tl.minimum(output, num_outputs - 1).to(tl.int64) * num_groups
     per_part = tl.cdiv(tl.cdiv(num_groups, GROUPS), tl.num_programs(1)) * GROUPS
     first = tl.program_id(1) * per_part
@@ -117,14 +140,14 @@ def _multiply_kernel(
         high = tl.trans(tl.reshape(high, (OUTPUTS, GROUPS * HALF)))
         sums = tl.dot(x_low, low, sums, input_precision="ieee")
         sums = tl.dot(x_high, high, sums, input_precision="ieee")
-    target = parts + (tl.program_id(1) * num_tokens + token)[:, None].to(tl.int64) * num_outputs + output[None, :]
-    tl.store(target, sums, mask=is_token[:, None] & is_output[None, :])
+    return sums
 
 
 @triton.jit
-def _sum_kernel(
+def sum_parts(
     parts, bias, y, num_values, num_outputs, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Add up the parts `[PARTS, T, O]`, and a bias."""
     value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_value = value < num_values
     total = tl.zeros((BLOCK,), tl.float32)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from flexeval.engine.codecs.codec import Codec, CodedMatrix
+from flexeval.engine.codecs.codec import Codec
+from flexeval.engine.codecs.coded import Coded
 from flexeval.engine.codecs.kv_format import KVShape
 from flexeval.engine.compute.binding import bind, fill_buffers, place_of, unchanging_rotary
 from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
@@ -98,11 +99,14 @@ class Anatomy:
         for layer in self.layers:
             for module in layer.modules():
                 object.__setattr__(module, "attention_port", self._port)
-        self.linear_weights = [make_coded(layer) for layer in self.layers]
-        """Per layer, the names of the weights that may be bound as coded matrices."""
         per_token = experts_per_token(self.config.get_text_config())
         self.experts = [find_experts(layer, per_token) for layer in self.layers]
         """Per layer, its experts; None where they are not apart."""
+        self.codable = [
+            make_coded(layer) | (experts.codable if experts is not None else frozenset())
+            for layer, experts in zip(self.layers, self.experts, strict=True)
+        ]
+        """Per layer, the names of the weights that may be bound as coded matrices."""
         self._specs = [_find_specs(*pair) for pair in zip(self.layers, self.experts, strict=True)]
         self._kv_shapes: dict[tuple[TensorSpec, ...], KVShape] = {}  # by kind of layer
         self.vocabulary = Vocabulary(self.model)
@@ -150,10 +154,8 @@ class Anatomy:
         """The tensors of a layer's slab: its parameters and the buffers a checkpoint holds, whatever is bound now."""
         return self._specs[layer]
 
-    def bind_layer(
-        self, layer: int, tensors: Mapping[str, Tensor | CodedMatrix], fetch_experts: Fetch | None = None
-    ) -> None:
-        """Let a layer compute with these tensors (views into a slab), linear layers also with coded matrices.
+    def bind_layer(self, layer: int, tensors: Mapping[str, Tensor | Coded], fetch_experts: Fetch | None = None) -> None:
+        """Let a layer compute with these tensors (views into a slab), of `codable` names also with coded matrices.
 
         Where `fetch_experts` is given, the experts' tensors need not hold anything before it was asked for them.
         """
@@ -264,6 +266,7 @@ def _find_specs(layer: nn.Module, experts: Experts | None) -> list[TensorSpec]:
             shape=tuple(tensor.shape),
             dtype=tensor.dtype,
             is_input_first=name.rpartition(".")[0] in transposed,
+            is_router=experts is not None and experts.is_router(name, tensor.shape),
             num_experts=experts.num_experts if experts is not None and name in experts.parameters else 0,
         )
         for name, tensor in layer.state_dict(keep_vars=True).items()

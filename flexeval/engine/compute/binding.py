@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexeval.engine.codecs.codec import CodedMatrix
+from flexeval.engine.codecs.coded import Coded, CodedMatrices, CodedMatrix
+from flexeval.engine.compute.experts import ExpertsPort
 from flexeval.engine.compute.linear import CodedLinear
 
 
-def bind(root: nn.Module, tensors: Mapping[str, Tensor | CodedMatrix]) -> None:
-    """Let the modules under `root` compute with these tensors, linear layers also with coded matrices."""
+def bind(root: nn.Module, tensors: Mapping[str, Tensor | Coded]) -> None:
+    """Let the modules under `root` compute with these tensors, linear layers and experts also with coded matrices."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         module = root.get_submodule(path)
         if isinstance(module, CodedLinear) and leaf == "weight":
-            module.coded = None if isinstance(tensor, Tensor) else tensor
+            module.coded = None if isinstance(tensor, Tensor) else cast(CodedMatrix, tensor)
+        elif isinstance(port := getattr(module, "experts_port", None), ExpertsPort):
+            port.coded.pop(leaf, None)
+            if not isinstance(tensor, Tensor):
+                port.coded[leaf] = cast(CodedMatrices, tensor)
+        else:
+            assert isinstance(tensor, Tensor), (name, "cannot be coded")
         if not isinstance(tensor, Tensor):
-            assert isinstance(module, CodedLinear), (name, "cannot be coded")
             module._parameters[leaf] = None
         elif leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -2,20 +2,27 @@
 
 A layer that rests elsewhere, or is packed, has the experts' matrices fetched once its router has chosen; then all
 tokens of a row are computed grouped by expert, by transformers' grouped products. Those touch chosen experts alone, and
-are the fastest way it has on a CPU as on a GPU. Knows transformers' experts interface; not where matrices rest.
+are the fastest way it has on a CPU as on a GPU. Where matrices are multiplied as they rest, the same is done with
+these. Knows transformers' experts interface; not where matrices rest.
+
+Shapes: T tokens, D model, C experts that a token chooses, S = T * C choices, X experts, O outputs of a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from flexeval.engine.codecs.coded import CodedMatrices, Route
+
 EXPERTS_NAME = "flexeval"
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+_LAST = "down_proj"
 
 Fetch = Callable[[Tensor], None]
 """Told the experts that tokens chose (any shape, repeated); when it returns, the parameters of these are valid."""
@@ -27,6 +34,8 @@ class ExpertsPort:
     def __init__(self) -> None:
         self.fetch: Fetch | None = None
         """None where all of them are there."""
+        self.coded: dict[str, CodedMatrices] = {}
+        """By name of a parameter, what to multiply by as it rests; the parameter is None then."""
         self.is_waiting = False
         """Whether the layer's experts have not come by since this was set."""
 
@@ -45,7 +54,14 @@ class Experts:
         """Names of their parameters within the layer, each `[num_experts, ...]`."""
         self.port = ExpertsPort()
         """Where the module asks for them."""
+        self.codable = self.parameters if _is_plain(module) else frozenset()
+        """Of these, the ones that may be bound as they rest."""
         module.experts_port = self.port  # type: ignore[assignment]
+
+    def is_router(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor of the layer is a matrix that chooses among them: beside them, with a row for each."""
+        is_beside = name.startswith(self.name.rpartition(".")[0]) and name not in self.parameters
+        return is_beside and len(shape) == 2 and shape[0] == self.num_experts
 
 
 def register_experts() -> None:
@@ -73,6 +89,13 @@ def _is_stack(module: nn.Module) -> bool:
     return bool(parameters) and all(len(parameter) == module.num_experts for parameter in parameters)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether experts are two products with a gate or an activation between, as `_by_coded` computes them."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    biases = [f"{name}_bias" for name in (first, _LAST)] if module.has_bias else []
+    return {name for name, _ in module.named_parameters()} == {first, _LAST, *biases}
+
+
 def _experts(module: nn.Module, hidden_TD: Tensor, top_TC: Tensor, weights_TC: Tensor) -> Tensor:
     """Transformers' experts interface: C of the experts for each token, and their shares in its output."""
     port = getattr(module, "experts_port", None)
@@ -81,4 +104,27 @@ def _experts(module: nn.Module, hidden_TD: Tensor, top_TC: Tensor, weights_TC: T
         port.is_waiting = False
         if port.fetch is not None:
             port.fetch(top_TC)
+        if port.coded:
+            return _by_coded(module, port.coded, hidden_TD, top_TC, weights_TC)
     return grouped_mm_experts_forward(module, hidden_TD, top_TC, weights_TC)
+
+
+def _by_coded(
+    module: Any, coded: Mapping[str, CodedMatrices], hidden_TD: Tensor, top_TC: Tensor, weights_TC: Tensor
+) -> Tensor:
+    """What transformers' grouped products compute, in its types, with matrices that are not unpacked."""
+    expert_S = top_TC.reshape(-1)
+    sorted_S, order_S = expert_S.sort()
+    each_X = torch.arange(module.num_experts, device=expert_S.device)
+    route = Route(order_S, torch.searchsorted(sorted_S, each_X, right=True, out_int32=True))
+
+    def project(name: str, x: Tensor) -> Tensor:
+        y_SO = coded[name].multiply(x, route)
+        return y_SO + getattr(module, f"{name}_bias")[expert_S] if module.has_bias else y_SO
+
+    if module.has_gate:
+        inner = module._apply_gate(project("gate_up_proj", hidden_TD))
+    else:
+        inner = module.act_fn(project("up_proj", hidden_TD))
+    out_TCD = project(_LAST, inner).view(*top_TC.shape, -1) * weights_TC.unsqueeze(-1)
+    return out_TCD.sum(1).to(hidden_TD.dtype)

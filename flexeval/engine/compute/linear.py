@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flexeval.engine.codecs.codec import CodedMatrix
+from flexeval.engine.codecs.coded import CodedMatrix
 
 
 class CodedLinear(nn.Linear):

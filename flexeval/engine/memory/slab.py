@@ -1,8 +1,9 @@
 """One layer's parameters as one contiguous run of bytes. Knows names, shapes and offsets; not the layer's arithmetic.
 
-A slab is [tensors kept as they are | coded matrices | expert 0 | expert 1 | ...]. With a codec, every matrix is coded
-along its input dimension, all matrices as one run, so that one unpack serves the whole layer. An expert is a slab of
-its own, so that its matrices lie side by side and are read, and unpacked, without the other experts'.
+A slab is [tensors kept as they are | coded matrices | expert 0 | expert 1 | ...]. With a codec, every matrix but a
+router's is coded along its input dimension, all matrices as one run, so that one unpack serves the whole layer. An
+expert is a slab of its own, so that its matrices lie side by side and are read, and unpacked, without the other
+experts'.
 
 Shapes: E experts, B bytes of one, V coded numbers of one.
 """
@@ -18,7 +19,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flexeval.engine.codecs.codec import Codec, CodedMatrix
+from flexeval.engine.codecs.codec import Codec
+from flexeval.engine.codecs.coded import Coded
 from flexeval.engine.compute.spec import TensorSpec
 from flexeval.errors import ModelError
 
@@ -56,7 +58,7 @@ class SlabLayout:
     """Where each tensor of one layer lies in the layer's slab."""
 
     def __init__(self, specs: list[TensorSpec], codec: Codec | None):
-        """Lay out `specs` in order, experts last; with a codec, everything of two or more dimensions is coded."""
+        """Lay out `specs` in order, experts last; with a codec, what has two or more dimensions and is no router."""
         self.codec = codec
         stacked = [spec for spec in specs if spec.num_experts]
         self.num_experts = stacked[0].num_experts if stacked else 0
@@ -71,7 +73,7 @@ class SlabLayout:
         for spec in specs:
             if spec.num_experts:
                 continue
-            if codec is not None and len(spec.shape) >= 2:
+            if codec is not None and len(spec.shape) >= 2 and not spec.is_router:
                 row_size = spec.shape[-2] if spec.is_input_first else spec.shape[-1]
                 padded = math.ceil(row_size / codec.group_size) * codec.group_size
                 self._coded.append(_Coded(spec=spec, offset=num_values, row_size=row_size, padded_row_size=padded))
@@ -200,16 +202,18 @@ class SlabLayout:
         own = frozenset(coded.spec.name for coded in self._coded)
         return own | self.expert.coded_names if self.expert is not None else own
 
-    def as_it_rests(self, slab: Tensor) -> dict[str, Tensor | CodedMatrix]:
-        """Every tensor as a view into `slab`, coded matrices (of two dimensions, no experts') as they are."""
-        assert self.expert is None, "experts are unpacked"
-        tensors: dict[str, Tensor | CodedMatrix] = {**self._raw_tensors(slab)}
+    def as_it_rests(self, slab: Tensor) -> dict[str, Tensor | Coded]:
+        """Every tensor as a view into `slab` (or stacked, into several), coded matrices as they are."""
+        tensors: dict[str, Tensor | Coded] = {**self._raw_tensors(slab)}
         if self._coded:
             assert self.codec is not None
             run = self._coded_run(slab)
+            view = self.codec.matrix if slab.dim() == 1 else self.codec.matrices
             for coded in self._coded:
                 shape = (coded.num_values // coded.padded_row_size, coded.padded_row_size)
-                tensors[coded.spec.name] = self.codec.matrix(run, coded.offset, shape)
+                tensors[coded.spec.name] = view(run, coded.offset, shape)
+        if self.expert is not None:
+            tensors.update(self.expert.as_it_rests(self._experts(slab)))
         return tensors
 
     def _experts(self, slab: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.experts import Fetch
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.lane import Lane, Transfer
 from flexeval.engine.memory.loading import load_layers
@@ -76,8 +77,8 @@ class WeightStore:
         self._rooms: list[Extent] = []
         few_tokens = codec.few_tokens(device) if codec is not None and may_multiply_coded else 0
         self._few_tokens = [
-            few_tokens if layout.coded_names and layout.coded_names <= linear_weights else 0
-            for layout, linear_weights in zip(self._layouts, anatomy.linear_weights, strict=True)
+            few_tokens if layout.coded_names and layout.coded_names <= codable else 0
+            for layout, codable in zip(self._layouts, anatomy.codable, strict=True)
         ]
         """Per layer, up to how many tokens of a row it computes with its matrices as they rest."""
         self._is_bound = [False] * anatomy.num_layers
@@ -193,21 +194,27 @@ class WeightStore:
         stays = self._extents[layer].view() is not None and is_in_slab
         if self._bound == bound or (stays and self._is_bound[layer]):
             return is_in_slab
+        fetch: Fetch | None = None
+        if not stays and self._is_by_need(layer, sweep_tokens):
+            fetch = partial(self._fetch_experts, layer, slab, set(), is_unpacked=not is_in_slab)
         if takes_coded:
-            self._anatomy.bind_layer(layer, layout.as_it_rests(slab))
-        elif not stays and self._is_by_need(layer, sweep_tokens):
+            self._anatomy.bind_layer(layer, layout.as_it_rests(slab), fetch)
+        elif fetch is not None:
             layout.decode_dense(slab, self._workspace)
-            fetch = partial(self._fetch_experts, layer, slab, set())
             self._anatomy.bind_layer(layer, layout.tensors(slab, self._workspace), fetch)
         else:
             self._anatomy.bind_layer(layer, layout.unpack(slab, self._workspace))
         self._bound, self._is_bound[layer] = bound, stays
         return is_in_slab
 
-    def place(self, layer: int, slab: Tensor, *, row_tokens: int) -> int | None:
-        """Where a layer's tensors lie for a row of so many tokens; None if they are unpacked first, over others."""
+    def place(self, layer: int, slab: Tensor, *, row_tokens: int, sweep_tokens: int) -> int | None:
+        """Where a layer's tensors lie for a row of so many tokens; None if nothing can be said.
+
+        They may be unpacked first, over others, or fetched as they are chosen.
+        """
         is_unpacked = self._layouts[layer].num_coded_values and row_tokens > self._few_tokens[layer]
-        return None if is_unpacked else slab.data_ptr()
+        is_fetched = self._extents[layer].view() is None and self._is_by_need(layer, sweep_tokens)
+        return None if is_unpacked or is_fetched else slab.data_ptr()
 
     @property
     def most_tokens_in_place(self) -> float:
@@ -225,8 +232,8 @@ class WeightStore:
         experts = self._anatomy.experts[layer]
         return experts is not None and is_by_need(experts.num_experts, experts.per_token, sweep_tokens)
 
-    def _fetch_experts(self, layer: int, slab: Tensor, there: set[int], chosen: Tensor) -> None:
-        """Bring the chosen experts that are not `there` into a layer's slab, and unpack them."""
+    def _fetch_experts(self, layer: int, slab: Tensor, there: set[int], chosen: Tensor, *, is_unpacked: bool) -> None:
+        """Bring the chosen experts that are not `there` into a layer's slab, and unpack them where that is wanted."""
         layout, extent = self._layouts[layer], self._extents[layer]
         missing = sorted(set(chosen.unique().tolist()).intersection(range(layout.num_experts)) - there)
         there.update(missing)
@@ -235,7 +242,7 @@ class WeightStore:
             parts = [layout.expert_bytes(experts) for experts in runs]
             with self._watch.paused():
                 self.lane.submit(self._read, extent, slab, parts).wait()
-        for experts in runs:
+        for experts in runs if is_unpacked else ():
             layout.decode_experts(slab, self._workspace, experts)
 
     def _read(self, extent: Extent, slab: Tensor, parts: Sequence[slice]) -> None:
