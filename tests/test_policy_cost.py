@@ -18,6 +18,7 @@ from flexeval.policy.computing import (
 from flexeval.policy.cost import HOST_WAIT_SHARE, OPERATIONS_PER_HOST_ROW, OPERATIONS_PER_LOAD, CostModel, Lane
 from flexeval.policy.hardware import Hardware
 from flexeval.policy.policy import Policy, Split, Tier
+from flexeval.policy.room import ATTENTION_COPIES, HIDDEN_COPIES, call_bytes_per_token
 from flexeval.policy.sweeps import plan_sweeps
 from flexeval.policy.work import ModelShape, Workload
 
@@ -240,7 +241,15 @@ def test_a_short_sweep_moves_and_reads_only_the_experts_its_tokens_choose():
             waits = is_short and not shape.is_packed  # what is unpacked is not recorded anyway
             waited_s = 31 * 48 * UNRECORDED_S if waits else 0
             assert saved_s == pytest.approx(read_bytes / T4.memory_bytes_per_s - waited_s)
-            assert whole.peak_bytes == by_need.peak_bytes
+            assert whole.peak_bytes[Tier.CPU] == by_need.peak_bytes[Tier.CPU], "all rest somewhere"
+
+
+def test_a_token_is_copied_for_each_expert_that_it_meets():
+    dense = replace(OPT_30B, intermediate_size=4096)
+    mixture = replace(dense, num_experts=64, experts_per_token=8, expert_share=0.9)
+    dense_bytes, bytes_of_mixture = call_bytes_per_token(dense), call_bytes_per_token(mixture)
+    assert dense_bytes == ATTENTION_COPIES * 7168 * 2
+    assert bytes_of_mixture == (HIDDEN_COPIES * 7168 + 8 * 7168 + 2 * 4096) * 2
 
 
 def test_packed_weights_move_less_and_unpack_once_a_layer():

@@ -30,6 +30,8 @@ def call_bytes_per_token(shape: ModelShape) -> int:
     """Bytes of the temporaries that a layer call makes for each of its tokens, caches and logits apart."""
     width = max(shape.hidden_size, shape.num_query_heads * shape.head_size)
     inner = INTERMEDIATE_COPIES * shape.intermediate_size
+    if shape.num_experts > 1:  # a copy of the token for each expert that it meets, beside both halves of what they make
+        inner = max(inner, shape.experts_per_token * shape.hidden_size + 2 * shape.intermediate_size)
     return max(ATTENTION_COPIES * width, HIDDEN_COPIES * width + inner) * shape.dtype_bytes
 
 

@@ -66,4 +66,4 @@ class Int4Matrices(NamedTuple):
         """Each choice's row by its expert's matrix."""
         from flexeval.engine.codecs import grouped_kernel
 
-        return grouped_kernel.multiply(x_RI, self.packed_XOGP, self.affine_XOG2, route)
+        return grouped_kernel.multiply(x_RI, self.packed_XOGP, self.affine_XOG2, *route)

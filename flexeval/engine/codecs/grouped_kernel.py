@@ -13,31 +13,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexeval.engine.codecs.coded import Route
 from flexeval.engine.codecs.product_kernel import OUTPUTS_A_PROGRAM, RESIDENT, sum_parts, sums_of_part
 from flexeval.engine.codecs.splitting import num_parts
 from flexeval.engine.kernels import num_processors
 
-_ROOM = 2
-"""Rows that a program takes at a time, of those that choose an expert on average: few of them want more."""
 
-
-def multiply(x_RI: Tensor, packed_XOGP: Tensor, affine_XOG2: Tensor, route: Route) -> Tensor:
+def multiply(x_RI: Tensor, packed_XOGP: Tensor, affine_XOG2: Tensor, order_S: Tensor, end_X: Tensor) -> Tensor:
     """What each choice makes of its row, W unpacked on the fly; sums in float32, in an order that shapes decide.
 
     Args:
         x_RI: A row for each choice, or one for all choices of a token; I as for `product_kernel.multiply`.
         packed_XOGP: uint8 codes of each row's groups; experts may lie apart.
         affine_XOG2: float16 scale and minimum of each.
-        route: Who chose whom.
+        order_S: Choices, those of one expert after those of another.
+        end_X: Where each expert's end.
 
     Returns:
         `[S, O]` in the type of `x_RI`.
     """
     num_rows, num_inputs = x_RI.shape
-    num_choices, (num_experts, num_outputs, num_groups, num_bytes) = len(route.order_S), packed_XOGP.shape
+    num_choices, (num_experts, num_outputs, num_groups, num_bytes) = len(order_S), packed_XOGP.shape
     x_RI, affine_XOG = x_RI.contiguous(), affine_XOG2.view(torch.int32)
-    block_rows = min(max(RESIDENT), max(16, triton.next_power_of_2(_ROOM * num_choices // num_experts)))
+    block_rows = rows_at_once(num_choices, num_experts)
     num_blocks = triton.cdiv(num_outputs, OUTPUTS_A_PROGRAM)
     groups_a_step = 2 if x_RI.element_size() == 2 else 1
     parts = num_parts(
@@ -51,8 +48,8 @@ def multiply(x_RI: Tensor, packed_XOGP: Tensor, affine_XOG2: Tensor, route: Rout
         x_RI,
         packed_XOGP,
         affine_XOG,
-        route.order_S,
-        route.end_X,
+        order_S,
+        end_X,
         parts_PSO,
         num_choices,
         num_outputs,
@@ -74,6 +71,11 @@ def multiply(x_RI: Tensor, packed_XOGP: Tensor, affine_XOG2: Tensor, route: Rout
         parts_PSO, None, y_SO, num_values, num_outputs, PARTS=parts, HAS_BIAS=False, BLOCK=1024
     )
     return y_SO
+
+
+def rows_at_once(num_choices: int, num_experts: int) -> int:
+    """Rows that a program takes at a time: twice as many as choose an expert on average, so that few want more."""
+    return int(min(max(RESIDENT), max(16, triton.next_power_of_2(2 * num_choices // num_experts))))
 
 
 @triton.jit

@@ -100,7 +100,7 @@ class Anatomy:
             for module in layer.modules():
                 object.__setattr__(module, "attention_port", self._port)
         per_token = experts_per_token(self.config.get_text_config())
-        self.experts = [find_experts(layer, per_token) for layer in self.layers]
+        self.experts = [find_experts(layer, per_token, self.fusion) for layer in self.layers]
         """Per layer, its experts; None where they are not apart."""
         self.codable = [
             make_coded(layer) | (experts.codable if experts is not None else frozenset())

@@ -1,28 +1,27 @@
 """Where a layer's experts meet the engine: one function registered with transformers, one port per layer.
 
 A layer that rests elsewhere, or is packed, has the experts' matrices fetched once its router has chosen; then all
-tokens of a row are computed grouped by expert, by transformers' grouped products. Those touch chosen experts alone, and
-are the fastest way it has on a CPU as on a GPU. Where matrices are multiplied as they rest, the same is done with
-these. Knows transformers' experts interface; not where matrices rest.
+tokens of a row are computed grouped by expert, which touches chosen experts alone. Knows transformers' experts
+interface; neither where matrices rest nor what is computed.
 
-Shapes: T tokens, D model, C experts that a token chooses, S = T * C choices, X experts, O outputs of a product.
+Shapes: T tokens, D model, C experts that a token chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from flexeval.engine.codecs.coded import CodedMatrices, Route
+from flexeval.engine.codecs.coded import CodedMatrices
+from flexeval.engine.compute.fusion import Fusion
+from flexeval.engine.compute.mixture import is_mixture, mix
 
 EXPERTS_NAME = "flexeval"
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
-_LAST = "down_proj"
 
 Fetch = Callable[[Tensor], None]
 """Told the experts that tokens chose (any shape, repeated); when it returns, the parameters of these are valid."""
@@ -31,7 +30,11 @@ Fetch = Callable[[Tensor], None]
 class ExpertsPort:
     """The engine says here how one layer's experts are fetched; they come by whenever the layer runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, fusion: Fusion, *, is_mixture: bool) -> None:
+        self.fusion = fusion
+        """Which operations are one launch."""
+        self.is_mixture = is_mixture
+        """Whether we know what they compute."""
         self.fetch: Fetch | None = None
         """None where all of them are there."""
         self.coded: dict[str, CodedMatrices] = {}
@@ -43,7 +46,7 @@ class ExpertsPort:
 class Experts:
     """The stacked experts of one layer."""
 
-    def __init__(self, name: str, module: nn.Module, per_token: int):
+    def __init__(self, name: str, module: nn.Module, per_token: int, fusion: Fusion):
         self.name = name
         """Their name within the layer."""
         self.num_experts = cast(int, module.num_experts)
@@ -52,9 +55,9 @@ class Experts:
         """How many of them a token chooses."""
         self.parameters = frozenset(f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
         """Names of their parameters within the layer, each `[num_experts, ...]`."""
-        self.port = ExpertsPort()
+        self.port = ExpertsPort(fusion, is_mixture=is_mixture(module))
         """Where the module asks for them."""
-        self.codable = self.parameters if _is_plain(module) else frozenset()
+        self.codable = self.parameters if self.port.is_mixture else frozenset()
         """Of these, the ones that may be bound as they rest."""
         module.experts_port = self.port  # type: ignore[assignment]
 
@@ -75,10 +78,10 @@ def experts_per_token(config: PretrainedConfig) -> int:
     return next((number for number in numbers if isinstance(number, int) and number > 0), 1)
 
 
-def find_experts(layer: nn.Module, per_token: int) -> Experts | None:
+def find_experts(layer: nn.Module, per_token: int, fusion: Fusion) -> Experts | None:
     """The experts of a layer that run through transformers' interface; None where there is not one module of them."""
     found = [(name, module) for name, module in layer.named_modules() if _is_stack(module)]
-    return Experts(*found[0], per_token) if len(found) == 1 else None
+    return Experts(*found[0], per_token, fusion) if len(found) == 1 else None
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -89,13 +92,6 @@ def _is_stack(module: nn.Module) -> bool:
     return bool(parameters) and all(len(parameter) == module.num_experts for parameter in parameters)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether experts are two products with a gate or an activation between, as `_by_coded` computes them."""
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    biases = [f"{name}_bias" for name in (first, _LAST)] if module.has_bias else []
-    return {name for name, _ in module.named_parameters()} == {first, _LAST, *biases}
-
-
 def _experts(module: nn.Module, hidden_TD: Tensor, top_TC: Tensor, weights_TC: Tensor) -> Tensor:
     """Transformers' experts interface: C of the experts for each token, and their shares in its output."""
     port = getattr(module, "experts_port", None)
@@ -104,27 +100,6 @@ def _experts(module: nn.Module, hidden_TD: Tensor, top_TC: Tensor, weights_TC: T
         port.is_waiting = False
         if port.fetch is not None:
             port.fetch(top_TC)
-        if port.coded:
-            return _by_coded(module, port.coded, hidden_TD, top_TC, weights_TC)
+        if port.is_mixture:
+            return mix(module, port.coded, hidden_TD, top_TC, weights_TC, port.fusion)
     return grouped_mm_experts_forward(module, hidden_TD, top_TC, weights_TC)
-
-
-def _by_coded(
-    module: Any, coded: Mapping[str, CodedMatrices], hidden_TD: Tensor, top_TC: Tensor, weights_TC: Tensor
-) -> Tensor:
-    """What transformers' grouped products compute, in its types, with matrices that are not unpacked."""
-    expert_S = top_TC.reshape(-1)
-    sorted_S, order_S = expert_S.sort()
-    each_X = torch.arange(module.num_experts, device=expert_S.device)
-    route = Route(order_S, torch.searchsorted(sorted_S, each_X, right=True, out_int32=True))
-
-    def project(name: str, x: Tensor) -> Tensor:
-        y_SO = coded[name].multiply(x, route)
-        return y_SO + getattr(module, f"{name}_bias")[expert_S] if module.has_bias else y_SO
-
-    if module.has_gate:
-        inner = module._apply_gate(project("gate_up_proj", hidden_TD))
-    else:
-        inner = module.act_fn(project("up_proj", hidden_TD))
-    out_TCD = project(_LAST, inner).view(*top_TC.shape, -1) * weights_TC.unsqueeze(-1)
-    return out_TCD.sum(1).to(hidden_TD.dtype)
