@@ -51,6 +51,8 @@ PLACEMENTS = {
         **everything(cpu=0.5, disk=0.5), row_tokens=30, sweep_tokens=200, group_sequences=4, num_groups=3
     ),
     "kv-on-disk": Policy(kv=Split(disk=1.0), **SMALL),
+    "short-logs": Policy(group_sequences=4, num_groups=2, group_tokens=60, row_tokens=24, sweep_tokens=80),
+    "short-logs-on-disk": Policy(**everything(disk=1.0), group_sequences=6, group_tokens=100),
     "host-attention": Policy(host_attention=1.0, **SMALL),
     "half-host-attention": Policy(
         **everything(cpu=0.5, disk=0.5), host_attention=0.5, row_tokens=30, group_sequences=3, num_groups=3
@@ -60,6 +62,7 @@ GPU_PLACEMENTS = {
     "gpu": Policy(**everything(gpu=1.0), **SMALL),
     "offloaded": Policy(**everything(cpu=1.0), **SMALL),
     "gpu+cpu": Policy(**everything(gpu=0.5, cpu=0.5), **SMALL),
+    "short-logs": Policy(**everything(gpu=0.5, cpu=0.5), group_sequences=6, group_tokens=100),
     "gpu+cpu+disk": Policy(**everything(gpu=0.25, cpu=0.25, disk=0.5), **SMALL),
     "disk": Policy(**everything(disk=1.0), **SMALL),
     "host-attention": Policy(**everything(cpu=1.0), host_attention=1.0, **SMALL),

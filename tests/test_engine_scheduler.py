@@ -20,6 +20,7 @@ from flexeval.planning.rows import SHARED, AncestorSpan, RowPlan
 from flexeval.planning.summary import PlanSummary
 from flexeval.planning.usage import PATHS_IN_FLIGHT
 from flexeval.policy.policy import Policy
+from flexeval.policy.sweeps import plan_sweeps
 from flexeval.request import FinishReason, TokenRequest, TokenResult, TopLogprobs
 
 Prefix = tuple[int, ...]
@@ -215,6 +216,7 @@ POLICIES = st.builds(
     sweep_tokens=st.integers(1, 200),
     group_sequences=st.integers(1, 5),
     num_groups=st.integers(1, 4),
+    group_tokens=st.just(0) | st.integers(1, 400),
 )
 
 
@@ -260,6 +262,36 @@ def test_the_room_is_what_the_workload_promises(requests: list[TokenRequest], po
         assert shared <= work.num_shared_tokens
     num_seats = min(policy.block_sequences, work.num_generating_sequences)
     assert sum(room.values()) <= num_seats * work.max_own_tokens
+    if policy.group_tokens:
+        assert all(tokens <= max(policy.group_tokens, work.max_own_tokens) for tokens in room.values())
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_as_many_sweeps_as_were_planned_where_logs_have_not_room_for_the_largest(num_groups: int) -> None:
+    """One in ten sequences is ten times as large as the others: they sit at once as far as they have room."""
+    rng = random.Random(7)
+    sizes = [600 if index % 10 == 0 else rng.randint(20, 60) for index in range(400)]
+    requests = [
+        TokenRequest(prompt_ids=(rng.randrange(NUM_TOKENS), *range(size)), max_tokens=rng.randint(10, 20))
+        for size in sizes
+    ]
+    tight = Policy(group_sequences=24 // num_groups, num_groups=num_groups, group_tokens=3000 // num_groups)
+    few = Policy(group_sequences=6 // num_groups, num_groups=num_groups)
+    work = measure_workload(requests)
+    counts = {}
+    for policy in (tight, few):
+        planned = sum(sweep.num_sweeps for sweep in plan_sweeps(policy, work).values())
+        scheduler = Scheduler(requests, policy)
+        room, num_sweeps = sum(scheduler.log_capacities.values()), 0
+        while scheduler.has_work:
+            for plan in scheduler.plan_sweep():
+                scheduler.record(plan, zeros(plan))
+            scheduler.finish_sweep(1.0)
+            num_sweeps += 1
+        assert num_sweeps <= 1.1 * planned, (policy, num_sweeps, planned)
+        counts[policy] = num_sweeps, room
+    assert counts[tight][0] < 0.6 * counts[few][0], counts
+    assert counts[tight][1] < counts[few][1], counts
 
 
 def test_prompts_that_end_in_one_node_wait_for_a_seat_each() -> None:

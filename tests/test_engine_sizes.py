@@ -16,7 +16,7 @@ from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.sizes import measure_workload, model_shape
 from flexeval.policy.policy import Policy, Split
-from flexeval.policy.work import Workload
+from flexeval.policy.work import MOST_CLASSES, SizeClass, Workload, classify
 from flexeval.request import TokenRequest
 
 CPU = torch.device("cpu")
@@ -133,6 +133,7 @@ WORKLOADS = {
             num_prompt_parts=40 + 2 * (5 + 7 + 6) + 50 + 3,
             num_logits_rows=4 + 50,
             max_logits_rows=5 + 50,
+            size_classes=(SizeClass(9, 1, 3), SizeClass(17, 1, 9)),
         ),
     ),
     "a-header-that-is-a-prompt-itself": (
@@ -156,6 +157,7 @@ WORKLOADS = {
             num_prompt_parts=40 + 2 * 10,
             num_logits_rows=1 + 50,
             max_logits_rows=2 + 50,
+            size_classes=(SizeClass(8, 1, 7),),
         ),
     ),
     "equal-prompts": (
@@ -176,6 +178,7 @@ WORKLOADS = {
             num_prompt_parts=20,
             num_logits_rows=3,
             max_logits_rows=3,
+            size_classes=(SizeClass(5, 3, 12),),
         ),
     ),
     "a-header-that-only-scoring-prompts-share": (
@@ -206,6 +209,16 @@ def test_workloads_are_counted_as_by_hand(name: str) -> None:
     requests, expected = WORKLOADS[name]
     assert measure_workload(requests) == expected
     assert measure_workload(requests[::-1]) == expected
+
+
+def test_sequences_are_told_apart_by_size_in_classes_of_as_many_steps() -> None:
+    assert classify([]) == ()
+    assert classify([(5, 2), (5, 3)]) == (SizeClass(5, 2, 5),), "equal sizes stay together"
+    classes = classify([(100 * size, size) for size in range(1, 65)])
+    assert 6 <= len(classes) <= MOST_CLASSES
+    assert (sum(c.num_sequences for c in classes), sum(c.num_steps for c in classes)) == (64, 65 * 32)
+    assert [c.num_tokens for c in classes] == sorted(c.num_tokens for c in classes) and classes[-1].num_tokens == 6400
+    assert max(c.num_steps for c in classes) < 1.5 * 65 * 32 / MOST_CLASSES
 
 
 def test_the_feed_forward_width_is_that_of_all_experts_that_a_token_passes() -> None:

@@ -26,20 +26,26 @@ def compacted(log: list[object], compaction: Compaction | None) -> list[object]:
     return log if compaction is None else [log[place] for place in compaction.places]
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=30), st.integers(1, 4))
-def test_sequences_that_come_and_go_find_their_own(sizes: list[tuple[int, int]], num_seats: int) -> None:
-    """(tokens of the prompt, steps until it ends) of each sequence; room for what any of them can need."""
-    capacity = sum(sorted((sum(size) for size in sizes), reverse=True)[:num_seats])
-    group = GroupLog(group=0, num_seats=num_seats, capacity=capacity)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=30),
+    st.integers(1, 4),
+    st.floats(0, 1),
+)
+def test_sequences_that_come_and_go_find_their_own(sizes: list[tuple[int, int]], num_seats: int, share: float) -> None:
+    """(tokens of the prompt, steps until it ends) of each sequence; room for what any of them, or fewer, can need."""
+    largest = sorted((sum(size) for size in sizes), reverse=True)
+    capacity = max(int(share * sum(largest[:num_seats])), largest[0])
+    group = GroupLog(group=0, num_seats=num_seats, capacity=capacity, num_promisable=capacity)
     waiting = list(enumerate(sizes))
     log: list[object] = []
     version = {0: 0}
     contexts: list[np.ndarray] = []
     while waiting or group.seats:
         entering = []
-        while waiting and len(group.seats) < num_seats:
+        while waiting and group.has_room(sum(waiting[0][1])):
             stream, size = waiting.pop(0)
             entering.append(a_seat(stream, *size))
+            group.promise(stream, sum(size))
             group.enter(entering[-1])
         log = compacted(log, group.begin_sweep(sum(seat.num_prompt_tokens for seat in entering)))
         step = group.step()
@@ -93,8 +99,9 @@ def test_shared_nodes_move_up_when_room_is_needed(data: st.DataObject) -> None:
     ],
 )
 def test_a_log_is_compacted_once_its_waste_outweighs_the_writing(crossing: Crossing, num_steps: int) -> None:
-    group = GroupLog(group=0, num_seats=4, capacity=200, crossing=crossing)
+    group = GroupLog(group=0, num_seats=4, capacity=200, num_promisable=880, crossing=crossing)
     for stream in range(4):
+        group.promise(stream, 220)
         group.enter(a_seat(stream, 20, 200))
     group.begin_sweep(80)
     for seat in group.seats:

@@ -23,7 +23,8 @@ from policy_cases import (
 from flexeval.policy.cost import HOST_WAIT_SHARE, CostModel, Lane
 from flexeval.policy.policy import KINDS, Policy, Split, Tier
 from flexeval.policy.program import best_placement, least_seconds
-from flexeval.policy.search import TOLERANCE, _grid, check, search
+from flexeval.policy.search import TOLERANCE, _grid, _seconds_to_read, check, search
+from flexeval.policy.work import SizeClass
 
 
 def everything_on(tier):
@@ -110,6 +111,44 @@ def test_search_equals_brute_force_over_the_grid():
     assert 0 < found.kv.cpu < 1  # the machine is too small for everything
     assert found.weights.disk > 0
     assert model.cost(found).objective_s == pytest.approx(min(bests), rel=2 * TOLERANCE)
+
+
+def ragged(num_large, num_small):
+    """A few sequences are far larger than the others."""
+    work = generating(num_large + num_small, 1500, 100)
+    classes = (SizeClass(200, num_small, 99 * num_small), SizeClass(1600, num_large, 99 * num_large))
+    return replace(work, size_classes=classes)
+
+
+def test_search_equals_brute_force_over_the_grid_where_sizes_differ():
+    classes = SizeClass(40, 5, 35), SizeClass(308, 1, 7)
+    shape, work = opt(5, 256, 4), replace(generating(6, 300, 8), size_classes=classes)
+    machine = replace(T4, gpu_bytes=shape.resident_bytes + 18 * 10**6, cpu_bytes=5 * 10**6, disk_bytes=20 * 10**6)
+    model = CostModel(shape=shape, workload=work, hardware=machine)
+    grid = list(_grid(model))
+    assert any(sizes.group_tokens for sizes in grid) and not all(sizes.group_tokens for sizes in grid)
+    bests = [best for sizes in grid if (best := brute_force(model, sizes)) is not None]
+    assert model.cost(search(shape, work, machine)).objective_s == pytest.approx(min(bests), rel=2 * TOLERANCE)
+
+
+def test_logs_are_for_all_but_the_largest_sequences_where_memory_is_short():
+    work = ragged(100, 900)
+    machine = replace(T4, cpu_bytes=80 * 10**9, disk_bytes=0)
+    found = search(OPT_30B, work, machine)
+    alike = search(OPT_30B, replace(work, size_classes=()), machine)
+    model = CostModel(shape=OPT_30B, workload=work, hardware=machine)
+    seconds = [model.cost(policy).total_s for policy in (found, alike)]
+    assert 0 < found.group_tokens < found.group_sequences * work.max_own_tokens
+    assert alike.group_tokens == 0 and seconds[0] < 0.7 * seconds[1]
+    plenty = search(OPT_30B, ragged(10, 40), replace(T4, gpu_bytes=10**13, cpu_bytes=10**13))
+    assert plenty.group_tokens == 0, "nothing is gained"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_must_be_read_is_no_more_than_what_is_predicted(seed):
+    model, sizes = small_instance(seed)
+    if (policy := best_placement(model, sizes)) is not None:
+        assert _seconds_to_read(model, sizes) <= model.cost(policy).total_s * (1 + 1e-9)
 
 
 @pytest.fixture(scope="module")

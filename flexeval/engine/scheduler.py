@@ -71,6 +71,7 @@ class Scheduler:
             self._usage,
             group_sequences=policy.group_sequences,
             num_groups=policy.num_groups,
+            group_tokens=policy.group_tokens,
             crossing=crossing,
         )
         self._kept = KeptNodes(self.tree, self._usage, self._block, sweep_tokens=policy.sweep_tokens)
@@ -134,8 +135,7 @@ class Scheduler:
 
     def plan_sweep(self) -> list[RowPlan]:
         """The rows of the next sweep: one step of every sequence in flight, and the nodes that may enter."""
-        while self._waiting and self._block.num_free > 0:
-            self._block.enter(self._waiting.popleft())
+        self._seat_waiting()
         entering = self._admit()
         compactions = self._kept.begin_sweep(entering)
         rows = [*self._decode_rows(compactions), *self._fresh_rows(entering, compactions)]
@@ -175,8 +175,7 @@ class Scheduler:
         """
         first, usage, limit = self._next_node, self._usage, self._policy.sweep_tokens
         num_new = self._block.num_stepping
-        num_drawing = len(self._waiting)  # streams that will want a seat after this sweep
-        while self._next_node < self._stop_node and self._has_room(self._next_node, num_drawing):
+        while self._next_node < self._stop_node and self._has_room(self._next_node):
             node = self._next_node
             is_exclusive = usage.num_users[node] == 1
             stop = usage.last_descendant[node] + 1 if is_exclusive else node + 1
@@ -186,28 +185,43 @@ class Scheduler:
                 sizes = np.cumsum(usage.num_tokens[node:stop])
                 stop = node + max(1, int(np.searchsorted(sizes, limit - num_new, side="right")))
             self._enter(node)
-            num_drawing += sum(
-                self._streams[stream].is_generating and stream not in self._block
-                for stream in self.tree.nodes[node].prompts
-            )
             num_new += sum(usage.num_tokens[node:stop])
             self._next_node = stop
         return range(first, self._next_node)
 
-    def _has_room(self, node: int, num_drawing: int) -> bool:
-        """Whether there is room for the KV that a node leaves, and for the sequences that begin with it."""
+    def _seat_waiting(self) -> None:
+        """Seat who has drawn a first token: whoever has a seat kept, and of the others as many as there is room for."""
+        waiting, self._waiting = self._waiting, deque()
+        for stream in waiting:
+            if self._block.keeps_seat(stream) or (not self._waiting and self._block.has_room(stream)):
+                self._block.enter(stream)
+            else:
+                self._waiting.append(stream)
+
+    def _has_room(self, node: int) -> bool:
+        """Whether there is room for the KV that a node leaves, and for a sequence that begins with it."""
         if self._usage.is_owned(node):
-            return self._usage.owner(node) in self._block or self._block.num_free > num_drawing
+            return self._has_seat(self._usage.owner(node))
         if not self._usage.is_shared_by_generating(node):
             return True
-        begins = any(self._streams[stream].is_generating for stream in self.tree.nodes[node].prompts)
-        has_seat = not begins or self._block.num_free > num_drawing
-        return has_seat and self._kept.has_room(node)
+        first = next(self._beginning(node), None)
+        return (first is None or self._has_seat(first)) and self._kept.has_room(node)
+
+    def _has_seat(self, stream: int) -> bool:
+        """Whether there is a seat for a stream; those who wait come first."""
+        return self._block.keeps_seat(stream) or (not self._waiting and self._block.has_room(stream))
 
     def _enter(self, node: int) -> None:
         if self._usage.is_owned(node) and (stream := self._usage.owner(node)) not in self._block:
             self._block.enter(stream)
         self._kept.hold(node)
+        for stream in self._beginning(node):
+            if self._block.has_room(stream):  # the others wait
+                self._block.keep_seat(stream)
+
+    def _beginning(self, node: int) -> Iterator[int]:
+        """The streams that draw their first token at the end of a node, and go on."""
+        return (stream for stream in self.tree.nodes[node].prompts if self._streams[stream].is_generating)
 
     def _finish(self, stream: int) -> None:
         """A stream has answered all of its requests: nobody reads its KV again."""

@@ -20,7 +20,7 @@ from flexeval.engine.memory.slab import SlabLayout
 from flexeval.planning.prefix import build_tree
 from flexeval.planning.streams import make_streams
 from flexeval.planning.usage import NodeUsage
-from flexeval.policy.work import ModelShape, Workload
+from flexeval.policy.work import ModelShape, Workload, classify
 from flexeval.request import TokenRequest
 
 
@@ -136,4 +136,7 @@ def measure_workload(requests: Sequence[TokenRequest], *, is_apart: bool = False
         max_logits_rows=len(streams) + num_scored,
         has_top=any(request.num_top_logprobs for request in requests),
         is_kept=any(request.keep_top for request in requests),
+        size_classes=classify(
+            (usage.num_own[leaf[i]] + stream.max_tokens, stream.max_tokens - 1) for i, stream in generating
+        ),
     )

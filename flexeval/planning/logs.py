@@ -33,6 +33,10 @@ class Crossing(NamedTuple):
     """In one that compacts them: a CPU that attends beside a GPU reads in place, but rewrites nothing."""
 
 
+FILLED_SHARE = 0.8
+"""Of a log that is shorter than its sequences could come to need, the part that is promised to them. The rest is for
+what is forgotten: a compaction then moves at most four tokens for each that comes after it."""
+
 EVERYWHERE = Crossing(1.0, 1.0)
 """None is read in place."""
 
@@ -95,7 +99,9 @@ class GroupLog:
     num_seats: int
     """Sequences at most."""
     capacity: int
-    """Tokens of its log at most: what any `num_seats` sequences can come to need."""
+    """Tokens of its log at most."""
+    num_promisable: int
+    """Of these, the ones that its sequences can come to need: no more of them are taken in."""
     crossing: Crossing = EVERYWHERE
     """Where it is read in place, and where not."""
     seats: list[Seat] = field(default_factory=list)
@@ -104,6 +110,8 @@ class GroupLog:
     """Tokens in the log, needed or not."""
     version: int = 0
     """Counts the steps at which more has changed than one token appended to each context: members, places."""
+    _promised: dict[int, int] = field(default_factory=dict)  # tokens that each sequence can come to need
+    _num_promised: int = 0
     _wasted: float = 0  # tokens read for nothing since the last compaction, at each layer in the mean
     _last_streams: tuple[int, ...] = ()  # that stepped together
 
@@ -112,13 +120,25 @@ class GroupLog:
         """The sequences whose next token is computed in a sweep."""
         return [seat for seat in self.seats if seat.is_stepping]
 
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether another sequence of so many tokens can be taken in."""
+        fits = self._num_promised + num_tokens <= self.num_promisable
+        return len(self._promised) < self.num_seats and fits
+
+    def promise(self, stream: int, num_tokens: int) -> None:
+        """Keep a seat, and so many tokens, for a sequence that enters later."""
+        assert self.has_room(num_tokens), (self.group, self._promised, num_tokens)
+        self._promised[stream] = num_tokens
+        self._num_promised += num_tokens
+
     def enter(self, seat: Seat) -> None:
-        """Take a sequence in."""
-        assert len(self.seats) < self.num_seats, (self.group, self.num_seats)
+        """Take a sequence in, for which a seat is kept."""
+        assert self._promised[seat.stream] == len(seat.places), (self.group, seat)
         insort(self.seats, seat, key=lambda seat: (seat.leaf, seat.stream))
 
     def leave(self, stream: int) -> None:
-        """Forget a sequence."""
+        """Forget a sequence, whether it has entered or not."""
+        self._num_promised -= self._promised.pop(stream)
         self.seats = [seat for seat in self.seats if seat.stream != stream]
 
     def begin_sweep(self, num_entering: int) -> Compaction | None:

@@ -147,6 +147,13 @@ class CostModel:
         attends = self.hardware.home is Tier.GPU and self.hardware.host_attention_bytes_per_s > 0
         return attends and self.shape.sparsity is None
 
+    def read_bytes(self, sweep: Sweep) -> dict[str, float]:
+        """Bytes of a layer's weights, and of its KV, that one sweep reads where they do not lie in place."""
+        return {
+            "weights": sweep.weights_share * self.shape.layer_bytes * fetched_part(self.shape, sweep.num_tokens),
+            "kv": sweep.num_kv_read * self.shape.kv_bytes_per_token,
+        }
+
     def lane_seconds(self, policy: Policy, sweep: Sweep, placement: Placement) -> dict[Lane, Linear]:
         """Busy seconds of each lane in one sweep: bytes over bandwidth (FlexGen, section 4.3 and appendix A.3).
 
@@ -160,11 +167,7 @@ class CostModel:
         # Rows that decode keep their hidden states on the compute device: a few tokens would wait for the KV's copies.
         num_moved = 0 if sweep.num_kv_read else sweep.num_tokens
         hidden_bytes = shape.num_layers * num_moved * shape.hidden_bytes_per_token / num_rows
-        read_bytes = {
-            "weights": sweep.weights_share * shape.layer_bytes * fetched_part(shape, sweep.num_tokens),
-            "kv": sweep.num_kv_read * shape.kv_bytes_per_token,
-            "hidden": hidden_bytes,
-        }
+        read_bytes = self.read_bytes(sweep) | {"hidden": hidden_bytes}
         own_bytes = sweep.num_own_read * shape.kv_bytes_per_token
         written_bytes = {"kv": sweep.num_kv_written * shape.kv_bytes_per_token, "hidden": hidden_bytes}
 

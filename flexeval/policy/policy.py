@@ -124,14 +124,20 @@ class Policy:
     """Generating sequences that decode together in one layer call."""
     num_groups: int = 1
     """Groups in flight at once; with `group_sequences`, bounds the KV cache."""
+    group_tokens: int = 0
+    """Tokens that a group's log of KV has room for, and at least its largest sequence; fewer sequences sit in it where
+    they need more. 0 is as many as any `group_sequences` of them can come to need."""
     host_attention: float = 0.0
     """Share of decode attention over KV in host memory that the CPU computes there, in [0, 1]."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} is out of range", mend=f"{name} is a whole number, at least 1")
+            least = 0 if name in _MAY_BE_LEFT_OUT else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(
+                    f"{name}={value!r} is out of range", mend=f"{name} is a whole number, at least {least}"
+                )
         if not _is_share(self.host_attention):
             what = f"host_attention={self.host_attention!r} is not a share"
             raise ConfigError(what, mend="host_attention lies in [0, 1]")
@@ -156,9 +162,12 @@ class Policy:
 
     @classmethod
     def from_json(cls, data: Any, *, where: str | None = None) -> Policy:
-        """Read what `to_json` wrote: every field present, none unknown. Raises `ConfigError`, naming `where`."""
+        """Read what `to_json` wrote: no field unknown, and every one present but `group_tokens`, which is younger.
+
+        Raises `ConfigError`, naming `where`.
+        """
         names = {field.name for field in fields(cls)}
-        if not isinstance(data, Mapping) or set(data) != names:
+        if not isinstance(data, Mapping) or not names - _MAY_BE_LEFT_OUT <= set(data) <= names:
             found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
             raise ConfigError(f"not a policy: has {found}", where=where, mend=f"A policy has {sorted(names)}")
         values = dict(data)
@@ -225,6 +234,7 @@ def apart(policy: Policy) -> Policy:
         sweep_tokens=max(policy.sweep_tokens, APART_ROW_TOKENS),
         group_sequences=1,
         num_groups=policy.block_sequences,
+        group_tokens=0,
         host_attention=0.0,
     )
 
@@ -236,7 +246,8 @@ def check_sparse(policy: Policy) -> None:
         raise ConfigError(what, where="policy", mend="Set host_attention to 0, or use a setting without topk or quest")
 
 
-_SIZES = ("row_tokens", "sweep_tokens", "group_sequences", "num_groups")
+_SIZES = ("row_tokens", "sweep_tokens", "group_sequences", "num_groups", "group_tokens")
+_MAY_BE_LEFT_OUT = {"group_tokens"}
 
 
 def _located(build: Callable[..., T], values: Mapping[str, Any], *, where: str | None) -> T:

@@ -98,7 +98,7 @@ def tell_move(before: Policy, after: Policy) -> str:
     ]
     changes += [
         f"{name.replace('_', ' ')} {getattr(after, name):,} instead of {getattr(before, name):,}"
-        for name in ("row_tokens", "sweep_tokens", "group_sequences", "num_groups", "host_attention")
+        for name in ("row_tokens", "sweep_tokens", "group_sequences", "num_groups", "group_tokens", "host_attention")
         if getattr(after, name) != getattr(before, name)
     ]
     return "; ".join(changes)

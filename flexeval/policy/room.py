@@ -62,13 +62,20 @@ class RoomModel:
         in_parts = min(work.num_scoring_tokens, 2 * work.max_prompt_tokens) if is_in_parts else 0
         return work.num_shared_tokens + in_parts
 
+    def _log_tokens(self, policy: Policy, num_sequences: int) -> int:
+        """Tokens that the logs of groups with so many seats have room for."""
+        largest = self.workload.max_own_tokens
+        num_groups = ceil(num_sequences / policy.group_sequences)
+        room = num_groups * max(policy.group_tokens, largest) if policy.group_tokens else num_sequences * largest
+        return min(room, num_sequences * largest)
+
     def item_bytes(self, policy: Policy) -> dict[str, float]:
         """Bytes of one item of each kind: a layer's weights, a layer's KV of a block, a row's hidden states."""
         work, shape = self.workload, self.shape
         block = min(policy.block_sequences, work.num_generating_sequences)
         return {
             "weights": shape.layer_bytes,
-            "kv": (block * work.max_own_tokens + self.shared_tokens(policy)) * shape.kv_bytes_per_token,
+            "kv": (self._log_tokens(policy, block) + self.shared_tokens(policy)) * shape.kv_bytes_per_token,
             "hidden": self.sweep_tokens(policy) * shape.hidden_bytes_per_token / self.num_items(policy)["hidden"],
         }
 
@@ -80,7 +87,7 @@ class RoomModel:
         block = min(policy.block_sequences, num_generating)
         item_bytes = self.item_bytes(policy)
         group = min(policy.group_sequences, num_generating)
-        group_kv = (group * work.max_own_tokens + self.shared_tokens(policy)) * shape.kv_bytes_per_token
+        group_kv = (self._log_tokens(policy, group) + self.shared_tokens(policy)) * shape.kv_bytes_per_token
         row_bytes = row_tokens * shape.hidden_bytes_per_token
         buffer_bytes = {"weights": shape.layer_bytes, "kv": group_kv, "hidden": row_bytes}
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
+from itertools import product
 from math import ceil, log2
 from typing import TYPE_CHECKING
 
 from flexeval.config import format_size
 from flexeval.errors import CapacityError
+from flexeval.planning.logs import FILLED_SHARE
 from flexeval.policy.computing import KERNELS_PER_CALL
 from flexeval.policy.correction import NO_CORRECTION, Correction
-from flexeval.policy.cost import CostModel
+from flexeval.policy.cost import CostModel, Lane
 from flexeval.policy.policy import Policy, Split, Tier, apart
 from flexeval.policy.program import best_placement, least_seconds, missing_bytes
+from flexeval.policy.sweeps import plan_sweeps
 from flexeval.policy.work import ModelShape, Workload
 
 if TYPE_CHECKING:  # hardware.py measures with torch; searching must not need it
@@ -35,6 +38,8 @@ ROW_TOKENS = (1024, 16384)
 """Fewest and most tokens of a layer call that are tried where memory allows: with fewer, Python shows."""
 TIGHT_ROW_TOKENS = 256
 """Fewest that are tried where it does not."""
+WORTHWHILE_ROOM = 0.75
+"""Logs for all but the largest sequences are tried where they take less than this of those for any."""
 SWEEP_DIVISORS = (1, 4, 16, 64)
 """A sweep takes the prompt tokens of one block, or such a part of them."""
 W4_BITS = 4 + 2 * 16 / 64
@@ -48,14 +53,15 @@ def search(
 ) -> Policy:
     """The policy of least predicted time. Raises `CapacityError` where none fits, saying what would.
 
-    Best first: every choice of sizes is bounded from below by its weights alone, then by its relaxed program (fractions
-    of layers), before its whole program is solved; whichever bound is least is looked at next, until nothing left can
-    be better. Equal input gives an equal answer.
+    Best first: every choice of sizes is bounded from below by its weights alone and by what must be read, then by its
+    relaxed program (fractions of layers), before its whole program is solved; whichever bound is least is looked at
+    next, until nothing left can be better. Equal input gives an equal answer.
     """
     model = CostModel(shape=shape, workload=workload, hardware=hardware, correction=correction)
     # Bound, which of the grid, whether the bound is its relaxed program's.
     grid = list(_grid(model))
-    left = [(_seconds_for_weights(model, sizes), index, False) for index, sizes in enumerate(grid)]
+    bounds = (max(_seconds_for_weights(model, sizes), _seconds_to_read(model, sizes)) for sizes in grid)
+    left = [(bound, index, False) for index, bound in enumerate(bounds)]
     heapify(left)
     best: tuple[float, Policy] | None = None
     while left and not (best and left[0][0] >= best[0] * (1 - TOLERANCE)):
@@ -83,6 +89,37 @@ def _seconds_for_weights(model: CostModel, sizes: Policy) -> float:
     weights = Split(**{tier: count / model.shape.num_layers for tier, count in counts.items()})
     home = Split(**{hardware.home: 1.0})
     return model.cost(replace(sizes, weights=weights, kv=home, hidden=home, host_attention=0.0)).objective_s
+
+
+def _seconds_to_read(model: CostModel, sizes: Policy) -> float:
+    """A lower bound of `objective_s` over all placements: what faster memory has no room for is read in each sweep.
+
+    Of weights and KV, whatever saves most reading for its bytes is kept; nothing else takes room.
+    """
+    hardware, shape, num_layers = model.hardware, model.shape, model.shape.num_layers
+    item_bytes, sweeps = model.room.item_bytes(sizes), plan_sweeps(sizes, model.workload)
+    lanes = [(Lane.DISK_READ, hardware.gpu_bytes + hardware.cpu_bytes, hardware.disk_read_bytes_per_s)]
+    if hardware.home is Tier.GPU:
+        lanes.append((Lane.TO_GPU, hardware.gpu_bytes, hardware.to_gpu_bytes_per_s))
+    most_s = 0.0
+    for lane, capacity, bytes_per_s in lanes:
+        if not bytes_per_s:
+            continue
+        room = float(capacity)
+        read_bytes = dict.fromkeys(("weights", "kv"), 0.0)
+        for phase, sweep in sweeps.items():
+            factor = model.correction.of_phase(phase) * model.correction.of_lane(phase, lane)
+            for kind, num_bytes in model.read_bytes(sweep).items():
+                read_bytes[kind] += factor * sweep.num_sweeps * num_bytes
+        if shape.sparsity is not None or (lane is Lane.TO_GPU and model.can_attend_on_host):
+            read_bytes["kv"] = 0.0  # not all of it has to come
+        seconds = 0.0
+        for kind in sorted(read_bytes, key=lambda kind: read_bytes[kind] / max(1.0, item_bytes[kind]), reverse=True):
+            num_kept = min(num_layers, room / max(1.0, item_bytes[kind]))
+            room -= num_kept * item_bytes[kind]
+            seconds += (num_layers - num_kept) * read_bytes[kind] / bytes_per_s
+        most_s = max(most_s, seconds)
+    return most_s
 
 
 def choose(
@@ -122,7 +159,7 @@ def check(policy: Policy, shape: ModelShape, workload: Workload, hardware: Hardw
 
 
 def _grid(model: CostModel) -> Iterator[Policy]:
-    """Sizes to try: tokens of a row, sequences of a group, groups in flight, tokens of a sweep."""
+    """Sizes to try: tokens of a row, sequences of a group, groups in flight, tokens of a sweep, room of a group."""
     work = model.workload
     num_generating = work.num_generating_sequences
     for row_tokens in _row_sizes(model):
@@ -133,13 +170,22 @@ def _grid(model: CostModel) -> Iterator[Policy]:
                 num_blocks = max(1, ceil(num_generating / (group_sequences * num_groups)))
                 least = max(row_tokens, work.max_prompt_tokens)
                 sweeps = {max(least, ceil(work.num_prompt_tokens / (num_blocks * part))) for part in SWEEP_DIVISORS}
-                for sweep_tokens in sorted(sweeps, reverse=True):
+                for sweep_tokens, group_tokens in product(sorted(sweeps, reverse=True), _rooms(work, group_sequences)):
                     yield Policy(
                         row_tokens=row_tokens,
                         sweep_tokens=sweep_tokens,
                         group_sequences=group_sequences,
                         num_groups=num_groups,
+                        group_tokens=group_tokens,
                     )
+
+
+def _rooms(work: Workload, group_sequences: int) -> list[int]:
+    """Tokens of a group's log: for any of its sequences, and for all but the largest where that is much less."""
+    most = group_sequences * work.max_own_tokens
+    classes = [one.num_tokens for one in work.classes][-2::-2]
+    rooms = {max(work.max_own_tokens, ceil(group_sequences * tokens / FILLED_SHARE)) for tokens in classes}
+    return [0, *sorted(room for room in rooms if room < WORTHWHILE_ROOM * most)]
 
 
 def _row_sizes(model: CostModel) -> list[int]:

@@ -42,6 +42,7 @@ def tell_split(before: Policy, after: Policy) -> str:
         ("sweeps of {} tokens", before.sweep_tokens, after.sweep_tokens),
         ("groups of {} sequences", before.group_sequences, after.group_sequences),
         ("{} groups at once", before.num_groups, after.num_groups),
+        ("room for {} tokens of a group", before.group_tokens, after.group_tokens),
     ]
     return ", ".join(f"{words.format(f'{now:,}')} instead of {was:,}" for words, was, now in changes if now != was)
 
@@ -59,7 +60,8 @@ def _halves(policy: Policy, model: CostModel, keeps_rows: bool) -> Iterator[Poli
         yield smaller
     if (num_generating := work.num_generating_sequences) > 1:
         if policy.group_sequences > 1:
-            yield replace(policy, group_sequences=_half(policy.group_sequences, num_generating))
+            half = _half(policy.group_sequences, num_generating)
+            yield replace(policy, group_sequences=half, group_tokens=(policy.group_tokens + 1) // 2)
         if policy.num_groups > 1:
             num_used = -(-num_generating // policy.group_sequences)
             yield replace(policy, num_groups=_half(policy.num_groups, num_used))

@@ -5,9 +5,12 @@ Knows sequences and tokens; no machine, no placement and no sizes of a model.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from math import ceil
 
+from flexeval.planning.logs import FILLED_SHARE
 from flexeval.policy.policy import Policy
 from flexeval.policy.work import Workload
 
@@ -54,7 +57,8 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
     """The passes of a run: `prefill` (all prompts, scoring included) and, if anything is generated on, `decode`.
 
     Finished sequences are replaced by waiting ones, so a block of B stays full: decoding takes the larger of
-    `max_generated_tokens` - 1 sweeps (the longest sequence alone) and one sweep for every B tokens left to generate.
+    `max_generated_tokens` - 1 sweeps (the longest sequence alone) and one sweep for every B tokens left to generate;
+    for larger sequences B is less where logs have not room for as many.
     With equal lengths that is the n - 1 sweeps a block of FlexGen (Sheng et al., ICML 2023, section 4.3): a
     sequence's first token comes from its prefill. What only scores comes last, while others decode. A prefix that
     sequences share is read once for a call that they are in together, their own tokens once for each of them.
@@ -63,7 +67,8 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
     num_kept = workload.num_prompt_tokens - workload.num_scoring_tokens if num_generating else 0
     num_prefills = ceil(workload.num_prompt_tokens / policy.sweep_tokens)
     if num_generating:
-        num_prefills = max(num_prefills, ceil(num_generating / policy.block_sequences))
+        blocks = ((one.num_sequences, seats(policy, workload, one.num_tokens)) for one in workload.classes)
+        num_prefills = max(num_prefills, ceil(_turns(blocks)))
     num_tokens = workload.num_prompt_tokens / num_prefills
     prefill = Sweep(
         phase=PREFILL,
@@ -81,7 +86,9 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
     num_left = workload.num_generated_tokens - num_generating
     if num_left <= 0:
         return {PREFILL: prefill}
-    num_decodes = max(workload.max_generated_tokens - 1, ceil(num_left / min(policy.block_sequences, num_generating)))
+    steps = ((one.num_steps, min(seats(policy, workload, one.num_tokens), num_generating)) for one in workload.classes)
+    part = Fraction(num_left, sum(one.num_steps for one in workload.classes))  # fewer, where texts end by themselves
+    num_decodes = max(workload.max_generated_tokens - 1, ceil(part * _turns(steps)))
     num_active = num_left / num_decodes
     half_generated = workload.num_generated_tokens / num_generating / 2
     num_calls = ceil(num_active / min(policy.group_sequences, policy.row_tokens))
@@ -103,6 +110,19 @@ def plan_sweeps(policy: Policy, workload: Workload) -> dict[str, Sweep]:
         weights_share=weights_share(num_scoring, num_decodes),
     )
     return {PREFILL: prefill, DECODE: decode}
+
+
+def _turns(classes: Iterable[tuple[int, int]]) -> Fraction:
+    """Turns that all take, given how many there are of each class and how many of it go at once."""
+    return sum((Fraction(num, num_at_once) for num, num_at_once in classes), Fraction(0))
+
+
+def seats(policy: Policy, workload: Workload, num_tokens: int) -> int:
+    """Sequences of so many tokens that decode at once: as many as groups take, and as their logs have room for."""
+    if not policy.group_tokens:
+        return policy.block_sequences
+    room = max(workload.max_own_tokens, int(FILLED_SHARE * policy.group_tokens))
+    return policy.num_groups * min(policy.group_sequences, room // num_tokens)
 
 
 def weights_share(num_scoring: float, num_decodes: float) -> float:

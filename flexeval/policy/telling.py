@@ -13,6 +13,8 @@ def tell_policy(policy: Policy) -> str:
         f"rows of {policy.row_tokens:,} tokens, sweeps of {policy.sweep_tokens:,}; "
         f"groups of {policy.group_sequences:,} sequences, {policy.num_groups:,} at a time"
     )
+    if policy.group_tokens:
+        words += f", with room for {policy.group_tokens:,} tokens each"
     share = policy.host_attention
     return words + (f"; the CPU attends to {share:.0%} of the KV in host memory" if share else "")
 

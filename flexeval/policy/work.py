@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flexeval.config import Sparsity
 
@@ -77,6 +79,17 @@ class ModelShape:
         return self.kv_bytes_per_token != self.kv_compute_bytes_per_token
 
 
+class SizeClass(NamedTuple):
+    """Generating sequences of about the same size."""
+
+    num_tokens: int
+    """Most that one of them adds to the KV cache: its prompt after the shared prefix, and `max_tokens`."""
+    num_sequences: int
+    """How many there are."""
+    num_steps: int
+    """Tokens they generate at most after their first, together."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """The sequences of a run, in numbers. Scoring sequences are done after one pass; the others generate."""
@@ -115,6 +128,8 @@ class Workload:
     """Whether the most probable tokens are wanted there."""
     is_kept: bool = False
     """Whether the distributions are kept."""
+    size_classes: tuple[SizeClass, ...] = ()
+    """The generating sequences, smallest first; empty where all are of `max_own_tokens`."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.num_scoring_sequences <= self.num_sequences, self
@@ -125,3 +140,30 @@ class Workload:
     def num_generating_sequences(self) -> int:
         """Sequences that decode from a KV cache."""
         return self.num_sequences - self.num_scoring_sequences
+
+    @property
+    def classes(self) -> tuple[SizeClass, ...]:
+        """The generating sequences by size; one class where nothing is known of it."""
+        num = self.num_generating_sequences
+        return self.size_classes or (SizeClass(self.max_own_tokens, num, self.num_generated_tokens - num),)
+
+
+MOST_CLASSES = 8
+"""Of sizes that a workload tells apart; each has about as many steps as the others."""
+
+
+def classify(sizes: Iterable[tuple[int, int]]) -> tuple[SizeClass, ...]:
+    """Classes of sequences, given the tokens that each adds to the KV cache and the steps that it takes."""
+    ordered = sorted(sizes)
+    num_all_steps = sum(num_steps for _, num_steps in ordered)
+    classes: list[SizeClass] = []
+    num_sequences = num_steps = num_steps_before = 0
+    for index, (num_tokens, own_steps) in enumerate(ordered):
+        num_sequences, num_steps = num_sequences + 1, num_steps + own_steps
+        is_full = (num_steps_before + num_steps) * MOST_CLASSES >= num_all_steps * (len(classes) + 1)
+        is_last = index + 1 == len(ordered)
+        if is_last or (is_full and ordered[index + 1][0] > num_tokens):
+            classes.append(SizeClass(num_tokens, num_sequences, num_steps))
+            num_steps_before += num_steps
+            num_sequences = num_steps = 0
+    return tuple(classes)
