@@ -20,6 +20,16 @@ def test_synthetic_requests_have_exact_lengths_and_share_what_they_should() -> N
     assert SyntheticWork(prompt_len=20, gen_len=3, seed=1).requests(1, vocab_size=7) != requests[:1]
 
 
+def test_ragged_requests_have_all_lengths_up_to_the_longest() -> None:
+    work = SyntheticWork(prompt_len=100, gen_len=32, shared_prefix=20, is_ragged=True)
+    requests = work.requests(600, vocab_size=50)
+    assert len({request.prompt[:20] for request in requests}) == 1
+    assert {len(request.prompt) for request in requests} == set(range(20 + 5, 101))
+    assert {request.max_tokens for request in requests} == set(range(2, 33))
+    assert work.requests(10, vocab_size=50) == requests[:10], "more work is the same work and more"
+    assert work.describe(600).count("up to") == 2
+
+
 def test_what_is_scored_generates_nothing() -> None:
     (request,) = SyntheticWork(prompt_len=4, gen_len=32, is_scoring=True).requests(1, vocab_size=9)
     assert (request.max_tokens, request.echo) == (0, True)
@@ -27,7 +37,7 @@ def test_what_is_scored_generates_nothing() -> None:
 
 def options(**changes: object) -> dict[str, object]:
     names = ("suite", "prompt_len", "gen_len", "shared_prefix", "seed")
-    return dict.fromkeys(names) | {"is_scoring": False} | changes
+    return dict.fromkeys(names) | {"is_scoring": False, "is_ragged": False} | changes
 
 
 def test_what_is_not_named_has_the_paper_s_lengths() -> None:
@@ -40,6 +50,7 @@ def test_what_is_not_named_has_the_paper_s_lengths() -> None:
     [
         ({"suite": "demo", "gen_len": 4}, "--gen-len"),
         ({"suite": "demo", "is_scoring": True}, "--score"),
+        ({"suite": "demo", "is_ragged": True}, "--ragged"),
         ({"is_scoring": True, "gen_len": 4}, "--gen-len"),
         ({"only_of_suites": (3, False)}, "--suite"),
         ({"prompt_len": 8, "shared_prefix": 8}, "--prompt-len"),
@@ -70,7 +81,8 @@ def test_peers_may_generate_a_part_of_each_answer() -> None:
     work = SyntheticWork(prompt_len=8, gen_len=4)
     for gen_len in (None, 2, 4):
         check_peer_gen_len(work, gen_len)
-    for other in ("demo", SyntheticWork(prompt_len=8, gen_len=4, is_scoring=True)):
+    ragged = SyntheticWork(prompt_len=8, gen_len=4, is_ragged=True)
+    for other in ("demo", SyntheticWork(prompt_len=8, gen_len=4, is_scoring=True), ragged):
         with pytest.raises(ConfigError, match=r"random tokens.*--peer-gen-len"):
             check_peer_gen_len(other, 2)
     with pytest.raises(ConfigError, match=r"5 of 4 tokens \(--peer-gen-len\). Choose one from 2 to 4"):

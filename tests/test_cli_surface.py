@@ -70,6 +70,7 @@ def test_options_stay_what_they_are() -> None:
             "--peer-requests",
             "--policy",
             "--prompt-len",
+            "--ragged",
             "--repeat",
             "--scale",
             "--score",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,10 +14,13 @@ from flexeval.models import ModelSource
 from flexeval.progress import Update
 from flexeval.request import Request
 
+LEAST_RAGGED_PART = 1 / 16
+"""Of the longest, the shortest that there may be where lengths differ."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyntheticWork:
-    """Requests of equal lengths. Raises `ConfigError`."""
+    """Requests of equal lengths, or of random ones up to these. Raises `ConfigError`."""
 
     prompt_len: int
     """Tokens of a prompt, at least 1."""
@@ -26,6 +30,8 @@ class SyntheticWork:
     """Tokens at the beginning of every prompt that are the same in all."""
     is_scoring: bool = False
     """Nothing is generated: the log-probability of every prompt token is wanted."""
+    is_ragged: bool = False
+    """What is not shared of a prompt, and what is generated, is shorter in most: evenly spread, from a sixteenth on."""
     seed: int = 0
     """Of the tokens."""
 
@@ -39,10 +45,11 @@ class SyntheticWork:
 
     def describe(self, num_requests: int) -> str:
         """The work in words."""
-        prompts = f"{num_requests:,} prompts of {self.prompt_len} random tokens"
+        most = "up to " * self.is_ragged
+        prompts = f"{num_requests:,} prompts of {most}{self.prompt_len} random tokens"
         if self.shared_prefix:
             prompts += f", the first {self.shared_prefix} of them shared"
-        return f"{prompts}; scored" if self.is_scoring else f"{prompts}; {self.gen_len} generated for each"
+        return f"{prompts}; scored" if self.is_scoring else f"{prompts}; {most}{self.gen_len} generated for each"
 
     def requests(self, num_requests: int, *, vocab_size: int) -> list[Request]:
         """The first `num_requests`: those of a longer list begin with those of a shorter one. Token 0 is never used."""
@@ -51,12 +58,15 @@ class SyntheticWork:
         def tokens(count: int) -> tuple[int, ...]:
             return tuple(rng.randrange(1, vocab_size) for _ in range(count))
 
+        def length(most: int) -> int:
+            return rng.randint(ceil(LEAST_RAGGED_PART * most), most) if self.is_ragged else most
+
         prefix = tokens(self.shared_prefix)
         num_own = self.prompt_len - self.shared_prefix
         return [
             Request(
-                prompt=prefix + tokens(num_own),
-                max_tokens=0 if self.is_scoring else self.gen_len,
+                prompt=prefix + tokens(length(num_own)),
+                max_tokens=0 if self.is_scoring else length(self.gen_len),
                 echo=self.is_scoring,
                 ignore_eos=True,
                 detokenize=False,
@@ -72,6 +82,7 @@ def choose_work(
     gen_len: int | None,
     shared_prefix: int | None,
     is_scoring: bool,
+    is_ragged: bool,
     seed: int | None,
     only_of_suites: Sequence[object] = (),
 ) -> SyntheticWork | str:
@@ -80,10 +91,10 @@ def choose_work(
     Raises:
         ConfigError: Options of both kinds are named.
     """
-    synthetic = (prompt_len, gen_len, shared_prefix, is_scoring or None, seed)
+    synthetic = (prompt_len, gen_len, shared_prefix, is_scoring or None, is_ragged or None, seed)
     if suite is not None:
         if any(value is not None for value in synthetic):
-            mend = "Leave out --prompt-len, --gen-len, --shared-prefix, --score and --seed, or --suite"
+            mend = "Leave out --prompt-len, --gen-len, --shared-prefix, --score, --ragged and --seed, or --suite"
             raise ConfigError("a suite has prompts of its own", where="--suite", mend=mend)
         return suite
     if any(only_of_suites):
@@ -96,6 +107,7 @@ def choose_work(
         gen_len=32 if gen_len is None else gen_len,
         shared_prefix=shared_prefix or 0,
         is_scoring=is_scoring,
+        is_ragged=is_ragged,
         seed=seed or 0,
     )
 
@@ -112,8 +124,8 @@ def check_peer_gen_len(work: SyntheticWork | str, peer_gen_len: int | None) -> N
     if peer_gen_len is None:
         return
     where, most = "--peer-gen-len", work.gen_len if isinstance(work, SyntheticWork) and not work.is_scoring else 0
-    if not most:
-        raise ConfigError("only answers to random tokens can be cut", where=where, mend="Leave it out")
+    if not most or (isinstance(work, SyntheticWork) and work.is_ragged):
+        raise ConfigError("only equal answers to random tokens can be cut", where=where, mend="Leave it out")
     if not 2 <= peer_gen_len <= most:
         mend = f"Choose one from 2 to {most}" if most > 1 else "Leave it out"
         raise ConfigError(f"peers cannot generate {peer_gen_len} of {most} tokens", where=where, mend=mend)

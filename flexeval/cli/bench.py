@@ -29,6 +29,9 @@ def bench(
         int | None, typer.Option(metavar="N", min=0, help="Of a prompt's tokens, the first N are the same in all.")
     ] = None,
     score: Annotated[bool, typer.Option("--score", help="Score the prompts instead of generating.")] = False,
+    ragged: Annotated[
+        bool, typer.Option("--ragged", help="Random lengths, from a sixteenth of these on, as questions have them.")
+    ] = False,
     num_requests: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Requests; else as many as make each of them no cheaper."),
@@ -89,6 +92,7 @@ def bench(
             gen_len=gen_len,
             shared_prefix=shared_prefix,
             is_scoring=score,
+            is_ragged=ragged,
             seed=seed,
             only_of_suites=(max_eval_instances, skip_missing),
         ),
