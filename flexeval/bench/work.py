@@ -31,7 +31,8 @@ class SyntheticWork:
     is_scoring: bool = False
     """Nothing is generated: the log-probability of every prompt token is wanted."""
     is_ragged: bool = False
-    """What is not shared of a prompt, and what is generated, is shorter in most: evenly spread, from a sixteenth on."""
+    """What is not shared of a prompt, and what is generated, is shorter in most: from a sixteenth on, as often between
+    any length and twice that as between any other and twice that."""
     seed: int = 0
     """Of the tokens."""
 
@@ -59,7 +60,7 @@ class SyntheticWork:
             return tuple(rng.randrange(1, vocab_size) for _ in range(count))
 
         def length(most: int) -> int:
-            return rng.randint(ceil(LEAST_RAGGED_PART * most), most) if self.is_ragged else most
+            return ceil(most * LEAST_RAGGED_PART ** rng.random()) if self.is_ragged else most
 
         prefix = tokens(self.shared_prefix)
         num_own = self.prompt_len - self.shared_prefix
