@@ -23,6 +23,7 @@ from flexeval.engine.compute.row import Row, RowMaker
 from flexeval.engine.compute.selection import make_selection
 from flexeval.engine.compute.sparse import SparseAttention
 from flexeval.engine.compute.tape import CudaTapes
+from flexeval.engine.memory import heap
 from flexeval.engine.memory.attention_lane import AttentionLane
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.engine.memory.hidden import HiddenStore
@@ -96,6 +97,8 @@ class EngineParts:
         num_layers = anatomy.num_layers
         if overlap is None:
             overlap = not all(self.tiers.is_home(split) for split in (policy.weights, policy.kv, policy.hidden))
+        if device.type == "cpu":
+            heap.keep_freed()
         self._lanes = make_lanes(device, overlap=overlap)
         try:
             self.tiers.check(policy)
@@ -150,6 +153,7 @@ class EngineParts:
         self._close_lanes()
         self._weights.close()
         self.tiers.close()
+        heap.give_back()
 
     def peak_bytes(self) -> dict[str, int]:
         """The most that was used of each tier: on a GPU everything, elsewhere what the engine's stores hold."""
