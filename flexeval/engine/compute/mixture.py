@@ -1,4 +1,6 @@
-"""What a mixture of experts computes, in few passes over its tokens: transformers' grouped products, to its rounding.
+"""What a mixture of experts computes, in few passes over its tokens: transformers' grouped products.
+
+Rounded where transformers rounds, but that a CPU adds up a token's choices in float32.
 
 Knows the modules that transformers' `use_experts_implementation` makes; neither how experts are fetched nor coded.
 
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import embedding_bag, grouped_mm
 
 from flexeval.engine.codecs.coded import CodedMatrices, Route
 from flexeval.engine.compute.fusion import Fusion
@@ -55,7 +57,7 @@ def mix(
     x = hidden_TD
     if not coded:  # its rows in the order of experts, and back at the end
         expert_S = expert_S[route.order_S]
-        x = hidden_TD[route.order_S // top_TC.shape[1]]
+        x = _rows(hidden_TD, route.order_S // top_TC.shape[1])
 
     def project(name: str, x_SI: Tensor) -> Tensor:
         y_SO = coded[name].multiply(x_SI, route) if coded else _grouped_linear(module, name, x_SI, route.end_X)
@@ -69,12 +71,21 @@ def mix(
         place_S[route.order_S] = torch.arange(len(place_S), device=place_S.device)
     if is_fused:
         return _sum_in_one(x, place_S, weights_TC, hidden_TD.dtype)
-    x = x if place_S is None else x[place_S]
+    if (
+        place_S is not None and x.device.type == "cpu" and x.dtype == weights_TC.dtype
+    ):  # one pass, where others are three
+        return embedding_bag(place_S.view_as(top_TC), x, per_sample_weights=weights_TC, mode="sum").to(hidden_TD.dtype)
+    x = x if place_S is None else _rows(x, place_S)
     return (x.view(*top_TC.shape, -1) * weights_TC.unsqueeze(-1)).sum(1).to(hidden_TD.dtype)
 
 
 def _first(module: Any) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _rows(x: Tensor, which: Tensor) -> Tensor:
+    """Some rows, by whichever of torch's two ways is fast on the device."""
+    return x.index_select(0, which) if x.device.type == "cpu" else x[which]
 
 
 def _find_route(expert_S: Tensor, num_experts: int, *, is_fused: bool) -> Route:
