@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dispatch_tapes import DispatchTapes
 from tiny_models import assert_equal_results, dequantized, ragged_requests, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -18,6 +19,7 @@ from flexeval.backends.transformers import answer
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.replay import Replay
 from flexeval.engine.compute.spec import TensorSpec
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
@@ -118,9 +120,15 @@ def test_what_a_failed_short_sweep_has_sent_for_serves_no_long_one(
 
 @pytest.mark.parametrize("family", CHANGES)
 @pytest.mark.parametrize("codec", [None, IntegerCodec(4, 32)], ids=["none", "w4"])
+@pytest.mark.parametrize("may_replay", [False, True])
 def test_a_short_sweep_moves_what_all_tokens_need_and_the_experts_that_were_chosen(
-    family: str, codec: Codec | None, tmp_path: Path
+    may_replay: bool, family: str, codec: Codec | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows are not filled up then, as those that are replayed are: that would choose experts, too."""
+    if may_replay:
+        tapes = DispatchTapes()
+        replay = lambda self: Replay(self._anatomy, lambda: tapes, self._weights.bind_in_place)  # noqa: E731
+        monkeypatch.setattr(Executor, "_make_replay", replay)
     anatomy = Anatomy(config_of(family), torch.float32)
     layouts = [SlabLayout(anatomy.layer_specs(layer), codec) for layer in range(anatomy.num_layers)]
     _, sweeps = execute(family, DISK, one_sequence(), tmp_path, codec=codec)

@@ -179,7 +179,10 @@ class EngineParts:
         )
 
     def _make_rows(self, maker: RowMaker, plans: Sequence[RowPlan]) -> list[Row]:
-        sizes = [None if self._replay is None else self._replay.size(plan) for plan in plans]
+        replay = self._replay
+        if self._weights.fetches_experts(sum(plan.num_tokens for plan in plans)):
+            replay = None  # what fills rows up would choose experts as well
+        sizes = [None if replay is None else replay.size(plan) for plan in plans]
         return [
             maker.make(index, plan, replayed_size=size)
             for index, (plan, size) in enumerate(zip(plans, sizes, strict=True))

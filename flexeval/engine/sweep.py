@@ -171,8 +171,7 @@ class Sweeper:
     def _weights_of(self, layer: int, slab: Tensor, sweep_tokens: int, row: Row) -> LayerWeights:
         num = row.plan.num_tokens
         bind = partial(self.weights.bind, layer, slab, row_tokens=num, sweep_tokens=sweep_tokens)
-        place = self.weights.place(layer, slab, row_tokens=num, sweep_tokens=sweep_tokens)
-        return LayerWeights(place, bind)
+        return LayerWeights(self.weights.place(layer, slab, row_tokens=num), bind)
 
     def _run(
         self, layer: int, row: Row, hidden_1TD: Tensor, call: LayerCall, attend: Attend, weights: LayerWeights

@@ -179,12 +179,12 @@ class CostModel:
             if sweep.num_kv_read:
                 has_recordings = is_recorded(shape, sweep)
                 num_operations = OPERATIONS_PER_RECORDED_STEP if has_recordings else OPERATIONS_PER_STEP
-                step_s = shape.num_layers * sweep.num_calls * num_operations * hardware.launch_s
+                operation_s = shape.num_layers * sweep.num_calls * hardware.launch_s
+                step_s, plain_s = num_operations * operation_s, OPERATIONS_PER_STEP * operation_s
                 may_be_one = has_recordings and shape.sparsity is None
                 seconds[Lane.COMPUTE] += step_s * (placement.is_step_in_parts if may_be_one else 1)
                 if has_recordings and is_by_need(shape.num_experts, shape.experts_per_token, sweep.num_tokens):
-                    further = sweep.num_calls * (OPERATIONS_PER_STEP - OPERATIONS_PER_RECORDED_STEP)
-                    seconds[Lane.COMPUTE] += moved({"weights": further * hardware.launch_s}, Tier.CPU, Tier.DISK)
+                    seconds[Lane.COMPUTE] += placement.streams["weights"] * (plain_s - step_s)
             least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
             kv_layer_s = max(read_bytes["kv"] / hardware.to_gpu_bytes_per_s, least_s)
             seconds[Lane.TO_GPU] = (moved({"kv": 1.0}, Tier.CPU, Tier.DISK) - placement.host_attention) * kv_layer_s

@@ -122,7 +122,7 @@ def seats(policy: Policy, workload: Workload, num_tokens: int) -> int:
     if not policy.group_tokens:
         return policy.block_sequences
     room = max(workload.max_own_tokens, int(FILLED_SHARE * policy.group_tokens))
-    return policy.num_groups * min(policy.group_sequences, room // num_tokens)
+    return policy.num_groups * min(policy.group_sequences, max(1, room // num_tokens))
 
 
 def weights_share(num_scoring: float, num_decodes: float) -> float:

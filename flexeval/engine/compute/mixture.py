@@ -71,9 +71,7 @@ def mix(
         place_S[route.order_S] = torch.arange(len(place_S), device=place_S.device)
     if is_fused:
         return _sum_in_one(x, place_S, weights_TC, hidden_TD.dtype)
-    if (
-        place_S is not None and x.device.type == "cpu" and x.dtype == weights_TC.dtype
-    ):  # one pass, where others are three
+    if place_S is not None and x.device.type == "cpu" and x.dtype == weights_TC.dtype:  # three passes in one
         return embedding_bag(place_S.view_as(top_TC), x, per_sample_weights=weights_TC, mode="sum").to(hidden_TD.dtype)
     x = x if place_S is None else _rows(x, place_S)
     return (x.view(*top_TC.shape, -1) * weights_TC.unsqueeze(-1)).sum(1).to(hidden_TD.dtype)

@@ -207,14 +207,17 @@ class WeightStore:
         self._bound, self._is_bound[layer] = bound, stays
         return is_in_slab
 
-    def place(self, layer: int, slab: Tensor, *, row_tokens: int, sweep_tokens: int) -> int | None:
-        """Where a layer's tensors lie for a row of so many tokens; None if nothing can be said.
-
-        They may be unpacked first, over others, or fetched as they are chosen.
-        """
+    def place(self, layer: int, slab: Tensor, *, row_tokens: int) -> int | None:
+        """Where a layer's tensors lie for a row of so many tokens; None if they are unpacked first, over others."""
         is_unpacked = self._layouts[layer].num_coded_values and row_tokens > self._few_tokens[layer]
-        is_fetched = self._extents[layer].view() is None and self._is_by_need(layer, sweep_tokens)
-        return None if is_unpacked or is_fetched else slab.data_ptr()
+        return None if is_unpacked else slab.data_ptr()
+
+    def fetches_experts(self, sweep_tokens: int) -> bool:
+        """Whether experts come as they are chosen in a sweep of so many tokens, at any layer."""
+        return any(
+            extent.view() is None and self._is_by_need(layer, sweep_tokens)
+            for layer, extent in enumerate(self._extents)
+        )
 
     @property
     def most_tokens_in_place(self) -> float:
