@@ -153,7 +153,8 @@ class EngineParts:
         self._close_lanes()
         self._weights.close()
         self.tiers.close()
-        heap.give_back()
+        if self._device.type == "cpu":
+            heap.give_back()
 
     def peak_bytes(self) -> dict[str, int]:
         """The most that was used of each tier: on a GPU everything, elsewhere what the engine's stores hold."""
@@ -180,7 +181,7 @@ class EngineParts:
 
     def _make_rows(self, maker: RowMaker, plans: Sequence[RowPlan]) -> list[Row]:
         replay = self._replay
-        if self._weights.fetches_experts(sum(plan.num_tokens for plan in plans)):
+        if replay is not None and self._weights.fetches_experts(sum(plan.num_tokens for plan in plans)):
             replay = None  # what fills rows up would choose experts as well
         sizes = [None if replay is None else replay.size(plan) for plan in plans]
         return [

@@ -193,7 +193,7 @@ class Scheduler:
         """Seat who has drawn a first token: whoever has a seat kept, and of the others as many as there is room for."""
         waiting, self._waiting = self._waiting, deque()
         for stream in waiting:
-            if self._block.keeps_seat(stream) or (not self._waiting and self._block.has_room(stream)):
+            if self._has_seat(stream):
                 self._block.enter(stream)
             else:
                 self._waiting.append(stream)

@@ -23,7 +23,7 @@ class Block:
         *,
         group_sequences: int,
         num_groups: int,
-        group_tokens: int = 0,
+        group_tokens: int,
         crossing: Crossing,
     ):
         """Make the groups, as many as are needed.
@@ -35,7 +35,7 @@ class Block:
         self._usage = usage
         self._leaf = {stream: node for node, entry in enumerate(tree.nodes) for stream in entry.prompts}
         self._groups: dict[int, GroupLog] = {}  # of the streams for which a seat is kept
-        self._seats: dict[int, tuple[GroupLog, Seat]] = {}
+        self._seats: dict[int, Seat] = {}
         sizes = [self._size(index) for index, stream in enumerate(streams) if stream.is_generating]
         sizes.sort(reverse=True)
         self.groups: list[GroupLog] = []
@@ -66,7 +66,7 @@ class Block:
 
     def seat(self, stream: int) -> tuple[GroupLog, Seat]:
         """The seat of a stream, and its group."""
-        return self._seats[stream]
+        return self._groups[stream], self._seats[stream]
 
     def keeps_seat(self, stream: int) -> bool:
         """Whether a seat is kept for a stream, or taken by it."""
@@ -103,7 +103,7 @@ class Block:
             num_prompt_tokens=num_own,
         )
         group.enter(seat)
-        self._seats[stream] = group, seat
+        self._seats[stream] = seat
 
     def leave(self, stream: int) -> None:
         """Free the seat of a stream, if there is one for it."""

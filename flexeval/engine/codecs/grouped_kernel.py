@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexeval.engine.codecs.product_kernel import OUTPUTS_A_PROGRAM, RESIDENT, sum_parts, sums_of_part
+from flexeval.engine.codecs.product_kernel import OUTPUTS_A_PROGRAM, RESIDENT, add_parts, sums_of_part
 from flexeval.engine.codecs.splitting import num_parts
 from flexeval.engine.kernels import num_processors
 
@@ -65,12 +65,7 @@ def multiply(x_RI: Tensor, packed_XOGP: Tensor, affine_XOG2: Tensor, order_S: Te
         num_warps=4,
         num_stages=3 if x_RI.element_size() == 2 and block_rows <= 32 else 2,
     )
-    y_SO = torch.empty(num_choices, num_outputs, dtype=x_RI.dtype, device=x_RI.device)
-    num_values = num_choices * num_outputs
-    sum_parts[(triton.cdiv(num_values, 1024),)](
-        parts_PSO, None, y_SO, num_values, num_outputs, PARTS=parts, HAS_BIAS=False, BLOCK=1024
-    )
-    return y_SO
+    return add_parts(parts_PSO, None, x_RI.dtype)
 
 
 def rows_at_once(num_choices: int, num_experts: int) -> int:

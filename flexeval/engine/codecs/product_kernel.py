@@ -65,10 +65,21 @@ def multiply(x_TI: Tensor, packed_OGP: Tensor, affine_OG2: Tensor, bias_O: Tenso
         num_warps=4,
         num_stages=3 if x_TI.element_size() == 2 and block_tokens <= 32 else 2,
     )
-    y_TO = torch.empty(num_tokens, num_outputs, dtype=x_TI.dtype, device=x_TI.device)
-    num_values = num_tokens * num_outputs
-    sum_parts[(triton.cdiv(num_values, 1024),)](
-        parts_STO, bias_O, y_TO, num_values, num_outputs, PARTS=parts, HAS_BIAS=bias_O is not None, BLOCK=1024
+    return add_parts(parts_STO, bias_O, x_TI.dtype)
+
+
+def add_parts(parts_STO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sum of a product's parts, and a bias, `[T, O]` of a type."""
+    y_TO = torch.empty(parts_STO.shape[1:], dtype=dtype, device=parts_STO.device)
+    _sum_kernel[(triton.cdiv(y_TO.numel(), 1024),)](
+        parts_STO,
+        bias_O,
+        y_TO,
+        y_TO.numel(),
+        y_TO.shape[1],
+        PARTS=len(parts_STO),
+        HAS_BIAS=bias_O is not None,
+        BLOCK=1024,
     )
     return y_TO
 
@@ -144,7 +155,7 @@ def sums_of_part(
 
 
 @triton.jit
-def sum_parts(
+def _sum_kernel(
     parts, bias, y, num_values, num_outputs, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Add up the parts `[PARTS, T, O]`, and a bias."""
