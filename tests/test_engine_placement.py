@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import threading
 import time
@@ -96,6 +97,26 @@ def test_each_tier_holds_what_the_policy_puts_there(
     assert peak["cpu"] == resting + buffers + staging
     assert used_bytes(executor) == 0
     assert_nothing_is_left(tmp_path)
+
+
+HALF_ON_DISK = dataclasses.replace(SMALL, kv=Split(cpu=0.5, disk=0.5))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("policy", [SMALL, ALL_ON_DISK, HALF_ON_DISK], ids=["small", "on disk", "KV half on disk"])
+def test_what_a_batch_held_does_not_wait_for_the_garbage_collector(
+    policy: Policy, overlap: bool, tmp_path: Path
+) -> None:
+    """A GPU would hold one batch's buffers beside the next one's."""
+    with loaded(policy, tmp_path, overlap=overlap) as executor:
+        gc.collect()
+        gc.disable()
+        try:
+            executor.execute(coming_and_going(num_steps=4))
+            left = [one for one in gc.get_objects() if type(one) in (KVCache, HiddenStore)]
+        finally:
+            gc.enable()
+    assert left == []
 
 
 @pytest.mark.parametrize("coding", [None, KVCoding(8, 64), KVCoding(4, 64), KVCoding(2, 8)], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -40,13 +41,14 @@ class ContextsAhead:
         self.is_in_place = [cache.is_in_place(layer) for layer in range(num_layers)]
         coming = (one for one in wanted if self._is_brought(one))
         each = [next(alike) for _, alike in groupby(coming, lambda one: one.what)]
-        self._ahead = ahead(cache.lane_in, self._load, each)
+        # Not by a method: an iterator that holds its owner keeps the batch's buffers until garbage is collected.
+        self._ahead = ahead(cache.lane_in, partial(_load, cache), each)
         self._above: tuple[Hashable, Any] = (None, None)
 
     def take(self, wanted: Wanted) -> Any:
         """A context of the cache's own kind, on the compute device."""
         if not self._is_brought(wanted):
-            return self._load(wanted)
+            return _load(self._cache, wanted)
         if not wanted.is_above_alone:
             return next(self._ahead)
         if self._above[0] != wanted.what:
@@ -56,6 +58,7 @@ class ContextsAhead:
     def _is_brought(self, wanted: Wanted) -> bool:
         return not self.is_in_place[wanted.layer] and bool(wanted.row.read_groups)
 
-    def _load(self, wanted: Wanted) -> Any:
-        load = self._cache.load_above if wanted.is_above_alone else self._cache.load
-        return load(wanted.layer, wanted.row)
+
+def _load(cache: Cache, wanted: Wanted) -> Any:
+    load = cache.load_above if wanted.is_above_alone else cache.load
+    return load(wanted.layer, wanted.row)
