@@ -6,7 +6,7 @@
 // Shapes as in host_prompts.py. Rows are a block's tokens times M, pairs two numbers that lie side by side.
 
 #include "host_team.h"
-#include "host_vectors.h"
+#include "host_tiles.h"
 
 struct source {
     const uint16_t *keys, *values;
@@ -35,45 +35,23 @@ struct prompts {
 };
 
 #if defined(__AVX512BF16__)
-#define ROWS 96     // of a block at most: a multiple of GROUP
+#define ROWS (96 << HAS_TILE_CODE)  // of a block at most, a multiple of GROUP and of EDGE: the more, the faster products
+                                    // are beside bringing keys and values in order
 #define GROUP 6     // rows whose sums are in registers
 #define TILE 64     // keys
 #define MOST 256    // numbers of a head
+#define LOG2_E 1.44269504f
 
 struct tile {
     int H, W;
+    int is_tiled;  // whether the processor's matrix unit multiplies
     int32_t queries[ROWS * MOST / 2], keys[MOST / 2][TILE], values[TILE / 2 * MOST], weights[ROWS][TILE / 2];  // pairs
-    float scores[ROWS][TILE], out[ROWS * MOST], max[ROWS], sum[ROWS];
+    float scores[ROWS][TILE], out[ROWS * MOST];
+    float max[ROWS];     // of a row's scores, by log2(e): weights are powers of 2
+    floats sums[ROWS];   // of its weights, lane by lane
     float shrink[ROWS];  // factor on what was summed up before, for a larger maximum
     int is_seen[ROWS];   // whether a row sees any of the keys
 };
-
-// x[i][j] of 16 vectors becomes x[j][i].
-INLINE void transpose(__m512i x[16]) {
-    __m512i y[16];
-    for (int i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
-        y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-        y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-        y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
-        x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
-        x[i + 4] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88);
-        x[i + 12] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd);
-    }
-}
 
 // Keys by pair, and beside each other; none is 0.
 static void order_keys(struct tile *t, const uint16_t *keys, int64_t stride, int count) {
@@ -90,12 +68,13 @@ static void order_keys(struct tile *t, const uint16_t *keys, int64_t stride, int
         }
 }
 
-// Values of two keys side by side; none is 0.
-static void order_values(struct tile *t, const uint16_t *values, int64_t stride, int count) {
-    for (int key = 0; key < count; key += 2)
+// Values of two keys side by side, for so many keys; none is 0.
+static void order_values(struct tile *t, const uint16_t *values, int64_t stride, int count, int num_keys) {
+    for (int key = 0; key < num_keys; key += 2)
         for (int i = 0; i < t->W; i += 16) {
             const uint16_t *const place = values + key * stride + i;
-            __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)place));
+            __m512i pairs = _mm512_setzero_si512();
+            if (key < count) pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)place));
             if (key + 1 < count) {
                 const __m256i next = _mm256_loadu_si256((const __m256i *)(place + stride));
                 pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_cvtepu16_epi32(next), 16));
@@ -144,6 +123,31 @@ INLINE void add_values(struct tile *t, int width, int first, int last, int colum
     }
 }
 
+static void score_tiled(struct tile *t, int width, int first, int last) {
+    for (int row = first; row < last; row += 2 * EDGE)
+        for (int j = 0; j < width; j += 2)
+            multiply_tiles(
+                row + EDGE < last, j + 1 < width, t->H / 2, &t->queries[row * t->H / 2], t->H / 2, &t->keys[0][EDGE * j],
+                TILE, &t->scores[row][EDGE * j], TILE
+            );
+}
+
+static void add_values_tiled(struct tile *t, int first, int last, int num_pairs) {
+    float sums[2 * EDGE][2 * EDGE];
+    for (int row = first; row < last; row += 2 * EDGE)
+        for (int column = 0; column < t->W; column += 2 * EDGE) {
+            const int is_wide = column + EDGE < t->W, end = last - row < 2 * EDGE ? last - row : 2 * EDGE;
+            multiply_tiles(
+                end > EDGE, is_wide, num_pairs, t->weights[row], TILE / 2, &t->values[column], t->W, sums[0], 2 * EDGE
+            );
+            for (int i = 0; i < end; i++)
+                for (int j = 0; j <= is_wide && t->is_seen[row + i]; j++) {
+                    floats *const out = (floats *)&t->out[(row + i) * t->W + column + EDGE * j];
+                    *out = *out * t->shrink[row + i] + *(floats *)&sums[i][EDGE * j];
+                }
+        }
+}
+
 // A copy of the code for each width: sums stay in registers.
 #define FOR_WIDTH(width, call)   \
     switch (width) {             \
@@ -153,6 +157,21 @@ INLINE void add_values(struct tile *t, int width, int first, int last, int colum
     default: call(4);            \
     }
 
+// 2^x of numbers up to 0, to 2e-7 of it, as in Cephes' exp2f (Moshier 1989): at least 2^-126, for smaller ones hold the
+// processor up; NaN of NaN, and 0 of what is not wanted.
+INLINE __m512 exp2_of(__m512 x, __mmask16 is_wanted) {
+    x = _mm512_max_ps(_mm512_set1_ps(-126), x);
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), r = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(1.535336188e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.339887440e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618437357e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550332471e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402264791e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472028e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    return _mm512_maskz_scalef_ps(is_wanted, p, whole);
+}
+
 // One row's scores become weights: those of the keys from `first` up to `end`, others 0.
 INLINE void weigh(struct tile *t, const struct prompts *w, int row, int first, int end, int width) {
     t->shrink[row] = 1, t->is_seen[row] = first < end;
@@ -160,51 +179,54 @@ INLINE void weigh(struct tile *t, const struct prompts *w, int row, int first, i
         for (int j = 0; j < width; j++) _mm256_storeu_si256((__m256i *)t->weights[row] + j, _mm256_setzero_si256());
         return;
     }
-    const floats nothing = (floats){0} - INFINITY;
-    floats scores[4], seen = nothing, sum = {0};
+    const uint64_t is_key = ~UINT64_C(0) >> (TILE - end) & ~UINT64_C(0) << first;
+    const __m512 nothing = _mm512_set1_ps(-INFINITY);
+    __m512 scores[4], seen = nothing, sum = _mm512_setzero_ps();
     for (int j = 0; j < width; j++) {
-        const int from = first - 16 * j, to = end - 16 * j;
-        const uint32_t before = from <= 0 ? 0 : from >= 16 ? 0xffff : (1u << from) - 1;
-        const uint32_t upto = to <= 0 ? 0 : to >= 16 ? 0xffff : (1u << to) - 1;
-        scores[j] = *(const floats *)&t->scores[row][16 * j] * w->scale;
+        floats x = *(const floats *)&t->scores[row][16 * j];
         if (w->softcap)
-            for (int i = 0; i < 16; i++) scores[j][i] = w->softcap * tanhf(scores[j][i] / w->softcap);
-        scores[j] = (floats)_mm512_mask_mov_ps((__m512)nothing, upto & ~before, (__m512)scores[j]);
-        seen = larger(seen, scores[j]);
+            for (int i = 0; i < 16; i++) x[i] = w->softcap / w->scale * tanhf(x[i] * w->scale / w->softcap);
+        scores[j] = _mm512_mask_mov_ps(nothing, is_key >> 16 * j, (__m512)(x * (w->scale * LOG2_E)));
+        seen = _mm512_max_ps(seen, scores[j]);
     }
-    const float max = max_of(seen);
+    const float max = _mm512_reduce_max_ps(seen);
     if (max > t->max[row]) {
-        t->shrink[row] = expf(t->max[row] - max);  // exp(-inf) = 0 at first
+        t->shrink[row] = exp2f(t->max[row] - max);  // 2^-inf = 0 at first
         t->max[row] = max;
     }
     for (int j = 0; j < width; j++) {
-        const floats weights = exp_of(scores[j] - t->max[row]);
-        sum += weights;
-        _mm256_storeu_si256((__m256i *)t->weights[row] + j, (__m256i)_mm512_cvtneps_pbh((__m512)weights));
+        const __m512 weights = exp2_of(_mm512_sub_ps(scores[j], _mm512_set1_ps(t->max[row])), is_key >> 16 * j);
+        sum = _mm512_add_ps(sum, weights);
+        _mm256_storeu_si256((__m256i *)t->weights[row] + j, (__m256i)_mm512_cvtneps_pbh(weights));
     }
-    t->sum[row] = t->sum[row] * t->shrink[row] + sum_of(sum);
+    t->sums[row] = t->sums[row] * t->shrink[row] + (floats)sum;
 }
 
 static void attend_segment(struct tile *t, const struct prompts *w, const struct segment *s, int64_t head) {
     const struct source *const source = &w->sources[s->source];
-    const int M = w->heads_per_kv;
-    const int first_row = s->first_token * M / GROUP * GROUP;
-    const int last_row = ((s->first_token + s->num_tokens) * M + GROUP - 1) / GROUP * GROUP;
+    const int M = w->heads_per_kv, at_once = t->is_tiled ? EDGE : GROUP;
+    const int first_row = s->first_token * M / at_once * at_once;
+    const int last_row = ((s->first_token + s->num_tokens) * M + at_once - 1) / at_once * at_once;
     for (int64_t key = 0; key < s->num_keys; key += TILE) {
         const int count = s->num_keys - key < TILE ? s->num_keys - key : TILE, width = (count + 15) / 16;
+        const int weighed = t->is_tiled ? (width + 1) / 2 * 2 : width;  // whole tiles of pairs
         const int64_t place = s->first_key + key;
         order_keys(t, source->keys + place * source->key_token + head * source->key_head, source->key_token, count);
 #define SCORE(width) score(t, width, first_row, last_row)
-        FOR_WIDTH(width, SCORE)
+        if (t->is_tiled)
+            score_tiled(t, width, first_row, last_row);
+        else
+            FOR_WIDTH(width, SCORE)
         for (int row = first_row; row < last_row; row++) {
             const int64_t token = row / M - s->first_token, is_in = token >= 0 && token < s->num_tokens;
             const int64_t first = is_in ? w->first_seen[s->bounds + token] - key : 0;
             const int64_t end = is_in ? w->end_seen[s->bounds + token] - key : 0;
-            weigh(t, w, row, first < 0 ? 0 : first, end > count ? count : end, width);
+            weigh(t, w, row, first < 0 ? 0 : first, end > count ? count : end, weighed);
         }
         const uint16_t *const values = source->values + place * source->value_token + head * source->value_head;
-        order_values(t, values, source->value_token, count);
-        for (int column = 0; column < t->W; column += 64) {
+        order_values(t, values, source->value_token, count, t->is_tiled ? 16 * weighed : count);
+        if (t->is_tiled) add_values_tiled(t, first_row, last_row, 8 * weighed);
+        for (int column = 0; column < t->W && !t->is_tiled; column += 64) {
             const int columns = (t->W - column < 64 ? t->W - column : 64) / 16;
 #define ADD_VALUES(width) add_values(t, width, first_row, last_row, column, (count + 1) / 2)
             FOR_WIDTH(columns, ADD_VALUES)
@@ -216,22 +238,26 @@ static void attend_block(const void *work, int64_t piece) {
     const struct prompts *const w = work;
     const int64_t block = piece / w->num_kv_heads, head = piece % w->num_kv_heads, first = w->first_tokens[block];
     const int M = w->heads_per_kv, H = w->key_size, W = w->value_size;
-    const int num_rows = (w->first_tokens[block + 1] - first) * M, num_filled = (num_rows + GROUP - 1) / GROUP * GROUP;
+    const int num_rows = (w->first_tokens[block + 1] - first) * M;
     struct tile t;
-    t.H = H, t.W = W;
+    t.H = H, t.W = W, t.is_tiled = H % (2 * EDGE) == 0 && has_tiles();
+    const int at_once = t.is_tiled ? EDGE : GROUP, num_filled = (num_rows + at_once - 1) / at_once * at_once;
+    if (t.is_tiled) begin_tiles();
     memset(&t.queries[num_rows * H / 2], 0, (num_filled - num_rows) * 2 * H);
     memset(t.out, 0, num_filled * W * sizeof *t.out);
     for (int row = 0; row < num_rows; row++) {
         const int64_t token = first + row / M, query_head = head * M + row % M;
         memcpy(&t.queries[row * H / 2], w->queries + token * w->query_token + query_head * w->query_head, 2 * H);
-        t.max[row] = w->sinks ? w->sinks[query_head] : -INFINITY;
-        t.sum[row] = w->sinks ? 1 : 0;  // a sink adds exp(sink) to the denominator, and nothing to the sum
+        t.max[row] = w->sinks ? w->sinks[query_head] * LOG2_E : -INFINITY;
+        t.sums[row] = (floats){w->sinks ? 1 : 0};  // a sink adds exp(sink) to the denominator, and nothing to the sum
     }
     for (int64_t i = w->first_segments[block]; i < w->first_segments[block + 1]; i++)
         attend_segment(&t, w, &w->segments[i], head);
+    if (t.is_tiled) end_tiles();
     for (int row = 0; row < num_rows; row++) {
         uint16_t *const out = w->out + (((first + row / M) * w->num_kv_heads + head) * M + row % M) * W;
-        for (int i = 0; i < W; i += LANES) store(BFLOAT16, out, i, *(floats *)&t.out[row * W + i] / t.sum[row]);
+        const float sum = sum_of(t.sums[row]);
+        for (int i = 0; i < W; i += LANES) store(BFLOAT16, out, i, *(floats *)&t.out[row * W + i] / sum);
     }
 }
 

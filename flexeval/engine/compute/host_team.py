@@ -21,7 +21,7 @@ from flexeval.errors import FlexevalError
 
 FOLDER = Path(__file__).parent
 SOURCES = ("host_team.c", "host_decode.c", "host_codes.c", "host_prompts.c", "host_softmax.c", "host_unpack.c")
-HEADERS = ("host_team.h", "host_decode.h", "host_codes.h", "host_bytes.h", "host_vectors.h")
+HEADERS = ("host_team.h", "host_decode.h", "host_codes.h", "host_bytes.h", "host_tiles.h", "host_vectors.h")
 
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 
