@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,3 +71,9 @@ class DispatchTapes:
         found: list[str] = []
         yield found
         found += self._waiting
+
+
+def let_torch_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tapes hear of torch's operations, and of nothing that is compiled for a CPU."""
+    monkeypatch.setattr("flexeval.engine.compute.host_unpack.unpack", lambda *_, **__: False)
+    monkeypatch.setattr("flexeval.engine.compute.fusion.has_passes", lambda: False)

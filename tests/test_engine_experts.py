@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dispatch_tapes import DispatchTapes
+from dispatch_tapes import DispatchTapes, let_torch_compute
 from tiny_models import assert_equal_results, dequantized, ragged_requests, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -126,6 +126,7 @@ def test_a_short_sweep_moves_what_all_tokens_need_and_the_experts_that_were_chos
 ) -> None:
     """Rows are not filled up then, as those that are replayed are: that would choose experts, too."""
     if may_replay:
+        let_torch_compute(monkeypatch)
         tapes = DispatchTapes()
         replay = lambda self: Replay(self._anatomy, lambda: tapes, self._weights.bind_in_place)  # noqa: E731
         monkeypatch.setattr(Executor, "_make_replay", replay)

@@ -1,4 +1,4 @@
-"""Gates that are activated and multiplied in one launch: only where a block computes that, and with its numbers."""
+"""Gates that are activated and multiplied in one pass: only where a block computes that, and with its numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny_models import tiny_config
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from flexeval.engine.compute import gates
+from flexeval.engine.compute import gates, host_passes
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.fusion import Fusion
 from flexeval.engine.compute.gates import ACTIVATIONS, fuse_gates
@@ -134,13 +134,16 @@ def test_experts_that_clamp_stay() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_on_a_cpu_a_block_computes_what_it_did(activation: str, bias: bool) -> None:
+def test_without_a_kernel_a_block_computes_what_it_did(
+    activation: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexeval.engine.compute.fusion.has_passes", lambda: False)
     module, x = Gated(ACTIVATIONS[activation], bias=bias).bfloat16(), torch.randn(2, 7, WIDTH, dtype=torch.bfloat16)
     expected = module(x)
     assert is_fused(trial(module)) and torch.equal(module(x), expected) and torch.equal(module(x=x), expected)
 
 
-class AsOnAGpu(Fusion):
+class Always(Fusion):
     def applies(self, x: Tensor) -> bool:
         return True
 
@@ -153,7 +156,7 @@ def test_the_right_half_is_activated_and_matrices_are_called_as_they_are_bound(
     monkeypatch.setattr(gates._Gate, "in_one", gates._Gate.plainly)
     module, x = kind(), torch.randn(3, WIDTH)
     expected = 2 * module(x)
-    fuse_gates(module, AsOnAGpu())
+    fuse_gates(module, Always())
     module.get_submodule("down_proj").register_forward_hook(lambda *called: 2 * called[-1])
     assert is_fused(module)
     torch.testing.assert_close(module(x), expected)
@@ -179,17 +182,27 @@ NEARLY_ZERO = 2e-6
 """Where a GELU is so small, the float32 that it is computed in is as coarse, in torch's own as well."""
 
 
-@pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def kernel_on(device: str) -> Callable[[Tensor, Tensor, str], Tensor]:
+    if device == "cpu":
+        return host_passes.multiply_activated
+    from flexeval.engine.compute.gate_kernel import multiply_activated
+
+    return multiply_activated
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("dtype", "error"), DTYPES)
 @pytest.mark.parametrize("shape", [(1, 37, 14336), (5, 1000), (2, 3, 96), (1, 1, 1), (0, 64)])
 def test_the_kernel_computes_as_float64_does(
-    shape: tuple[int, ...], dtype: torch.dtype, error: float, activation: str
+    shape: tuple[int, ...], dtype: torch.dtype, error: float, activation: str, device: str
 ) -> None:
     """Of tensors of their own, and of a tensor's halves."""
-    from flexeval.engine.compute.gate_kernel import multiply_activated
-
-    both = torch.randn(*shape[:-1], 2 * shape[-1], device="cuda").mul(2).to(dtype)
+    multiply_activated = kernel_on(device)
+    both = torch.randn(*shape[:-1], 2 * shape[-1], device=device).mul(2).to(dtype)
     gate, up = both.chunk(2, dim=-1)
     exact = ACTIVATIONS[activation](gate.double()) * up.double()
     for halves in ((gate, up), (gate.contiguous(), up.contiguous()), (gate.contiguous(), up)):
@@ -198,14 +211,12 @@ def test_the_kernel_computes_as_float64_does(
         torch.testing.assert_close(out.double(), exact, rtol=error, atol=NEARLY_ZERO)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_kernel_hands_on_what_is_no_number(activation: str) -> None:
-    from flexeval.engine.compute.gate_kernel import multiply_activated
-
-    gate = torch.tensor([[float("nan"), 1.0, -200.0, 200.0, 0.0]], device="cuda", dtype=torch.bfloat16)
-    up = torch.tensor([[1.0, float("nan"), 1.0, 1.0, 1.0]], device="cuda", dtype=torch.bfloat16)
-    out = multiply_activated(gate, up, activation)[0]
+def test_the_kernel_hands_on_what_is_no_number(activation: str, device: str) -> None:
+    gate = torch.tensor([[float("nan"), 1.0, -200.0, 200.0, 0.0]], device=device, dtype=torch.bfloat16)
+    up = torch.tensor([[1.0, float("nan"), 1.0, 1.0, 1.0]], device=device, dtype=torch.bfloat16)
+    out = kernel_on(device)(gate, up, activation)[0]
     assert out.isnan().tolist() == [True, True, False, False, False]
     assert out[2:].tolist() == [0.0, 200.0, 0.0]
 

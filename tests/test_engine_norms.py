@@ -1,4 +1,4 @@
-"""RMS norms that run in one launch: only those that compute one, and with its numbers."""
+"""RMS norms that run in one pass: only those that compute one, and with its numbers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SIZE = 48
 
 
 class PlainRMSNorm(nn.Module):
-    def __init__(self, eps: float = 1e-5) -> None:
+    def __init__(self, eps: float = 1e-5, size: int = SIZE) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(SIZE, generator=torch.Generator().manual_seed(1)))
+        self.weight = nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(1)))
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -59,7 +59,8 @@ def test_other_norms_stay_as_they_are(kind: type[PlainRMSNorm]) -> None:
     assert not is_fused(module)
 
 
-def test_on_a_cpu_a_norm_computes_what_it_did() -> None:
+def test_without_a_kernel_a_norm_computes_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexeval.engine.compute.fusion.has_passes", lambda: False)
     module, hidden = PlainRMSNorm(), torch.randn(7, SIZE, dtype=torch.bfloat16)
     module.bfloat16()
     expected = module(hidden)
@@ -67,17 +68,29 @@ def test_on_a_cpu_a_norm_computes_what_it_did() -> None:
     assert is_fused(module) and torch.equal(module(hidden), expected)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("size", [SIZE, 7, 1000])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
-def test_on_a_gpu_a_norm_computes_the_same_in_one_launch(dtype: torch.dtype, error: float) -> None:
+def test_a_norm_computes_the_same_in_one_pass(dtype: torch.dtype, error: float, size: int, device: str) -> None:
     """Against float64, by relative error; rounded once, it is at least as near as rounded twice."""
-    module, hidden = PlainRMSNorm().cuda().to(dtype), torch.randn(7, 5, SIZE, device="cuda").to(dtype)
+    module = PlainRMSNorm(size=size).to(device=device, dtype=dtype)
+    hidden = torch.randn(7, 5, 2 * size, device=device).to(dtype)[..., :size]  # rows that do not follow each other
     wide = hidden.double()
     exact = module.weight.double() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.eps)
-    plain_error = ((module(hidden) - exact).abs() / exact.abs()).max()
+    plain = module(hidden)
     fuse_norms(module, Fusion())
-    fused_error = ((module(hidden) - exact).abs() / exact.abs()).max()
+    fused = module(hidden)
+    assert fused.shape == plain.shape and fused.dtype == plain.dtype
+    # Below a thousandth, float16 has fewer bits.
+    plain_error, fused_error = (((y - exact).abs() / exact.abs().clamp(min=1e-3)).max() for y in (plain, fused))
     assert fused_error <= max(error, plain_error) and fused_error <= error
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_norm_is_one_launch() -> None:
+    module, hidden = PlainRMSNorm().cuda(), torch.randn(7, SIZE, device="cuda")
+    fuse_norms(module, Fusion())
+    module(hidden)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         module(hidden)
         torch.cuda.synchronize()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from dispatch_tapes import DispatchTapes
+from dispatch_tapes import DispatchTapes, let_torch_compute
 from pairwise import every_pair
 from test_engine_int4 import CodecWithoutUnpacking
 from test_engine_placement import answers_to_coming_and_going, coming_and_going
@@ -63,11 +63,8 @@ def run(
     codec: Codec | None = None,
     kv_coding: KVCoding | None = None,
 ) -> list[TokenResult]:
-    """What is answered the second time, attending as a GPU does. Without tapes nothing is replayed.
-
-    Our tapes here hear of torch's operations, and of nothing that is compiled for a CPU.
-    """
-    monkeypatch.setattr("flexeval.engine.compute.host_unpack.unpack", lambda *_, **__: False)
+    """What is answered the second time, attending as a GPU does. Without tapes nothing is replayed."""
+    let_torch_compute(monkeypatch)
     monkeypatch.setattr("flexeval.engine.parts.dense_attention", lambda device: PackedAttention())
     monkeypatch.setattr(
         Executor,
@@ -210,6 +207,7 @@ def test_on_a_gpu_rows_that_come_again_are_replayed_with_their_attention(
 
 
 def test_a_batch_is_not_replayed_on_the_logs_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_torch_compute(monkeypatch)
     tapes = DispatchTapes()
     monkeypatch.setattr(
         Executor, "_make_replay", lambda self: Replay(self._anatomy, lambda: tapes, self._weights.bind_in_place)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from flexeval.engine.compute import rotary
+from flexeval.engine.compute import host_passes, rotary
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.compute.fusion import Fusion
 from flexeval.engine.compute.rotary import fuse_rotary
@@ -61,15 +61,19 @@ def test_the_attention_of_families_is_found(family: str) -> None:
     assert len(attention) == len(anatomy.layers) and all(map(is_fused, attention))
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-@pytest.mark.parametrize(("heads", "size"), [(1, 64), (5, 80), (32, 128), (8, 96)])
-def test_the_kernel_rotates_as_float64_does(heads: int, size: int, dtype: torch.dtype, error: float) -> None:
+@pytest.mark.parametrize(("heads", "size"), [(1, 64), (5, 80), (32, 128), (8, 96), (3, 6)])
+def test_the_kernel_rotates_as_float64_does(
+    heads: int, size: int, dtype: torch.dtype, error: float, device: str
+) -> None:
     """One rounding: as near as the type can be."""
-    from flexeval.engine.compute.rotary_kernel import rotate
+    rotate = host_passes.rotate
+    if device == "cuda":
+        from flexeval.engine.compute.rotary_kernel import rotate
 
-    wide = torch.randn(1, 37, heads, 2 * size, device="cuda").to(dtype)
+    wide = torch.randn(1, 37, heads, 2 * size, device=device).to(dtype)
     x_1NTH = wide[..., :size].transpose(1, 2)  # heads that do not follow each other at once
-    cos_1TH, sin_1TH = torch.randn(2, 1, 37, size, device="cuda").to(dtype)
+    cos_1TH, sin_1TH = torch.randn(2, 1, 37, size, device=device).to(dtype)
     exact = rotary._rotate(x_1NTH.double(), cos_1TH.double(), sin_1TH.double())
     torch.testing.assert_close(rotate(x_1NTH, cos_1TH, sin_1TH).double(), exact, rtol=error, atol=1e-6)

@@ -19,7 +19,7 @@ from flexeval.backends.shortage import cannot_split, does_not_load, full_tier
 from flexeval.backends.trial import try_out
 from flexeval.config import Limits, format_size
 from flexeval.engine.codecs.kv_format import make_format
-from flexeval.engine.cpu_rates import cpu_attention_rate, cpu_prompt_rate, cpu_softmax_rate, cpu_unpack_rate
+from flexeval.engine.cpu_rates import with_our_kernels
 from flexeval.engine.memory.host_rate import host_attention_rate
 from flexeval.engine.sizes import model_shape
 from flexeval.errors import CapacityError
@@ -232,20 +232,7 @@ class Placements:
                 self._hardware = replace(
                     self._hardware, host_attention_bytes_per_s=host.bytes_per_s, attended_link_share=host.link_share
                 )
-            elif not is_gpu and opened.sparsity is None:
-                self._hardware = self._with_our_kernels(self._hardware, num_heads)
+            elif not is_gpu:
+                sizes, is_dense = (num_heads, self._shape.head_size), opened.sparsity is None
+                self._hardware = with_our_kernels(self._hardware, *self._kv, *sizes, opened.codec, is_dense=is_dense)
         return self._hardware
-
-    def _with_our_kernels(self, hardware: Hardware, num_heads: int) -> Hardware:
-        """With the rates of our own kernels on a CPU, where they attend."""
-        shape, dtype, _ = self._kv
-        if tokens_per_s := cpu_attention_rate(*self._kv, num_heads):
-            flops_per_s = 4 * self._shape.head_size * num_heads * tokens_per_s
-            hardware = replace(hardware, single_attention_flops_per_s=flops_per_s)
-        if prompts := cpu_prompt_rate(shape, dtype, num_heads):
-            hardware = replace(hardware, attention_flops_per_s=prompts.flops_per_s, attention_part_s=prompts.part_s)
-        if softmax_per_s := cpu_softmax_rate(dtype):
-            hardware = replace(hardware, softmax_per_s=softmax_per_s)
-        if (codec := self._opened.codec) is not None:
-            hardware = replace(hardware, unpacked_per_s=cpu_unpack_rate(codec, dtype))
-        return hardware

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVLog, KVShape, make_format
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_decode import can_read
+from flexeval.engine.compute.host_passes import has_passes, multiply_activated, rms_norm, rotate
 from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompts
 from flexeval.engine.compute.host_softmax import log_sums
 from flexeval.engine.compute.host_team import lent
@@ -19,8 +21,9 @@ from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import RowMaker
 from flexeval.engine.memory.host_rate import attention_work, mean_seconds
 from flexeval.planning.rows import AncestorSpan, FreshSpan, RowPlan
-from flexeval.policy.rates.attention import LONG_SIZES, SHORT_SIZES, line
-from flexeval.policy.rates.machine import LOGITS_SIZES
+from flexeval.policy.hardware import Hardware
+from flexeval.policy.rates.attention import HEAD_SIZE, LONG_SIZES, SHORT_SIZES, line
+from flexeval.policy.rates.machine import ELEMENTWISE_SIZES, LOGITS_SIZES
 from flexeval.policy.rates.timing import best_seconds
 
 LOG_BYTES = 32 * 2**20
@@ -29,6 +32,43 @@ UNPACKED = 2**22
 """Numbers, as of a layer of a small model."""
 BUDGET_S = 0.02
 """Of the timed calls of a kernel; they are two at least."""
+
+
+def with_our_kernels(
+    hardware: Hardware,
+    shape: KVShape,
+    dtype: torch.dtype,
+    coding: KVCoding | None,
+    num_query_heads: int,
+    head_size: int,
+    codec: Codec | None,
+    *,
+    is_dense: bool,
+) -> Hardware:
+    """A machine whose CPU computes everything, with the rates of what the engine's own kernels do there.
+
+    Args:
+        hardware: The machine, as measured with torch.
+        shape: Of a token's keys and values.
+        dtype: The type of the arithmetic.
+        coding: What the setting does to keys and values.
+        num_query_heads: Attention heads.
+        head_size: Width of one.
+        codec: How weights are packed, if they are.
+        is_dense: Whether all keys are attended to: our kernels do that.
+    """
+    if is_dense and (tokens_per_s := cpu_attention_rate(shape, dtype, coding, num_query_heads)):
+        flops_per_s = 4 * head_size * num_query_heads * tokens_per_s
+        hardware = replace(hardware, single_attention_flops_per_s=flops_per_s)
+    if is_dense and (prompts := cpu_prompt_rate(shape, dtype, num_query_heads)):
+        hardware = replace(hardware, attention_flops_per_s=prompts.flops_per_s, attention_part_s=prompts.part_s)
+    if elementwise_per_s := cpu_elementwise_rate(dtype):
+        hardware = replace(hardware, elementwise_per_s=elementwise_per_s)
+    if softmax_per_s := cpu_softmax_rate(dtype):
+        hardware = replace(hardware, softmax_per_s=softmax_per_s)
+    if codec is not None:
+        hardware = replace(hardware, unpacked_per_s=cpu_unpack_rate(codec, dtype))
+    return hardware
 
 
 @cache
@@ -69,6 +109,28 @@ def cpu_prompt_rate(shape: KVShape, dtype: torch.dtype, num_query_heads: int) ->
     ]
     pair_s, part_s = line(*seconds)
     return PromptRate(2 * (shape.key_size + shape.value_size) / pair_s, part_s)
+
+
+@cache
+def cpu_elementwise_rate(dtype: torch.dtype) -> float | None:
+    """Numbers a second that our passes, and torch's sums, make of tokens as a layer has them; measured once a process.
+
+    None where torch does it all: `policy/rates/` measures that.
+    """
+    if not has_passes():
+        return None
+    x_TD, angles_1TH = (
+        torch.randn(ELEMENTWISE_SIZES["cpu"]).to(dtype),
+        torch.randn(1, ELEMENTWISE_SIZES["cpu"][0], HEAD_SIZE["cpu"]).to(dtype),
+    )
+
+    def run() -> object:
+        normed_TD = rms_norm(x_TD, x_TD[0], 1e-6)
+        heads_1NTH = normed_TD.unflatten(1, (-1, HEAD_SIZE["cpu"])).transpose(0, 1)[None]
+        turned_1NTH = rotate(heads_1NTH, angles_1TH, angles_1TH)
+        return x_TD + multiply_activated(normed_TD, turned_1NTH.transpose(1, 2).flatten(-2)[0], "silu")
+
+    return 4 * x_TD.numel() / best_seconds(run, "cpu", budget_s=BUDGET_S)
 
 
 @cache

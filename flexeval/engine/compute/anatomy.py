@@ -88,7 +88,7 @@ class Anatomy:
         self.dtype = dtype
         self.model = build_on_meta(self.config, dtype, attention=ATTENTION_NAME)
         self.fusion = Fusion()
-        """What of it is one launch instead of several."""
+        """What of it is one pass instead of several."""
         for fuse in (fuse_norms, fuse_rotary, fuse_gates):
             fuse(self.model, self.fusion)
         self._port = AttentionPort()

@@ -1,4 +1,4 @@
-"""Gated feed-forward blocks that activate and multiply in one launch instead of two, on a GPU.
+"""Gated feed-forward blocks that activate and multiply in one pass instead of two.
 
 Knows modules by what they compute; no family.
 
@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import gelu, linear, relu, silu
 
+from flexeval.engine.compute import host_passes
 from flexeval.engine.compute.fusion import Fusion
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,7 +55,9 @@ class _Gate(NamedTuple):
         gate_TI, up_TI = halves[:: -1 if self.is_up_first else 1]
         if gate_TI.is_meta:
             return gate_TI * up_TI  # writes as many numbers
-        from flexeval.engine.compute.gate_kernel import multiply_activated
+        multiply_activated = host_passes.multiply_activated
+        if gate_TI.device.type != "cpu":
+            from flexeval.engine.compute.gate_kernel import multiply_activated
 
         return multiply_activated(gate_TI, up_TI, self.activation)
 
@@ -74,7 +77,7 @@ _GATES = [_Gate(activation, is_up_first) for activation in ACTIVATIONS for is_up
 def fuse_gates(model: nn.Module, fusion: Fusion) -> None:
     """Let the gated blocks of a model (Shazeer 2020), and its experts', run our kernel where they compute the same.
 
-    It rounds where transformers does: after the activation, and after the product. On a CPU all stays as it is.
+    It rounds where transformers does: after the activation, and after the product.
     """
     for module in model.modules():
         if hasattr(module, _APPLY_GATE):

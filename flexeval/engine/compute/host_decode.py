@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flexeval.engine.codecs.kv_format import CodedFormat, KVFormat, KVLog, PlainFormat
+from flexeval.engine.compute.host_kinds import KINDS
 from flexeval.engine.compute.host_team import Job, Team, library
 from flexeval.engine.compute.partial import Partial
 
@@ -23,7 +24,6 @@ PIECES_PER_THREAD = 16
 """Pieces of work for each thread that a call should have, so that threads end at about the same time."""
 
 _LANES, _MAX_SIZE = 16, 1024  # as in the source, where vectors are longest
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _CODES = {8: 3, 4: 4, 2: 5}  # by bits
 _POINTERS = ("queries", "logs", "tokens", "bounds", "places", "out", "lse", "rounded")
 _SIZES = ("num_parts", "num_kv_heads", "heads_per_kv", "key_size", "value_size", "heads_at_once", "rounded_kind")
@@ -38,8 +38,8 @@ class _Kind(NamedTuple):
     @classmethod
     def of(cls, form: KVFormat) -> _Kind | None:
         """None for what the kernel cannot read."""
-        if isinstance(form, PlainFormat) and form.dtype in _KINDS:
-            return cls(_KINDS[form.dtype])
+        if isinstance(form, PlainFormat) and form.dtype in KINDS:
+            return cls(KINDS[form.dtype])
         if isinstance(form, CodedFormat) and form.codec.code_bytes % _LANES == 0:
             return cls(_CODES[form.codec.bits], form.codec.group_size)
         return None
@@ -126,7 +126,7 @@ class DecodeKernel:
             key_size,
             value_size,
             -(-num_kv_heads // num_pieces),
-            0 if rounded_PKMW is None else _KINDS[rounded_PKMW.dtype],
+            0 if rounded_PKMW is None else KINDS[rounded_PKMW.dtype],
             *kind,
             softcap or 0.0,
         )

@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.host_kinds import KINDS
 from flexeval.engine.compute.host_team import lent
-
-_KINDS = {torch.float16: 1, torch.bfloat16: 2}  # as in the source
 
 
 class _Rows(ctypes.Structure):
@@ -40,13 +39,17 @@ class LogSums(NamedTuple):
 
 def log_sums(logits_RV: Tensor) -> LogSums | None:
     """Read rows of logits; None where this is not compiled, or not for such logits."""
-    if logits_RV.device.type != "cpu" or logits_RV.dtype not in _KINDS or logits_RV.stride(1) != 1:
+    if (
+        logits_RV.device.type != "cpu"
+        or logits_RV.dtype not in (torch.float16, torch.bfloat16)
+        or logits_RV.stride(1) != 1
+    ):
         return None
     team = lent(torch.get_num_threads())
     if team is None:
         return None
     sums = LogSums(torch.empty(len(logits_RV)), torch.empty(len(logits_RV), dtype=torch.int64))
     pointers = (tensor.data_ptr() for tensor in (logits_RV, *sums))
-    work = _Rows(*pointers, *logits_RV.shape, logits_RV.stride(0), _KINDS[logits_RV.dtype])
+    work = _Rows(*pointers, *logits_RV.shape, logits_RV.stride(0), KINDS[logits_RV.dtype])
     team.begin(team.library.flexeval_begin_softmax, work, (logits_RV, sums)).wait()
     return sums

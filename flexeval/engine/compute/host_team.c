@@ -95,7 +95,7 @@ struct job *flexeval_begin(struct team *team, run_piece *run, const void *work, 
     job->run = run, job->work = work, job->num_pieces = num_pieces;
     if (team->lent || !team->num_own) {
         const double begin = now();
-        team->lent ? team->lent(take_pieces, job, team->num_threads, 0) : take_pieces(job);
+        team->lent && num_pieces > 1 ? team->lent(take_pieces, job, team->num_threads, 0) : take_pieces(job);
         job->seconds = now() - begin, job->is_over = 1;
         return job;
     }

@@ -20,7 +20,15 @@ from flexeval.cache import cached_directory
 from flexeval.errors import FlexevalError
 
 FOLDER = Path(__file__).parent
-SOURCES = ("host_team.c", "host_decode.c", "host_codes.c", "host_prompts.c", "host_softmax.c", "host_unpack.c")
+SOURCES = (
+    "host_team.c",
+    "host_decode.c",
+    "host_codes.c",
+    "host_prompts.c",
+    "host_softmax.c",
+    "host_unpack.c",
+    "host_passes.c",
+)
 HEADERS = ("host_team.h", "host_decode.h", "host_codes.h", "host_bytes.h", "host_tiles.h", "host_vectors.h")
 
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
@@ -129,6 +137,9 @@ def library() -> ctypes.CDLL | None:
         ("begin_prompts", pointer, pointer, pointer),
         ("begin_softmax", pointer, pointer, pointer),
         ("begin_unpacking", pointer, pointer, pointer),
+        ("begin_norm", pointer, pointer, pointer),
+        ("begin_gate", pointer, pointer, pointer),
+        ("begin_rotate", pointer, pointer, pointer),
         ("prompt_rows", ctypes.c_int),
         ("wait", ctypes.c_double, pointer, pointer),
         ("drain", None, pointer),

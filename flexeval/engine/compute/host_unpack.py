@@ -13,9 +13,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from flexeval.engine.compute.host_kinds import KINDS
 from flexeval.engine.compute.host_team import lent
-
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in the source
 
 
 class _Unpacking(ctypes.Structure):
@@ -37,7 +36,7 @@ def unpack(codes_RGP: Tensor, affine_RG2: Tensor, out_RGE: Tensor, *, bits: int)
         out_RGE: float32, float16 or bfloat16; a run's numbers lie side by side.
         bits: Of a code: 2, 4 or 8.
     """
-    if out_RGE.device.type != "cpu" or out_RGE.dtype not in _KINDS:
+    if out_RGE.device.type != "cpu" or out_RGE.dtype not in KINDS:
         return False
     team = lent(torch.get_num_threads())
     if team is None:
@@ -48,7 +47,7 @@ def unpack(codes_RGP: Tensor, affine_RG2: Tensor, out_RGE: Tensor, *, bits: int)
         *(tensor.data_ptr() for tensor in (codes_RGP, affine_RG2, out_RGE)),
         *codes_RGP.shape,
         bits,
-        _KINDS[out_RGE.dtype],
+        KINDS[out_RGE.dtype],
         *(codes_RGP.stride(axis) for axis in (0, 1)),
         *(affine_RG2.stride(axis) * affine_RG2.itemsize for axis in (0, 1)),
         out_RGE.stride(0) * out_RGE.itemsize,

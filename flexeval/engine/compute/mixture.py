@@ -49,10 +49,10 @@ def mix(
         hidden_TD: The tokens.
         top_TC: Experts that each has chosen.
         weights_TC: Their shares in its output.
-        fusion: Which operations are one launch.
+        fusion: Which operations are one pass.
     """
     expert_S = top_TC.reshape(-1)
-    is_fused = fusion.applies(hidden_TD)
+    is_fused = fusion.is_on_gpu(hidden_TD)
     route = _find_route(expert_S, module.num_experts, is_fused=is_fused)
     x = hidden_TD
     if not coded:  # its rows in the order of experts, and back at the end

@@ -1,4 +1,4 @@
-"""Rotary positions in one launch instead of a dozen, on a GPU. Knows a function by what it computes; no family.
+"""Rotary positions in one pass instead of a dozen. Knows a function by what it computes; no family.
 
 Shapes: N query heads, K KV heads, T tokens, H size of a head.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexeval.engine.compute import host_passes
 from flexeval.engine.compute.fusion import Fusion
 
 _NAME = "apply_rotary_pos_emb"
@@ -26,7 +27,7 @@ def fuse_rotary(root: nn.Module, fusion: Fusion) -> None:
     """Let the attention modules under `root` rotate by our kernel where theirs does the same (Su et al. 2021).
 
     Only these modules call it: transformers stays as it is. The kernel rounds once, transformers three times: in 16
-    bits results differ by a rounding. On a CPU all stays as it is.
+    bits results differ by a rounding.
     """
     fused: dict[FunctionType, FunctionType] = {}
     for module in root.modules():
@@ -68,7 +69,9 @@ def _calling_ours(forward: FunctionType, theirs: Rotate, fusion: Fusion) -> Func
             return theirs(q, k, cos, sin, *args, **options)
         if q.is_meta:
             return q.clone(), k.clone()  # writes as many numbers
-        from flexeval.engine.compute.rotary_kernel import rotate
+        rotate = host_passes.rotate
+        if q.device.type != "cpu":
+            from flexeval.engine.compute.rotary_kernel import rotate
 
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
@@ -90,5 +93,6 @@ def _fits(x_1NTH: Tensor, cos_1TH: Tensor, sin_1TH: Tensor) -> bool:
         x_1NTH.shape[0] == 1
         and cos_1TH.shape == sin_1TH.shape == shape
         and x_1NTH.shape[-1] % 2 == 0
+        and x_1NTH.dtype == cos_1TH.dtype == sin_1TH.dtype
         and all(tensor.stride(-1) == 1 for tensor in (x_1NTH, cos_1TH, sin_1TH))
     )
