@@ -77,3 +77,4 @@ def let_torch_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tapes hear of torch's operations, and of nothing that is compiled for a CPU."""
     monkeypatch.setattr("flexeval.engine.compute.host_unpack.unpack", lambda *_, **__: False)
     monkeypatch.setattr("flexeval.engine.compute.fusion.has_passes", lambda: False)
+    monkeypatch.setattr("flexeval.engine.compute.few_tokens.has_tiles", lambda: False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +215,16 @@ def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setenv("CC", compiler)
         assert build(2) is None
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the compiler makes no code for these processors")
+@pytest.mark.parametrize("processor", ["haswell", "skylake-avx512", "cooperlake", "sapphirerapids"])
+@pytest.mark.parametrize("source", host_team.SOURCES)
+def test_it_compiles_for_other_processors(source: str, processor: str) -> None:
+    """With vectors half as long, without products of pairs, without a matrix unit, with it."""
+    compiler = shutil.which("gcc") or pytest.skip("no compiler")
+    command = [compiler, f"-march={processor}", "-fsyntax-only", "-Werror", "-w", str(host_team.FOLDER / source)]
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
 
 
 @pytest.mark.parametrize("coding", [None, KVCoding(4, 64)], ids=["plain", "kv4"])

@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVLog, KVShape, make_format
 from flexeval.engine.compute.contexts import DecodeBatch
+from flexeval.engine.compute.few_tokens import multiply_few
 from flexeval.engine.compute.host_decode import can_read
-from flexeval.engine.compute.host_passes import has_passes, multiply_activated, rms_norm, rotate
+from flexeval.engine.compute.host_passes import has_passes, has_tiles, multiply_activated, rms_norm, rotate
 from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompts
 from flexeval.engine.compute.host_softmax import log_sums
 from flexeval.engine.compute.host_team import lent
@@ -24,6 +26,7 @@ from flexeval.planning.rows import AncestorSpan, FreshSpan, RowPlan
 from flexeval.policy.hardware import Hardware
 from flexeval.policy.rates.attention import HEAD_SIZE, LONG_SIZES, SHORT_SIZES, line
 from flexeval.policy.rates.machine import ELEMENTWISE_SIZES, LOGITS_SIZES
+from flexeval.policy.rates.products import FewTokenRates, few_token_rates
 from flexeval.policy.rates.timing import best_seconds
 
 LOG_BYTES = 32 * 2**20
@@ -62,6 +65,14 @@ def with_our_kernels(
         hardware = replace(hardware, single_attention_flops_per_s=flops_per_s)
     if is_dense and (prompts := cpu_prompt_rate(shape, dtype, num_query_heads)):
         hardware = replace(hardware, attention_flops_per_s=prompts.flops_per_s, attention_part_s=prompts.part_s)
+    if few := cpu_few_token_rates(dtype):
+        hardware = replace(
+            hardware,
+            single_product_bytes_per_s=few.single_bytes_per_s,
+            few_product_bytes_per_s=few.few_bytes_per_s,
+            product_s=few.product_s,
+            launch_s=few.launch_s,
+        )
     if elementwise_per_s := cpu_elementwise_rate(dtype):
         hardware = replace(hardware, elementwise_per_s=elementwise_per_s)
     if softmax_per_s := cpu_softmax_rate(dtype):
@@ -109,6 +120,22 @@ def cpu_prompt_rate(shape: KVShape, dtype: torch.dtype, num_query_heads: int) ->
     ]
     pair_s, part_s = line(*seconds)
     return PromptRate(2 * (shape.key_size + shape.value_size) / pair_s, part_s)
+
+
+@cache
+def cpu_few_token_rates(dtype: torch.dtype) -> FewTokenRates | None:
+    """How fast few tokens are multiplied, as linear layers do it; measured once a process.
+
+    None where that is torch's own product of tokens by a matrix: `policy/rates/` measures it.
+    """
+    if dtype != torch.bfloat16 or not has_tiles():
+        return None
+
+    def multiply(x_TI: torch.Tensor, matrix_OI: torch.Tensor) -> torch.Tensor:
+        out_TO = multiply_few(x_TI, matrix_OI, None)
+        return linear(x_TI, matrix_OI) if out_TO is None else out_TO
+
+    return few_token_rates("cpu", dtype, multiply)
 
 
 @cache

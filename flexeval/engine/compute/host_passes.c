@@ -1,5 +1,5 @@
-// What lies between a layer's products, in one pass over its tokens each: RMS norms, rotary positions and gates. Numbers
-// are computed in float32; a piece of work is some rows.
+// What lies between a layer's products, in one pass over its tokens each: RMS norms, rotary positions, gates, and the
+// way back from products of a matrix by tokens. Numbers are computed in float32; a piece of work is some rows.
 //
 // Shapes as in host_passes.py.
 
@@ -7,6 +7,7 @@
 #include "host_vectors.h"
 
 #define PIECE_NUMBERS 8192  // about, of a piece
+#define BLOCKS_A_PIECE 128  // of outputs that are turned
 
 // So many vectors' worth of numbers from the i-th on, or as many as there are: others are 0, and are not written.
 INLINE floats load_at(enum kind kind, const void *numbers, int64_t i, int64_t size) {
@@ -122,6 +123,33 @@ INLINE void rotate_token(enum kind kind, const struct rotate *w, int64_t token) 
     }
 }
 
+// -- Products of a matrix by tokens, token by token -------------------------------------------------------------------
+
+struct turn {
+    const uint16_t *y;  // [O, T] in bfloat16
+    uint16_t *out;      // [T, O]
+    int64_t num_outputs, num_tokens;
+};
+
+#if defined(__AVX512F__)
+// A block of outputs.
+static void turn_block(const struct turn *w, int64_t block) {
+    const int64_t first = block * LANES, count = w->num_outputs - first < LANES ? w->num_outputs - first : LANES;
+    for (int64_t token = 0; token < w->num_tokens; token += LANES) {
+        const int64_t num_tokens = w->num_tokens - token < LANES ? w->num_tokens - token : LANES;
+        floats x[LANES];
+        for (int64_t i = 0; i < LANES; i++)
+            x[i] = i < count ? load_at(BFLOAT16, w->y + (first + i) * w->num_tokens + token, 0, num_tokens) : (floats){0};
+        transpose((__m512i *)x);
+        for (int64_t i = 0; i < num_tokens; i++)
+            store_at(BFLOAT16, w->out + (token + i) * w->num_outputs + first, 0, count, x[i]);
+    }
+}
+
+#else
+static void turn_block(const struct turn *w, int64_t block) {}  // nobody asks for it there
+#endif
+
 // -- Jobs: all of some work, which stays until the job is waited for; NULL without memory -----------------------------
 
 #define PASS(name, function, num_rows, row_numbers)                                                        \
@@ -137,6 +165,17 @@ INLINE void rotate_token(enum kind kind, const struct rotate *w, int64_t token) 
     struct job *flexeval_begin_##name(struct team *team, const struct name *w) {                           \
         return flexeval_begin(team, name##_piece, w, ((num_rows) + rows_of_##name(w) - 1) / rows_of_##name(w)); \
     }
+
+static void turn_piece(const void *work, int64_t piece) {
+    const struct turn *const w = work;
+    const int64_t num_blocks = (w->num_outputs + LANES - 1) / LANES, first = piece * BLOCKS_A_PIECE;
+    for (int64_t block = first; block < first + BLOCKS_A_PIECE && block < num_blocks; block++) turn_block(w, block);
+}
+
+struct job *flexeval_begin_turn(struct team *team, const struct turn *w) {
+    const int64_t num_outputs = BLOCKS_A_PIECE * LANES;
+    return flexeval_begin(team, turn_piece, w, (w->num_outputs + num_outputs - 1) / num_outputs);
+}
 
 #define NORM_ROW(kind) norm_row(kind, w, row)
 #define GATE_ROW(kind) gate_row(kind, w, row)

@@ -1,18 +1,20 @@
 """What lies between a layer's products, in one pass each on the CPU, by our compiled code. Knows tensors; no module.
 
-Shapes: R rows of tokens, D numbers that are normalized together, I inside a block, N heads, T tokens, H size of a head.
+Shapes: R rows of tokens, D numbers that are normalized together, I inside a block, N heads, T tokens, H size of a head,
+O outputs of a product.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from flexeval.engine.compute.host_kinds import KINDS
-from flexeval.engine.compute.host_team import Team, lent
+from flexeval.engine.compute.host_team import Team, lent, library
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}  # as in the source
 
@@ -29,6 +31,13 @@ class _Gate(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("gate", "up", "out")),
         *((name, ctypes.c_int64) for name in ("num_rows", "size", "gate_stride", "up_stride", "kind", "activation")),
+    )
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("y", "out")),
+        *((name, ctypes.c_int64) for name in ("num_outputs", "num_tokens")),
     )
 
 
@@ -82,6 +91,20 @@ def rotate(x_1NTH: Tensor, cos_1TH: Tensor, sin_1TH: Tensor) -> Tensor:
         KINDS[x_1NTH.dtype],
     )
     return _run("rotate", work, out_1TNH).transpose(1, 2)
+
+
+def turn(y_OT: Tensor) -> Tensor:
+    """`y.T`, each token's numbers side by side, in bfloat16; where `has_tiles`."""
+    assert y_OT.is_contiguous() and y_OT.dtype == torch.bfloat16, (y_OT.stride(), y_OT.dtype)
+    out_TO = y_OT.new_empty(y_OT.shape[::-1])
+    return _run("turn", _Turn(y_OT.data_ptr(), out_TO.data_ptr(), *y_OT.shape), out_TO)
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether the processor has a matrix unit for bfloat16, and lets this process use it."""
+    found = library()
+    return found is not None and bool(found.flexeval_has_tiles())
 
 
 def _run(name: str, work: ctypes.Structure, out: Tensor) -> Tensor:

@@ -272,3 +272,6 @@ struct job *flexeval_begin_prompts(struct team *team, const struct prompts *w) {
 int flexeval_prompt_rows(void) { return 0; }
 struct job *flexeval_begin_prompts(struct team *team, const struct prompts *w) { return (void)team, (void)w, NULL; }
 #endif
+
+// Whether the processor has a matrix unit, and lets this process use it.
+int flexeval_has_tiles(void) { return has_tiles(); }

@@ -140,6 +140,8 @@ def library() -> ctypes.CDLL | None:
         ("begin_norm", pointer, pointer, pointer),
         ("begin_gate", pointer, pointer, pointer),
         ("begin_rotate", pointer, pointer, pointer),
+        ("begin_turn", pointer, pointer, pointer),
+        ("has_tiles", ctypes.c_int),
         ("prompt_rows", ctypes.c_int),
         ("wait", ctypes.c_double, pointer, pointer),
         ("drain", None, pointer),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flexeval.engine.codecs.coded import CodedMatrix
+from flexeval.engine.compute.few_tokens import multiply_few
 
 
 class CodedLinear(nn.Linear):
@@ -19,7 +20,8 @@ class CodedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T + bias`."""
         if self.coded is None:
-            return super().forward(x)
+            out = multiply_few(x, self.weight, self.bias)
+            return super().forward(x) if out is None else out
         return self.coded.multiply(x.reshape(-1, x.shape[-1]), self.bias).view(*x.shape[:-1], self.out_features)
 
 

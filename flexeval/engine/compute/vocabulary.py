@@ -73,6 +73,8 @@ class Vocabulary:
             if module is model.get_input_embeddings() or module is model.get_output_embeddings()
         }
         self._embedding = model.get_input_embeddings()
+        if (head := model.get_output_embeddings()) is not None:
+            make_coded(head)
         self._coded: CodedVocabulary | None = None  # of the embedding
 
     def num_bytes(self, name: str, weight: Tensor, codec: Codec | None) -> int:
@@ -99,7 +101,6 @@ class Vocabulary:
                 module.padding_idx = None  # for gradients only, and the rows that it is given are not the vocabulary's
                 self._coded = matrix
             else:
-                make_coded(module)
                 if not isinstance(module, CodedLinear):
                     what = f"a head of the kind {type(module).__name__} cannot be coded"
                     raise UnsupportedModelError(what, mend="Use the setting without -embed")
