@@ -37,9 +37,9 @@ struct prompts {
 #if defined(__AVX512BF16__)
 #define ROWS (96 << HAS_TILE_CODE)  // of a block at most, a multiple of GROUP and of EDGE: the more, the faster products
                                     // are beside bringing keys and values in order
-#define GROUP 6     // rows whose sums are in registers
-#define TILE 64     // keys
-#define MOST 256    // numbers of a head
+#define GROUP 6   // rows whose sums are in registers
+#define TILE 64   // keys
+#define MOST 256  // numbers of a head
 #define LOG2_E 1.44269504f
 
 struct tile {
@@ -47,7 +47,7 @@ struct tile {
     int is_tiled;  // whether the processor's matrix unit multiplies
     int32_t queries[ROWS * MOST / 2], keys[MOST / 2][TILE], values[TILE / 2 * MOST], weights[ROWS][TILE / 2];  // pairs
     float scores[ROWS][TILE], out[ROWS * MOST];
-    float max[ROWS];     // of a row's scores, by log2(e): weights are powers of 2
+    float max[ROWS];     // of a row's scores times log2(e): weights are powers of 2
     floats sums[ROWS];   // of its weights, lane by lane
     float shrink[ROWS];  // factor on what was summed up before, for a larger maximum
     int is_seen[ROWS];   // whether a row sees any of the keys
@@ -123,6 +123,7 @@ INLINE void add_values(struct tile *t, int width, int first, int last, int colum
     }
 }
 
+// The same two by the matrix unit.
 static void score_tiled(struct tile *t, int width, int first, int last) {
     for (int row = first; row < last; row += 2 * EDGE)
         for (int j = 0; j < width; j += 2)
@@ -156,21 +157,6 @@ static void add_values_tiled(struct tile *t, int first, int last, int num_pairs)
     case 3: call(3); break;      \
     default: call(4);            \
     }
-
-// 2^x of numbers up to 0, to 2e-7 of it, as in Cephes' exp2f (Moshier 1989): at least 2^-126, for smaller ones hold the
-// processor up; NaN of NaN, and 0 of what is not wanted.
-INLINE __m512 exp2_of(__m512 x, __mmask16 is_wanted) {
-    x = _mm512_max_ps(_mm512_set1_ps(-126), x);
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), r = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(1.535336188e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.339887440e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618437357e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550332471e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402264791e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472028e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    return _mm512_maskz_scalef_ps(is_wanted, p, whole);
-}
 
 // One row's scores become weights: those of the keys from `first` up to `end`, others 0.
 INLINE void weigh(struct tile *t, const struct prompts *w, int row, int first, int end, int width) {

@@ -116,6 +116,21 @@ INLINE float max_of(floats x) {
 }
 
 #if defined(__AVX512F__)
+// 2^x of numbers up to 0, to 2e-7 of it, as in Cephes' exp2f (Moshier 1989): at least 2^-126, for smaller ones hold the
+// processor up; NaN of NaN, and 0 of what is not wanted.
+INLINE __m512 exp2_of(__m512 x, __mmask16 is_wanted) {
+    x = _mm512_max_ps(_mm512_set1_ps(-126), x);
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), r = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(1.535336188e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.339887440e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618437357e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550332471e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402264791e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472028e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    return _mm512_maskz_scalef_ps(is_wanted, p, whole);
+}
+
 // x[i][j] of 16 vectors becomes x[j][i].
 INLINE void transpose(__m512i x[16]) {
     __m512i y[16];

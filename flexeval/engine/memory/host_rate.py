@@ -33,8 +33,8 @@ LOG_BYTES, LOG_PART = 2 * 2**30, 8
 PRODUCTS_PER_THREAD = 2**29
 """Multiplications of a timed call at most: with few threads, or many queries to a key, memory is not what counts."""
 COPY_BYTES, NUM_COPIED = 128 * 2**20, 8
-"""Of each copy beside it, and how many places they read in turn: what lies in a cache takes nothing of the memory's
-rate, and 104 GB/s were foretold of attention that came to 68 beside a link that read weights."""
+"""Of each copy beside it, and how many places they read in turn, if memory allows: what lies in a cache takes nothing
+of the memory's rate, and 104 GB/s were foretold of attention that came to 68 beside a link that read weights."""
 BUDGET_S = 0.2
 """Of the timed calls; they are two at least. The link alone is timed for as long as the larger one."""
 
@@ -144,9 +144,10 @@ def _copies() -> Iterator[Callable[[Callable[[], object]], float]]:
     Yields:
         What tells the bytes a second that they came to while something else ran.
     """
-    room = page_aligned(NUM_COPIED * COPY_BYTES)
+    num_places = max(1, min(NUM_COPIED, free_host_bytes() // (LOG_PART * COPY_BYTES)))
+    room = page_aligned(num_places * COPY_BYTES)
     pin(room)
-    places, gpu = room.view(NUM_COPIED, COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    places, gpu = room.view(num_places, COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     num_copied, is_over = 0, Event()
 
     def copy() -> None:
@@ -154,7 +155,7 @@ def _copies() -> Iterator[Callable[[Callable[[], object]], float]]:
         with torch.cuda.stream(torch.cuda.Stream()):
             before = torch.cuda.Event()
             while not is_over.is_set():
-                gpu.copy_(places[num_copied % NUM_COPIED], non_blocking=True)
+                gpu.copy_(places[num_copied % num_places], non_blocking=True)
                 before.synchronize()  # another one is in the queue
                 before = torch.cuda.Event()
                 before.record()
