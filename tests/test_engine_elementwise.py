@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
-from policy_cases import LAPTOP
+from policy_cases import LAPTOP, OPT_125M
 from tiny_models import FAMILIES, tiny_config
 
+from flexeval.config import Sparsity
 from flexeval.engine import cpu_rates
 from flexeval.engine.codecs.codec import IntegerCodec
 from flexeval.engine.codecs.kv_format import KVShape
@@ -29,18 +31,28 @@ def test_a_layer_is_counted_as_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results_per_token(anatomy, CPU) == norms + rotary + 2 * inner + 2 * width
 
 
-def test_what_is_one_pass_is_counted_once() -> None:
+@pytest.mark.parametrize("on_cpu_as_well", [False, True])
+def test_what_is_one_pass_is_counted_once(on_cpu_as_well: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for the devices only that do it in one."""
+    monkeypatch.setattr("flexeval.engine.compute.fusion.has_passes", lambda: on_cpu_as_well)
     width, heads, kv_heads, inner = 64, 64, 32, 128
     anatomy = Anatomy(tiny_config("llama"), torch.float32)
-    for device in (GPU, CPU):
-        assert results_per_token(anatomy, device) == 2 * width + heads + kv_heads + inner + 2 * width
+    on_cpu = results_per_token(anatomy, CPU)
+    in_one = results_per_token(anatomy, GPU)
+    assert in_one == 2 * width + heads + kv_heads + inner + 2 * width
+    assert results_per_token(anatomy, CPU) == on_cpu
+    assert (on_cpu == in_one) == on_cpu_as_well
 
 
+@pytest.mark.parametrize(("has_passes", "least"), [(False, 8 * 64), (True, 7 * 64)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_can_be_counted(family: str) -> None:
+def test_every_family_can_be_counted(
+    family: str, has_passes: bool, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexeval.engine.compute.fusion.has_passes", lambda: has_passes)
     anatomy = Anatomy(tiny_config(family), torch.float32)
     most = 64 * 64 * experts_per_token(anatomy.config)
-    assert 5 * 64 < results_per_token(anatomy, CPU) < most
+    assert least < results_per_token(anatomy, CPU) < most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,8 +80,9 @@ def test_our_passes_are_timed_where_there_are_any(dtype: torch.dtype, monkeypatc
 @pytest.mark.parametrize("is_dense", [False, True])
 def test_what_is_planned_with_is_what_the_engine_runs(is_dense: bool) -> None:
     """Chosen keys are attended to by torch."""
-    how = (KVShape(2, 64, 64), torch.bfloat16, None, 4, 64, IntegerCodec(4, 64))
-    machine = cpu_rates.with_our_kernels(LAPTOP, *how, is_dense=is_dense)
+    shape = dataclasses.replace(OPT_125M, sparsity=None if is_dense else Sparsity(method="topk", percent=10))
+    kv = (KVShape(12, 64, 64), torch.bfloat16, None)
+    machine = cpu_rates.with_our_kernels(LAPTOP, shape, kv, IntegerCodec(4, 64))
     assert machine.elementwise_per_s != LAPTOP.elementwise_per_s and machine.softmax_per_s != LAPTOP.softmax_per_s
     assert machine.unpacked_per_s > 0
     assert (machine.single_attention_flops_per_s != LAPTOP.single_attention_flops_per_s) == is_dense

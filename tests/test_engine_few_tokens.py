@@ -9,7 +9,6 @@ from torch.nn.functional import linear
 from flexeval.engine.compute.few_tokens import LEAST_NUMBERS, MAX_TOKENS, multiply_few
 from flexeval.engine.compute.host_passes import has_tiles, turn
 from flexeval.engine.compute.linear import CodedLinear
-from flexeval.engine.cpu_rates import cpu_few_token_rates
 
 BFLOAT16 = torch.bfloat16
 NUM_OUTPUTS, NUM_INPUTS = 1000, 640
@@ -65,10 +64,3 @@ def test_a_linear_layer_multiplies_few_tokens_so(shape: tuple[int, ...], monkeyp
 def test_what_is_turned_is_the_same(shape: tuple[int, int]) -> None:
     y_OT = torch.randn(shape).to(BFLOAT16)
     assert torch.equal(turn(y_OT), y_OT.T)
-
-
-def test_what_the_engine_runs_is_timed() -> None:
-    rates = cpu_few_token_rates(BFLOAT16)
-    assert (rates is not None) == has_tiles() and cpu_few_token_rates(torch.float32) is None
-    if rates is not None:
-        assert 1e8 < rates.few_bytes_per_s < 1e13

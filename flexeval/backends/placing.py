@@ -233,6 +233,5 @@ class Placements:
                     self._hardware, host_attention_bytes_per_s=host.bytes_per_s, attended_link_share=host.link_share
                 )
             elif not is_gpu:
-                sizes, is_dense = (num_heads, self._shape.head_size), opened.sparsity is None
-                self._hardware = with_our_kernels(self._hardware, *self._kv, *sizes, opened.codec, is_dense=is_dense)
+                self._hardware = with_our_kernels(self._hardware, self._shape, self._kv, opened.codec)
         return self._hardware

@@ -8,14 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
 
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVLog, KVShape, make_format
 from flexeval.engine.compute.contexts import DecodeBatch
-from flexeval.engine.compute.few_tokens import multiply_few
 from flexeval.engine.compute.host_decode import can_read
-from flexeval.engine.compute.host_passes import has_passes, has_tiles, multiply_activated, rms_norm, rotate
+from flexeval.engine.compute.host_passes import has_passes, multiply_activated, rms_norm, rotate
 from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompts
 from flexeval.engine.compute.host_softmax import log_sums
 from flexeval.engine.compute.host_team import lent
@@ -26,8 +24,8 @@ from flexeval.planning.rows import AncestorSpan, FreshSpan, RowPlan
 from flexeval.policy.hardware import Hardware
 from flexeval.policy.rates.attention import HEAD_SIZE, LONG_SIZES, SHORT_SIZES, line
 from flexeval.policy.rates.machine import ELEMENTWISE_SIZES, LOGITS_SIZES
-from flexeval.policy.rates.products import FewTokenRates, few_token_rates
 from flexeval.policy.rates.timing import best_seconds
+from flexeval.policy.work import ModelShape
 
 LOG_BYTES = 32 * 2**20
 """Of the log that single tokens attend to: more than a core's own caches."""
@@ -39,40 +37,26 @@ BUDGET_S = 0.02
 
 def with_our_kernels(
     hardware: Hardware,
-    shape: KVShape,
-    dtype: torch.dtype,
-    coding: KVCoding | None,
-    num_query_heads: int,
-    head_size: int,
+    shape: ModelShape,
+    kv: tuple[KVShape, torch.dtype, KVCoding | None],
     codec: Codec | None,
-    *,
-    is_dense: bool,
 ) -> Hardware:
     """A machine whose CPU computes everything, with the rates of what the engine's own kernels do there.
 
     Args:
         hardware: The machine, as measured with torch.
-        shape: Of a token's keys and values.
-        dtype: The type of the arithmetic.
-        coding: What the setting does to keys and values.
-        num_query_heads: Attention heads.
-        head_size: Width of one.
+        shape: The model; where it chooses keys, torch attends.
+        kv: Its keys and values, the type of the arithmetic, and what the setting does to them.
         codec: How weights are packed, if they are.
-        is_dense: Whether all keys are attended to: our kernels do that.
     """
-    if is_dense and (tokens_per_s := cpu_attention_rate(shape, dtype, coding, num_query_heads)):
-        flops_per_s = 4 * head_size * num_query_heads * tokens_per_s
-        hardware = replace(hardware, single_attention_flops_per_s=flops_per_s)
-    if is_dense and (prompts := cpu_prompt_rate(shape, dtype, num_query_heads)):
-        hardware = replace(hardware, attention_flops_per_s=prompts.flops_per_s, attention_part_s=prompts.part_s)
-    if few := cpu_few_token_rates(dtype):
-        hardware = replace(
-            hardware,
-            single_product_bytes_per_s=few.single_bytes_per_s,
-            few_product_bytes_per_s=few.few_bytes_per_s,
-            product_s=few.product_s,
-            launch_s=few.launch_s,
-        )
+    kv_shape, dtype, coding = kv
+    num_heads = shape.num_query_heads
+    if shape.sparsity is None:
+        if tokens_per_s := cpu_attention_rate(kv_shape, dtype, coding, num_heads):
+            flops_per_s = 4 * shape.head_size * num_heads * tokens_per_s
+            hardware = replace(hardware, single_attention_flops_per_s=flops_per_s)
+        if prompts := cpu_prompt_rate(kv_shape, dtype, num_heads):
+            hardware = replace(hardware, attention_flops_per_s=prompts.flops_per_s, attention_part_s=prompts.part_s)
     if elementwise_per_s := cpu_elementwise_rate(dtype):
         hardware = replace(hardware, elementwise_per_s=elementwise_per_s)
     if softmax_per_s := cpu_softmax_rate(dtype):
@@ -123,22 +107,6 @@ def cpu_prompt_rate(shape: KVShape, dtype: torch.dtype, num_query_heads: int) ->
 
 
 @cache
-def cpu_few_token_rates(dtype: torch.dtype) -> FewTokenRates | None:
-    """How fast few tokens are multiplied, as linear layers do it; measured once a process.
-
-    None where that is torch's own product of tokens by a matrix: `policy/rates/` measures it.
-    """
-    if dtype != torch.bfloat16 or not has_tiles():
-        return None
-
-    def multiply(x_TI: torch.Tensor, matrix_OI: torch.Tensor) -> torch.Tensor:
-        out_TO = multiply_few(x_TI, matrix_OI, None)
-        return linear(x_TI, matrix_OI) if out_TO is None else out_TO
-
-    return few_token_rates("cpu", dtype, multiply)
-
-
-@cache
 def cpu_elementwise_rate(dtype: torch.dtype) -> float | None:
     """Numbers a second that our passes, and torch's sums, make of tokens as a layer has them; measured once a process.
 
@@ -146,10 +114,8 @@ def cpu_elementwise_rate(dtype: torch.dtype) -> float | None:
     """
     if not has_passes():
         return None
-    x_TD, angles_1TH = (
-        torch.randn(ELEMENTWISE_SIZES["cpu"]).to(dtype),
-        torch.randn(1, ELEMENTWISE_SIZES["cpu"][0], HEAD_SIZE["cpu"]).to(dtype),
-    )
+    x_TD = torch.randn(ELEMENTWISE_SIZES["cpu"]).to(dtype)
+    angles_1TH = torch.randn(1, len(x_TD), HEAD_SIZE["cpu"]).to(dtype)
 
     def run() -> object:
         normed_TD = rms_norm(x_TD, x_TD[0], 1e-6)

@@ -22,10 +22,6 @@ struct work {
     float softcap;           // 0: none
 };
 
-INLINE int bits_of(enum kind kind) {
-    return kind == FLOAT32 ? 32 : kind == CODES8 ? 8 : kind == CODES4 ? 4 : kind == CODES2 ? 2 : 16;
-}
-
 // Where a block's tokens lie, the last one again behind the last. Returns how many there are.
 INLINE int find_tokens(const struct work *w, int64_t part, int64_t place, int64_t token_bytes, const uint8_t **tokens) {
     const int64_t left = w->bounds[part + 1] - place, count = left < BLOCK ? left : BLOCK;

@@ -9,26 +9,24 @@
 #define PIECE_NUMBERS 8192  // about, of a piece
 #define BLOCKS_A_PIECE 128  // of outputs that are turned
 
-// So many vectors' worth of numbers from the i-th on, or as many as there are: others are 0, and are not written.
+// The i-th of some numbers.
+INLINE void *at(enum kind kind, const void *numbers, int64_t i) {
+    return (uint8_t *)numbers + i * bits_of(kind) / 8;
+}
+
+// A vector of them from the i-th on, or as many as there are: others are 0, and are not written.
 INLINE floats load_at(enum kind kind, const void *numbers, int64_t i, int64_t size) {
-    const int width = kind == FLOAT32 ? 4 : 2;
-    const uint8_t *const place = (const uint8_t *)numbers + i * width;
-    if (i + LANES <= size) return load(kind, place);
+    if (i + LANES <= size) return load(kind, at(kind, numbers, i));
     uint8_t last[4 * LANES] = {0};
-    memcpy(last, place, (size - i) * width);
+    memcpy(last, at(kind, numbers, i), (size - i) * bits_of(kind) / 8);
     return load(kind, last);
 }
 
 INLINE void store_at(enum kind kind, void *numbers, int64_t i, int64_t size, floats x) {
-    const int width = kind == FLOAT32 ? 4 : 2;
     if (i + LANES <= size) return store(kind, numbers, i, x);
     uint8_t last[4 * LANES];
     store(kind, last, 0, x);
-    memcpy((uint8_t *)numbers + i * width, last, (size - i) * width);
-}
-
-INLINE void *at(enum kind kind, const void *numbers, int64_t i) {
-    return (uint8_t *)numbers + i * (kind == FLOAT32 ? 4 : 2);
+    memcpy(at(kind, numbers, i), last, (size - i) * bits_of(kind) / 8);
 }
 
 // A copy of the code for each type.
@@ -131,24 +129,22 @@ struct turn {
     int64_t num_outputs, num_tokens;
 };
 
-#if defined(__AVX512F__)
 // A block of outputs.
 static void turn_block(const struct turn *w, int64_t block) {
-    const int64_t first = block * LANES, count = w->num_outputs - first < LANES ? w->num_outputs - first : LANES;
+#if defined(__AVX512F__)  // nobody asks for it elsewhere
+    const int64_t first = block * LANES;
     for (int64_t token = 0; token < w->num_tokens; token += LANES) {
-        const int64_t num_tokens = w->num_tokens - token < LANES ? w->num_tokens - token : LANES;
-        floats x[LANES];
+        __m512i x[LANES];
         for (int64_t i = 0; i < LANES; i++)
-            x[i] = i < count ? load_at(BFLOAT16, w->y + (first + i) * w->num_tokens + token, 0, num_tokens) : (floats){0};
-        transpose((__m512i *)x);
-        for (int64_t i = 0; i < num_tokens; i++)
-            store_at(BFLOAT16, w->out + (token + i) * w->num_outputs + first, 0, count, x[i]);
+            x[i] = first + i < w->num_outputs
+                       ? (__m512i)load_at(BFLOAT16, w->y + (first + i) * w->num_tokens, token, w->num_tokens)
+                       : _mm512_setzero_si512();
+        transpose(x);
+        for (int64_t i = 0; i < LANES && token + i < w->num_tokens; i++)
+            store_at(BFLOAT16, w->out + (token + i) * w->num_outputs, first, w->num_outputs, (floats)x[i]);
     }
-}
-
-#else
-static void turn_block(const struct turn *w, int64_t block) {}  // nobody asks for it there
 #endif
+}
 
 // -- Jobs: all of some work, which stays until the job is waited for; NULL without memory -----------------------------
 

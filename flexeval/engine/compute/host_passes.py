@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexeval.engine.compute.host_kinds import KINDS
-from flexeval.engine.compute.host_team import Team, lent, library
+from flexeval.engine.compute.host_team import lent, library
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}  # as in the source
 
@@ -51,7 +51,7 @@ class _Rotate(ctypes.Structure):
 
 def has_passes() -> bool:
     """Whether they are compiled."""
-    return _team() is not None
+    return library() is not None
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
@@ -109,7 +109,7 @@ def has_tiles() -> bool:
 
 def _run(name: str, work: ctypes.Structure, out: Tensor) -> Tensor:
     """Do some work now: what it points to is the caller's."""
-    team = _team()
+    team = lent(torch.get_num_threads())
     assert team is not None
     begin: Callable[..., int | None] = getattr(team.library, f"flexeval_begin_{name}")
     team.begin(begin, work, None).wait()
@@ -118,7 +118,3 @@ def _run(name: str, work: ctypes.Structure, out: Tensor) -> Tensor:
 
 def _side_by_side(numbers: Tensor) -> Tensor:
     return numbers if numbers.stride(-1) == 1 else numbers.contiguous()
-
-
-def _team() -> Team | None:
-    return lent(torch.get_num_threads())

@@ -24,6 +24,10 @@ typedef uint8_t bytes_of_lanes __attribute__((vector_size(LANES), aligned(1), ma
 
 enum kind { FLOAT32, FLOAT16, BFLOAT16, CODES8, CODES4, CODES2 };
 
+INLINE int bits_of(enum kind kind) {
+    return kind == FLOAT32 ? 32 : kind == CODES8 ? 8 : kind == CODES4 ? 4 : kind == CODES2 ? 2 : 16;
+}
+
 INLINE floats load(enum kind kind, const uint8_t *numbers) {
     if (kind == FLOAT32) return *(const floats *)numbers;
     if (kind == BFLOAT16) return (floats)(__builtin_convertvector(*(const halves *)numbers, ints) << 16);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -49,11 +49,7 @@ def matmul_rates(device: str, dtype: torch.dtype) -> _ProductRates:
     return _ProductRates(num_operations / seconds, num_operations / cold_s)
 
 
-Multiply = Callable[[torch.Tensor, torch.Tensor], object]
-"""Tokens by a matrix, as `torch.nn.functional.linear` has them."""
-
-
-class FewTokenRates(NamedTuple):
+class _FewTokenRates(NamedTuple):
     """Of products whose time is that of reading matrices."""
 
     single_bytes_per_s: float
@@ -62,24 +58,24 @@ class FewTokenRates(NamedTuple):
     launch_s: float
 
 
-def few_token_rates(device: str, dtype: torch.dtype, multiply: Multiply = linear) -> FewTokenRates:
+def few_token_rates(device: str, dtype: torch.dtype) -> _FewTokenRates:
     """Bytes of matrices a second that one token is multiplied by, and few; what any product takes; a small operation.
 
     A product takes p + bytes / rate: a line through a large and a small matrix, on a CPU. On a GPU p is a launch.
     """
     large = _matrices(device, dtype, *LARGE_MATRIX[device])
     num_bytes = large[0].numel() * large[0].element_size()
-    single_s, few_s = (_product_seconds(large, num_tokens, multiply) for num_tokens in (1, FEW_TOKENS))
+    single_s, few_s = (_product_seconds(large, num_tokens) for num_tokens in (1, FEW_TOKENS))
     launch_s = _launch_seconds(device)
     if device == "cuda":
-        return FewTokenRates(num_bytes / single_s, num_bytes / few_s, 0.0, launch_s)
+        return _FewTokenRates(num_bytes / single_s, num_bytes / few_s, 0.0, launch_s)
     small = _matrices(device, dtype, *SMALL_MATRIX)
     small_share = small[0].numel() / large[0].numel()
     # Not all of the shortest is what any product takes: timings scatter.
-    product_s = max(0.0, (_product_seconds(small, FEW_TOKENS, multiply) - small_share * few_s) / (1 - small_share))
+    product_s = max(0.0, (_product_seconds(small, FEW_TOKENS) - small_share * few_s) / (1 - small_share))
     product_s = min(product_s, single_s / 2, few_s / 2)
-    launch_s = max(launch_s, _launch_seconds_between(large, multiply))
-    return FewTokenRates(num_bytes / (single_s - product_s), num_bytes / (few_s - product_s), product_s, launch_s)
+    launch_s = max(launch_s, _launch_seconds_between(large))
+    return _FewTokenRates(num_bytes / (single_s - product_s), num_bytes / (few_s - product_s), product_s, launch_s)
 
 
 def _matrices(device: str, dtype: torch.dtype, outputs: int, inputs: int) -> list[torch.Tensor]:
@@ -88,18 +84,18 @@ def _matrices(device: str, dtype: torch.dtype, outputs: int, inputs: int) -> lis
     return [matrix.clone() for _ in range(num)]
 
 
-def _product_seconds(matrices: Sequence[torch.Tensor], num_tokens: int, multiply: Multiply) -> float:
+def _product_seconds(matrices: Sequence[torch.Tensor], num_tokens: int) -> float:
     """Of one product of so many tokens, with matrices in turns."""
     tokens = torch.randn(num_tokens, matrices[0].shape[1], device=matrices[0].device).to(matrices[0].dtype)
 
     def run() -> None:
         for right in matrices:
-            multiply(tokens, right)
+            linear(tokens, right)
 
     return best_seconds(run, matrices[0].device.type, budget_s=FAST_BUDGET_S) / len(matrices)
 
 
-def _launch_seconds_between(matrices: Sequence[torch.Tensor], multiply: Multiply) -> float:
+def _launch_seconds_between(matrices: Sequence[torch.Tensor]) -> float:
     """Of a small operation between products: what a CPU knows of it has left its caches by then.
 
     The difference of two loops, which are timed in turns, so that whatever else the CPU does meets both.
@@ -109,7 +105,7 @@ def _launch_seconds_between(matrices: Sequence[torch.Tensor], multiply: Multiply
     def seconds(num_operations: int) -> float:
         start = time.perf_counter()
         for right in matrices:
-            multiply(tokens, right)
+            linear(tokens, right)
             for _ in range(num_operations):
                 number.add_(1)
         return time.perf_counter() - start
