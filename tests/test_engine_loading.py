@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +18,10 @@ from flexeval.engine.codecs.codec import Codec, IntegerCodec
 from flexeval.engine.codecs.hqq import HqqCodec
 from flexeval.engine.compute.anatomy import Anatomy
 from flexeval.engine.executor import Executor
-from flexeval.engine.memory.disk import DiskTier
+from flexeval.engine.memory.disk import DiskExtent, DiskTier
 from flexeval.engine.memory.slab import SlabLayout
 from flexeval.engine.random_checkpoint import RandomCheckpoint
-from flexeval.errors import CapacityError, ModelError
+from flexeval.errors import CapacityError, DiskError, ModelError
 from flexeval.policy.policy import Policy, Split
 from flexeval.policy.policy import Tier as TierName
 from flexeval.request import TokenResult
@@ -245,6 +246,52 @@ def test_host_memory_holds_about_two_layers_while_all_is_put_on_disk(
     monkeypatch.setattr(SlabLayout, "pack_into", pack)
     Run(tmp_path, ON_DISK)
     assert most == 2 * layer_bytes
+
+
+def test_a_layer_is_packed_while_the_one_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing the first waits for the second to be packed: one after the other, it would time out."""
+    packed = [threading.Event() for _ in range(4)]
+    pack_into, write, num_written = SlabLayout.pack_into, DiskExtent.write, 0
+
+    def pack(self: SlabLayout, tensors: dict[str, torch.Tensor], slab: torch.Tensor, *, device: torch.device) -> None:
+        pack_into(self, tensors, slab, device=device)
+        next(event for event in packed if not event.is_set()).set()
+
+    def wait_and_write(self: DiskExtent, data: torch.Tensor, offset: int = 0) -> None:
+        nonlocal num_written
+        num_written += 1
+        assert packed[min(num_written, 3)].wait(timeout=30)
+        write(self, data, offset)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(SlabLayout, "pack_into", pack)
+        patches.setattr(DiskExtent, "write", wait_and_write)
+        beside = Run(tmp_path, ON_DISK, codec=IntegerCodec(4, 32))
+    assert num_written == len(kept_layers(tmp_path)) == 4
+    assert beside.plain == Run(tmp_path / "other", IN_MEMORY, codec=IntegerCodec(4, 32)).plain
+    assert Run(tmp_path, ON_DISK, codec=IntegerCodec(4, 32)).layers_read == [], "each file's digest is its own"
+
+
+@pytest.mark.parametrize("failing", [0, 2, 3])
+def test_a_layer_that_cannot_be_written_ends_the_loading_and_leaves_whole_layers(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, num_written = DiskExtent.write, 0
+
+    def fail(self: DiskExtent, data: torch.Tensor, offset: int = 0) -> None:
+        nonlocal num_written
+        num_written += 1
+        if num_written > failing:
+            raise DiskError("broken sector")
+        write(self, data, offset)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(DiskExtent, "write", fail)
+        with pytest.raises(DiskError, match="broken sector"):
+            Run(tmp_path, ON_DISK)
+    assert [path.name for path in kept_layers(tmp_path)] == [f"layer-{layer:04d}.bin" for layer in range(failing)]
+    assert [path.name for path in tmp_path.iterdir()] == (["prepared"] if failing else [])
+    assert Run(tmp_path, ON_DISK).layers_read == list(range(failing, 4))
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -166,13 +165,6 @@ class DiskExtent:
                 for start, stop in edges:
                     edge = data[start - offset : stop - offset].cpu()
                     self.tier.io.write(file, bytes_of(edge), start)
-
-    def sha256(self) -> str:
-        """Of all of the file, as it came to rest. Raises `DiskError`."""
-        with self.tier.opened(self._path, os.O_RDONLY, is_aligned=False) as file:
-            os.fsync(file)
-            with os.fdopen(os.dup(file), "rb") as whole:
-                return hashlib.file_digest(whole, "sha256").hexdigest()
 
     def keep_as(self, path: Path) -> None:
         """Let the file outlive the run, under another name in the tier's folder: there whole or not at all."""

@@ -1,7 +1,7 @@
 """Bringing every layer's slab to where it rests. Knows checkpoints, layouts and tiers; not how slabs are used.
 
-Beside what rests there, host memory never holds more than about two layers. What goes to disk comes first, while the
-memory for the others is still free.
+Beside what rests there, host memory never holds more than about two layers, and two slabs on their way to disk. What
+goes to disk comes first, while the memory for the others is still free.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from flexeval.engine.checkpoint import Checkpoint
 from flexeval.engine.memory.disk import DiskExtent
 from flexeval.engine.memory.packing import Packer
-from flexeval.engine.memory.page_lock import page_aligned
 from flexeval.engine.memory.prepared import PreparedLayers
 from flexeval.engine.memory.slab import SlabLayout
+from flexeval.engine.memory.storing import Storing
 from flexeval.engine.memory.tier import Extent, Tier
 from flexeval.policy.policy import Tier as TierName
 
@@ -51,39 +50,37 @@ def load_layers(
     found = prepared.find(order) if prepared else dict.fromkeys(order)
     missing = [layer for layer in order if found[layer] is None]
     extents: dict[int, Extent] = {}
-    packer = Packer(checkpoint, layouts, missing, layers_name=layers_name, device=device)
+
+    def keep(layer: int, extent: DiskExtent, digest: str) -> None:
+        if prepared is not None:
+            prepared.keep(layer, extent, digest)
+
     try:
-        for num_before, layer in enumerate(order):
-            tier, ready = tiers[layer], found[layer]
-            if ready is not None and tier is ready.tier:
-                extents[layer] = ready
-            else:
-                extents[layer] = tier.allocate(layouts[layer].num_bytes)
-                _fill(extents[layer], ready, partial(packer.fill, layer))
-                if prepared is not None and isinstance(extent := extents[layer], DiskExtent):
-                    prepared.keep(layer, extent)
-            found[layer] = None
-            on_layer(num_before)
+        with (
+            Packer(checkpoint, layouts, missing, layers_name=layers_name, device=device) as packer,
+            Storing(keep) as storing,
+        ):
+            for num_before, layer in enumerate(order):
+                tier, ready = tiers[layer], found[layer]
+                if ready is not None and tier is ready.tier:
+                    extents[layer] = ready
+                else:
+                    extent = extents[layer] = tier.allocate(layouts[layer].num_bytes)
+                    memory = extent.memory()
+                    if ready is not None:
+                        assert memory is not None
+                        ready.read(memory)
+                        ready.free()
+                    elif memory is not None:
+                        packer.fill(layer, memory)
+                    else:
+                        assert isinstance(extent, DiskExtent)
+                        storing.store(layer, extent, partial(packer.fill, layer))
+                found[layer] = None
+                on_layer(num_before)
     except BaseException:
         for taken in {*extents.values(), *found.values()}:
             if taken is not None:
                 taken.free()
         raise
-    finally:
-        packer.close()
     return [extents[layer] for layer in range(len(layouts))]
-
-
-def _fill(extent: Extent, ready: DiskExtent | None, pack: Callable[[Tensor], None]) -> None:
-    """Put a slab into its place: as it is `ready` on disk, else packed."""
-    memory = extent.memory()
-    if ready is not None:
-        assert memory is not None
-        ready.read(memory)
-        ready.free()
-    elif memory is not None:
-        pack(memory)
-    else:
-        slab = page_aligned(extent.num_bytes).zero_()  # equal layers make equal files, gaps included
-        pack(slab)
-        extent.write(slab)

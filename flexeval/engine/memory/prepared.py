@@ -65,14 +65,14 @@ class PreparedLayers:
             raise ModelError(what, where=str(path), mend=f"Check the disk, or delete {path.parent}") from error
         return True
 
-    def keep(self, layer: int, extent: DiskExtent) -> None:
-        """Let a layer's slab, written to `extent`, serve later runs as well."""
+    def keep(self, layer: int, extent: DiskExtent, sha256: str) -> None:
+        """Let a layer's slab, written to `extent`, serve later runs as well; `sha256` is of all of its file."""
         if self._folder is None:
             self._folder = self._disk.shelf.take(self._content.name)
             layer_bytes = [layout.num_bytes for layout in self._layouts]
             write_json(self._folder.path / _MANIFEST, asdict(self._content) | {"layer_bytes": layer_bytes})
         path = self._path(self._folder, layer)
-        write_text(path.with_suffix(_DIGEST), extent.sha256())
+        write_text(path.with_suffix(_DIGEST), sha256)
         extent.keep_as(path)
 
     def close(self) -> None:
