@@ -78,3 +78,4 @@ def let_torch_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexeval.engine.compute.host_unpack.unpack", lambda *_, **__: False)
     monkeypatch.setattr("flexeval.engine.compute.fusion.has_passes", lambda: False)
     monkeypatch.setattr("flexeval.engine.compute.few_tokens.has_tiles", lambda: False)
+    monkeypatch.setattr("flexeval.engine.compute.few_tokens.has_products", lambda: False)

@@ -13,7 +13,8 @@ from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVLog, KVShape, make_format
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.host_decode import can_read
-from flexeval.engine.compute.host_passes import has_passes, multiply_activated, rms_norm, rotate
+from flexeval.engine.compute.host_passes import has_passes, has_tiles, multiply_activated, rms_norm, rotate
+from flexeval.engine.compute.host_products import has_products, multiply
 from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompts
 from flexeval.engine.compute.host_softmax import log_sums
 from flexeval.engine.compute.host_team import lent
@@ -24,6 +25,7 @@ from flexeval.planning.rows import AncestorSpan, FreshSpan, RowPlan
 from flexeval.policy.hardware import Hardware
 from flexeval.policy.rates.attention import HEAD_SIZE, LONG_SIZES, SHORT_SIZES, line
 from flexeval.policy.rates.machine import ELEMENTWISE_SIZES, LOGITS_SIZES
+from flexeval.policy.rates.products import ReadingRates, reading_rates
 from flexeval.policy.rates.timing import best_seconds
 from flexeval.policy.work import ModelShape
 
@@ -61,6 +63,13 @@ def with_our_kernels(
         hardware = replace(hardware, elementwise_per_s=elementwise_per_s)
     if softmax_per_s := cpu_softmax_rate(dtype):
         hardware = replace(hardware, softmax_per_s=softmax_per_s)
+    if reading := cpu_reading_rates(dtype):
+        hardware = replace(
+            hardware,
+            single_product_bytes_per_s=reading.single_bytes_per_s,
+            few_product_bytes_per_s=reading.few_bytes_per_s,
+            product_s=reading.product_s,
+        )
     if codec is not None:
         hardware = replace(hardware, unpacked_per_s=cpu_unpack_rate(codec, dtype))
     return hardware
@@ -136,6 +145,17 @@ def cpu_softmax_rate(dtype: torch.dtype) -> float | None:
         return None
     logits_RV = torch.randn(*LOGITS_SIZES).to(dtype)
     return logits_RV.numel() / best_seconds(partial(log_sums, logits_RV), "cpu", budget_s=BUDGET_S)
+
+
+@cache
+def cpu_reading_rates(dtype: torch.dtype) -> ReadingRates | None:
+    """How few tokens are multiplied where the CPU computes everything and our code does it; measured once a process.
+
+    None where torch does it: `policy/rates/` measures that, which with a matrix unit is 3 % off.
+    """
+    if dtype != torch.bfloat16 or has_tiles() or not has_products():
+        return None
+    return reading_rates("cpu", dtype, partial(multiply, bias_O=None), budget_s=BUDGET_S)
 
 
 def cpu_unpack_rate(codec: Codec, dtype: torch.dtype) -> float:

@@ -28,6 +28,7 @@ SOURCES = (
     "host_softmax.c",
     "host_unpack.c",
     "host_passes.c",
+    "host_products.c",
 )
 HEADERS = ("host_team.h", "host_decode.h", "host_codes.h", "host_bytes.h", "host_tiles.h", "host_vectors.h")
 
@@ -141,6 +142,8 @@ def library() -> ctypes.CDLL | None:
         ("begin_gate", pointer, pointer, pointer),
         ("begin_rotate", pointer, pointer, pointer),
         ("begin_turn", pointer, pointer, pointer),
+        ("begin_product", pointer, pointer, pointer),
+        ("has_products", ctypes.c_int),
         ("has_tiles", ctypes.c_int),
         ("prompt_rows", ctypes.c_int),
         ("wait", ctypes.c_double, pointer, pointer),

@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 from flexeval.policy.rates.attention import HEAD_SIZE, attention_rates
 from flexeval.policy.rates.disk import disk_rates
-from flexeval.policy.rates.products import few_token_rates, matmul_rates
+from flexeval.policy.rates.products import launch_seconds, matmul_rates, reading_rates
 from flexeval.policy.rates.timing import FAST_BUDGET_S, best_seconds
 
 PROBE_BYTES = 32 * 2**20
@@ -27,7 +27,7 @@ def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path |
     """The rates of `Hardware` by their names there, in about a second. Raises `ConfigError`."""
     flops_per_s, cold_flops_per_s = matmul_rates(device, dtype)
     to_gpu, from_gpu = _link_rates() if device == "cuda" else (0.0, 0.0)
-    single, few, product_s, launch_s = few_token_rates(device, dtype)
+    reading = reading_rates(device, dtype)
     attention, (softmax, ranking) = attention_rates(device, dtype), _logits_rates(device, dtype)
     disk_read, disk_write = disk_rates(disk_dir) if disk_dir else (0.0, 0.0)
     return {
@@ -37,9 +37,9 @@ def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path |
         "disk_write_bytes_per_s": disk_write,
         "flops_per_s": flops_per_s,
         "cold_speedup": max(1.0, cold_flops_per_s / flops_per_s),
-        "single_product_bytes_per_s": single,
-        "few_product_bytes_per_s": few,
-        "product_s": product_s,
+        "single_product_bytes_per_s": reading.single_bytes_per_s,
+        "few_product_bytes_per_s": reading.few_bytes_per_s,
+        "product_s": reading.product_s,
         "attention_flops_per_s": attention.flops_per_s,
         "attention_part_s": attention.part_s,
         "single_attention_flops_per_s": attention.single_flops_per_s,
@@ -47,7 +47,7 @@ def measure(device: Literal["cuda", "cpu"], dtype: torch.dtype, disk_dir: Path |
         "softmax_per_s": softmax,
         "ranking_per_s": ranking,
         "memory_bytes_per_s": _memory_rate(device),
-        "launch_s": launch_s,
+        "launch_s": launch_seconds(device, dtype),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -49,33 +49,48 @@ def matmul_rates(device: str, dtype: torch.dtype) -> _ProductRates:
     return _ProductRates(num_operations / seconds, num_operations / cold_s)
 
 
-class _FewTokenRates(NamedTuple):
+class ReadingRates(NamedTuple):
     """Of products whose time is that of reading matrices."""
 
     single_bytes_per_s: float
+    """By one token."""
     few_bytes_per_s: float
+    """By `FEW_TOKENS`."""
     product_s: float
-    launch_s: float
+    """What any product takes besides."""
 
 
-def few_token_rates(device: str, dtype: torch.dtype) -> _FewTokenRates:
-    """Bytes of matrices a second that one token is multiplied by, and few; what any product takes; a small operation.
+Multiply = Callable[[torch.Tensor, torch.Tensor], object]
+"""`x @ W.T` of tokens `[T, I]` and a matrix `[O, I]`."""
 
-    A product takes p + bytes / rate: a line through a large and a small matrix, on a CPU. On a GPU p is a launch.
+
+def reading_rates(
+    device: str, dtype: torch.dtype, multiply: Multiply = linear, *, budget_s: float = FAST_BUDGET_S
+) -> ReadingRates:
+    """How few tokens are multiplied: a product takes p + bytes / rate, a line through a large matrix and a small.
+
+    On a GPU p is a launch.
     """
     large = _matrices(device, dtype, *LARGE_MATRIX[device])
     num_bytes = large[0].numel() * large[0].element_size()
-    single_s, few_s = (_product_seconds(large, num_tokens) for num_tokens in (1, FEW_TOKENS))
-    launch_s = _launch_seconds(device)
+    single_s, few_s = (_product_seconds(large, multiply, num_tokens, budget_s) for num_tokens in (1, FEW_TOKENS))
     if device == "cuda":
-        return _FewTokenRates(num_bytes / single_s, num_bytes / few_s, 0.0, launch_s)
+        return ReadingRates(num_bytes / single_s, num_bytes / few_s, 0.0)
     small = _matrices(device, dtype, *SMALL_MATRIX)
     small_share = small[0].numel() / large[0].numel()
     # Not all of the shortest is what any product takes: timings scatter.
-    product_s = max(0.0, (_product_seconds(small, FEW_TOKENS) - small_share * few_s) / (1 - small_share))
+    small_s = _product_seconds(small, multiply, FEW_TOKENS, budget_s)
+    product_s = max(0.0, (small_s - small_share * few_s) / (1 - small_share))
     product_s = min(product_s, single_s / 2, few_s / 2)
-    launch_s = max(launch_s, _launch_seconds_between(large))
-    return _FewTokenRates(num_bytes / (single_s - product_s), num_bytes / (few_s - product_s), product_s, launch_s)
+    return ReadingRates(num_bytes / (single_s - product_s), num_bytes / (few_s - product_s), product_s)
+
+
+def launch_seconds(device: str, dtype: torch.dtype) -> float:
+    """What a small operation takes; on a CPU, between products."""
+    launch_s = _launch_seconds(device)
+    if device == "cpu":
+        launch_s = max(launch_s, _launch_seconds_between(_matrices(device, dtype, *LARGE_MATRIX[device])))
+    return launch_s
 
 
 def _matrices(device: str, dtype: torch.dtype, outputs: int, inputs: int) -> list[torch.Tensor]:
@@ -84,15 +99,15 @@ def _matrices(device: str, dtype: torch.dtype, outputs: int, inputs: int) -> lis
     return [matrix.clone() for _ in range(num)]
 
 
-def _product_seconds(matrices: Sequence[torch.Tensor], num_tokens: int) -> float:
+def _product_seconds(matrices: Sequence[torch.Tensor], multiply: Multiply, num_tokens: int, budget_s: float) -> float:
     """Of one product of so many tokens, with matrices in turns."""
     tokens = torch.randn(num_tokens, matrices[0].shape[1], device=matrices[0].device).to(matrices[0].dtype)
 
     def run() -> None:
         for right in matrices:
-            linear(tokens, right)
+            multiply(tokens, right)
 
-    return best_seconds(run, matrices[0].device.type, budget_s=FAST_BUDGET_S) / len(matrices)
+    return best_seconds(run, matrices[0].device.type, budget_s=budget_s) / len(matrices)
 
 
 def _launch_seconds_between(matrices: Sequence[torch.Tensor]) -> float:
