@@ -6,14 +6,19 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from flexeval.engine.compute.few_tokens import LEAST_NUMBERS, MAX_READ_TOKENS, MAX_TOKENS, multiply_few
+from flexeval.engine.compute.few_tokens import (
+    LEAST_TURNED_NUMBERS,
+    MAX_READ_TOKENS,
+    MAX_TURNED_TOKENS,
+    multiply_few,
+)
 from flexeval.engine.compute.host_passes import has_tiles, turn
 from flexeval.engine.compute.host_products import has_products, multiply
 from flexeval.engine.compute.linear import CodedLinear
 
 BFLOAT16 = torch.bfloat16
 NUM_OUTPUTS, NUM_INPUTS = 1000, 640
-assert NUM_OUTPUTS * NUM_INPUTS >= LEAST_NUMBERS
+assert NUM_OUTPUTS * NUM_INPUTS >= LEAST_TURNED_NUMBERS
 needs_tiles = pytest.mark.skipif(not has_tiles(), reason="the processor has no matrix unit")
 needs_products = pytest.mark.skipif(not has_products(), reason="the processor adds up no products of pairs")
 needs_either = pytest.mark.skipif(not (has_tiles() or has_products()), reason="the processor has neither")
@@ -28,7 +33,7 @@ def assert_multiplied(
 
 
 @needs_either
-@pytest.mark.parametrize("num_tokens", [2, 15, 16, 17, MAX_READ_TOKENS])
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 9, 16, 17, MAX_READ_TOKENS])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_few_tokens_are_multiplied_as_float64_does(num_tokens: int, has_bias: bool) -> None:
     x_TI = torch.randn(num_tokens, 2 * NUM_INPUTS).to(BFLOAT16)[:, :NUM_INPUTS]  # rows that do not follow each other
@@ -71,7 +76,7 @@ def test_what_is_no_number_stays_none() -> None:
     [
         pytest.param(torch.randn(4, NUM_INPUTS), id="float32"),
         pytest.param(torch.randn(0, NUM_INPUTS).to(BFLOAT16), id="none"),
-        pytest.param(torch.randn(MAX_TOKENS + 1, NUM_INPUTS).to(BFLOAT16), id="many"),
+        pytest.param(torch.randn(MAX_TURNED_TOKENS + 1, NUM_INPUTS).to(BFLOAT16), id="many"),
     ],
 )
 def test_other_products_are_as_ever(x: torch.Tensor) -> None:
@@ -79,12 +84,8 @@ def test_other_products_are_as_ever(x: torch.Tensor) -> None:
 
 
 @needs_tiles
-@pytest.mark.parametrize("num_tokens, num_inputs", [(1, NUM_INPUTS), (4, 64)], ids=["one token", "small matrix"])
-def test_a_matrix_unit_is_for_large_products(num_tokens: int, num_inputs: int) -> None:
-    x_TI, matrix_OI = (
-        torch.randn(num_tokens, num_inputs).to(BFLOAT16),
-        torch.randn(NUM_OUTPUTS, num_inputs).to(BFLOAT16),
-    )
+def test_small_matrices_are_not_turned() -> None:
+    x_TI, matrix_OI = torch.randn(16, 64).to(BFLOAT16), torch.randn(NUM_OUTPUTS, 64).to(BFLOAT16)
     assert multiply_few(x_TI, matrix_OI, None) is None
 
 

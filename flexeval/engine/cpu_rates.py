@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVLog, KVShape, make_format
 from flexeval.engine.compute.contexts import DecodeBatch
+from flexeval.engine.compute.few_tokens import multiply_few
 from flexeval.engine.compute.host_decode import can_read
-from flexeval.engine.compute.host_passes import has_passes, has_tiles, multiply_activated, rms_norm, rotate
-from flexeval.engine.compute.host_products import has_products, multiply
+from flexeval.engine.compute.host_passes import has_passes, multiply_activated, rms_norm, rotate
+from flexeval.engine.compute.host_products import has_products
 from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompts
 from flexeval.engine.compute.host_softmax import log_sums
 from flexeval.engine.compute.host_team import lent
@@ -149,13 +151,18 @@ def cpu_softmax_rate(dtype: torch.dtype) -> float | None:
 
 @cache
 def cpu_reading_rates(dtype: torch.dtype) -> ReadingRates | None:
-    """How few tokens are multiplied where the CPU computes everything and our code does it; measured once a process.
+    """How few tokens are multiplied where the CPU computes everything; measured once a process.
 
-    None where torch does it: `policy/rates/` measures that, which with a matrix unit is 3 % off.
+    None where torch does it all: `policy/rates/` measures that.
     """
-    if dtype != torch.bfloat16 or has_tiles() or not has_products():
+    if not has_products() or dtype != torch.bfloat16:
         return None
-    return reading_rates("cpu", dtype, partial(multiply, bias_O=None), budget_s=BUDGET_S)
+
+    def multiply(x_TI: torch.Tensor, matrix_OI: torch.Tensor) -> torch.Tensor:
+        out_TO = multiply_few(x_TI, matrix_OI, None)
+        return linear(x_TI, matrix_OI) if out_TO is None else out_TO
+
+    return reading_rates("cpu", dtype, multiply, budget_s=BUDGET_S)
 
 
 def cpu_unpack_rate(codec: Codec, dtype: torch.dtype) -> float:
