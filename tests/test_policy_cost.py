@@ -10,8 +10,12 @@ from flexeval.policy.computing import (
     KERNELS_PER_CALL,
     OPERATIONS_PER_RECORDED_STEP,
     OPERATIONS_PER_STEP,
+    OPERATIONS_PER_SWEEP,
+    OPERATIONS_TO_RECORD,
     OTHERS_POWER,
+    PACKED_EXPERTS_RATE,
     PACKED_RATE,
+    RECORDED_KERNEL_S,
     attention_seconds,
     product_seconds,
 )
@@ -34,7 +38,9 @@ FLEXGEN_30B = Policy(
 """FlexGen's published policy (table 2 and appendix): 20/80, 0/100, 0/100, 48 x 3."""
 TOPK = Setting.parse("topk10").sparsity
 UNRECORDED_S = (OPERATIONS_PER_STEP - OPERATIONS_PER_RECORDED_STEP) * T4.launch_s
-"""What a row that decodes takes longer at a layer whose launches are not recorded."""
+"""What Python takes longer for a row that decodes at a layer whose launches are not recorded, ..."""
+LAUNCHED_S = KERNELS_PER_CALL * (T4.launch_s - RECORDED_KERNEL_S)
+"""... and the GPU."""
 
 
 def cost_of(policy: Policy, shape: ModelShape, workload: Workload, hardware: Hardware):
@@ -216,10 +222,13 @@ def test_few_tokens_read_packed_weights_as_they_rest():
     before, after = (cost_of(policy, shape, generating(16), T4) for shape in (unpacked, as_it_rests))
     unpacking_bytes = unpacked.layer_bytes + 2 * unpacked.layer_compute_bytes
     saved_s = 31 * 48 * (unpacking_bytes - unpacked.layer_bytes / PACKED_RATE) / T4.memory_bytes_per_s
-    saved_s += 31 * 48 * UNRECORDED_S
+    saved_s += 31 * 48 * (UNRECORDED_S + LAUNCHED_S)
     saved = before.lanes["decode"][Lane.COMPUTE] - after.lanes["decode"][Lane.COMPUTE]
     assert saved == pytest.approx(saved_s, rel=1e-6)
     assert before.lanes["prefill"] == after.lanes["prefill"]
+    experts = cost_of(policy, replace(as_it_rests, num_experts=2, experts_per_token=2), generating(16), T4)
+    more_s = 31 * 48 * unpacked.layer_bytes * (1 / PACKED_EXPERTS_RATE - 1 / PACKED_RATE) / T4.memory_bytes_per_s
+    assert experts.lanes["decode"][Lane.COMPUTE] - after.lanes["decode"][Lane.COMPUTE] == pytest.approx(more_s)
 
 
 def test_a_short_sweep_moves_and_reads_only_the_experts_its_tokens_choose():
@@ -259,7 +268,7 @@ def test_packed_weights_move_less_and_unpack_once_a_layer():
     lanes = plain.lanes["decode"], w4.lanes["decode"]
     assert (lanes[0][Lane.TO_GPU] - lanes[1][Lane.TO_GPU]) * 12e9 == pytest.approx(saved_bytes)
     unpack_s = 31 * 48 * (packed.layer_bytes + packed.layer_compute_bytes) / T4.memory_bytes_per_s
-    unrecorded_s = 31 * 48 * 3 * UNRECORDED_S  # groups of 48
+    unrecorded_s = 31 * 48 * 3 * (UNRECORDED_S + LAUNCHED_S)  # groups of 48
     assert lanes[1][Lane.COMPUTE] - lanes[0][Lane.COMPUTE] == pytest.approx(unpack_s + unrecorded_s)
     saved_room = 12 * (OPT_30B.layer_bytes - packed.layer_bytes)  # ten layers and two buffers
     assert plain.peak_bytes[Tier.GPU] - w4.peak_bytes[Tier.GPU] == saved_room - packed.layer_compute_bytes
@@ -333,8 +342,8 @@ def test_a_step_on_the_gpu_alone_is_one_recording_where_there_can_be_one():
     alone = opt(8, 1024, 16)
     slow = replace(T4, launch_s=10 * T4.launch_s)
     for shape, num_operations in (
-        (alone, 0),
-        (replace(alone, is_recordable=False), OPERATIONS_PER_STEP),
+        (alone, OPERATIONS_TO_RECORD / 31),
+        (replace(alone, is_recordable=False), OPERATIONS_PER_STEP + KERNELS_PER_CALL),
         (
             replace(alone, sparsity=Setting.parse("topk10").sparsity, value_bytes_per_token=2048),
             OPERATIONS_PER_RECORDED_STEP,
@@ -342,7 +351,7 @@ def test_a_step_on_the_gpu_alone_is_one_recording_where_there_can_be_one():
     ):
         one, other = (cost_of(policy, shape, work, hardware).lanes["decode"][Lane.COMPUTE] for hardware in (T4, slow))
         launches = (other - one) / (31 * 8 * 9 * T4.launch_s)
-        assert launches == pytest.approx(num_operations + KERNELS_PER_CALL, rel=0.01)
+        assert launches == pytest.approx(num_operations + OPERATIONS_PER_SWEEP / 8, rel=0.01)
 
 
 def test_a_gpu_at_its_limit_of_power_takes_as_long_as_the_energy_of_all():
@@ -385,7 +394,7 @@ def test_a_layer_on_a_cpu_takes_its_operations_its_attention_and_python():
         faster = replace(LAPTOP, **{rate: 2 * getattr(LAPTOP, rate)})
         assert before - cost_of(Policy(), shape, work, faster).total_s == pytest.approx(seconds / 2)
     slow = cost_of(Policy(), shape, work, replace(LAPTOP, launch_s=2 * LAPTOP.launch_s)).total_s
-    assert slow - before == pytest.approx(OPERATIONS_PER_STEP * LAPTOP.launch_s)
+    assert slow - before == pytest.approx((OPERATIONS_PER_STEP + OPERATIONS_PER_SWEEP) * LAPTOP.launch_s)
     of_seven = cost_of(Policy(), replace(shape, num_matrices=7), work, LAPTOP).total_s
     assert of_seven - before == pytest.approx(7 * LAPTOP.product_s), "one call, and no product is free"
 

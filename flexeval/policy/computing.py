@@ -19,14 +19,21 @@ if TYPE_CHECKING:  # hardware.py measures with torch; predicting must not need i
 
 KERNELS_PER_CALL = 24
 """Kernels a decoder layer launches: 7 matrix products, 2 norms, rotary, attention, activation, residuals, KV append."""
-OPERATIONS_PER_STEP, OPERATIONS_PER_RECORDED_STEP = 200, 80
+OPERATIONS_PER_STEP, OPERATIONS_PER_RECORDED_STEP = 200, 100
 """Small operations that take as long as Python for a row that decodes at a layer, beside a GPU's lanes: about 1 ms, and
-0.4 where what comes before and after its attention is recorded. Where weights and KV stay on the GPU, a step is one
+0.5 where what comes before and after its attention is recorded. Where weights and KV stay on the GPU, a step is one
 recording instead. On a CPU any layer call takes as long as the first."""
+OPERATIONS_TO_RECORD = 140
+"""The same for a layer that goes into that recording, and for the steps before it (NVIDIA H200, two dense models: 60 to
+80, and 4 steps of up to 20 more than a recorded one)."""
+OPERATIONS_PER_SWEEP = 100
+"""The same from one sweep to the next: about 1 ms."""
+RECORDED_KERNEL_S = 1.5e-6
+"""Seconds from one kernel of a recording to the next, beside what it computes (NVIDIA H200: OPT-6.7B's steps)."""
 KEEPING_RANKINGS, KEEPING_PASSES = 2, 3
 """Searches for the most probable, and operations on all of the vocabulary, with which a distribution is kept."""
-PACKED_RATE = 0.55
-"""Part of the device's memory bandwidth at which products of few tokens read matrices as they rest."""
+PACKED_RATE, PACKED_EXPERTS_RATE = 0.55, 0.33
+"""Part of the device's memory bandwidth at which products of few tokens read matrices as they rest, and experts'."""
 
 OTHERS_POWER = 0.25
 """Power that a GPU takes for what is no product, of what products take (NVIDIA H200, five runs: 0 to 0.5)."""
@@ -59,7 +66,8 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
         device_bytes += SHEET_BYTES * shape.num_query_heads * sweep.num_pairs
     unpack_s = 0.0
     if shape.is_packed and call_tokens <= shape.few_tokens:
-        device_bytes += sweep.num_calls * shape.layer_bytes * met_part(shape, call_tokens) / PACKED_RATE
+        packed_rate = PACKED_EXPERTS_RATE if shape.num_experts > 1 else PACKED_RATE
+        device_bytes += sweep.num_calls * shape.layer_bytes * met_part(shape, call_tokens) / packed_rate
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=0)
     else:
         matrix_bytes = shape.layer_compute_bytes * met_part(shape, call_tokens)
@@ -69,15 +77,18 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
             unpack_s = unpacked_share * shape.layer_compute_bytes / shape.dtype_bytes / hardware.unpacked_per_s
         else:
             device_bytes += unpacked_share * (shape.layer_bytes + shape.layer_compute_bytes)
-    num_launches = OPERATIONS_PER_STEP if is_on_cpu else KERNELS_PER_CALL
+    launches_s = (OPERATIONS_PER_STEP if is_on_cpu else KERNELS_PER_CALL) * hardware.launch_s
+    if not is_on_cpu and sweep.num_kv_read and is_recorded(shape, sweep):
+        launches_s = min(launches_s, KERNELS_PER_CALL * RECORDED_KERNEL_S)
     layer_s = (
-        sweep.num_calls * (products_s + shape.num_matrices * hardware.product_s + num_launches * hardware.launch_s)
+        sweep.num_calls * (products_s + shape.num_matrices * hardware.product_s + launches_s)
         + attention_seconds(shape, hardware, sweep)
         + unpack_s
         + num_results / hardware.elementwise_per_s
         + device_bytes / hardware.memory_bytes_per_s
     )
     sweep_s = shape.num_layers * layer_s + _head_seconds(shape, workload, hardware, sweep)
+    sweep_s += OPERATIONS_PER_SWEEP * hardware.launch_s
     num_operations = 2 * shape.num_layers * shape.layer_params * sweep.num_calls * max(0, call_tokens - FEW_TOKENS)
     others_s = sweep_s - num_operations / hardware.cold_flops_per_s
     return max(sweep_s, num_operations / hardware.flops_per_s + OTHERS_POWER * others_s)

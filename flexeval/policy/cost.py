@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from flexeval.policy.computing import (
     OPERATIONS_PER_RECORDED_STEP,
     OPERATIONS_PER_STEP,
+    OPERATIONS_TO_RECORD,
     compute_seconds,
     is_recorded,
 )
@@ -183,6 +184,9 @@ class CostModel:
                 step_s, plain_s = num_operations * operation_s, OPERATIONS_PER_STEP * operation_s
                 may_be_one = has_recordings and shape.sparsity is None
                 seconds[Lane.COMPUTE] += step_s * (placement.is_step_in_parts if may_be_one else 1)
+                if may_be_one:
+                    record_s = OPERATIONS_TO_RECORD * operation_s / (self.workload.max_generated_tokens - 1)
+                    seconds[Lane.COMPUTE] += record_s * (1 - placement.is_step_in_parts)
                 if has_recordings and is_by_need(shape.num_experts, shape.experts_per_token, sweep.num_tokens):
                     seconds[Lane.COMPUTE] += placement.streams["weights"] * (plain_s - step_s)
             least_s = sweep.num_calls * OPERATIONS_PER_LOAD * hardware.launch_s if sweep.num_kv_read else 0.0
