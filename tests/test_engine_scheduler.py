@@ -391,6 +391,16 @@ def test_equal_lengths_fill_their_room_to_the_last_token() -> None:
     assert measure(requests, policy) == (64, *[8 * sum(8 * (3 + step) for step in range(7))] * 2, 0)
 
 
+@pytest.mark.parametrize("sweep_tokens", [32, 48, 64, 128])
+def test_prompts_take_as_many_sweeps_as_they_fill_while_others_go_on(sweep_tokens: int) -> None:
+    policy = Policy(group_sequences=16, num_groups=1, sweep_tokens=sweep_tokens, row_tokens=32)
+    requests = [TokenRequest(prompt_ids=(index, *range(7)), max_tokens=12) for index in range(16)]
+    machine = Machine(requests, policy).run()
+    planned = plan_sweeps(policy, measure_workload(requests))
+    assert machine.num_sweeps == planned["prefill"].num_sweeps + 11 == ceil(16 * 8 / sweep_tokens) + 11
+    assert without_time(machine) == [answer(request) for request in requests]
+
+
 def test_shared_prefixes_give_way_to_later_ones() -> None:
     headers = [tuple((task * 7 + place) % 50 for place in range(40)) for task in range(30)]
     requests = [TokenRequest(prompt_ids=(*header, i, i), max_tokens=3) for header in headers for i in range(5)]

@@ -171,10 +171,11 @@ class Scheduler:
     def _admit(self) -> range:
         """The nodes that enter now: in order, while there is room; always one if nothing else is to be done.
 
-        A run of nodes that belong to one prompt enters as a whole where a sweep can take it at all.
+        A run of nodes that belong to one prompt enters as a whole where a sweep can take it at all. Sequences that go
+        on take no room from them, lest every block take a sweep more than its prompts fill.
         """
         first, usage, limit = self._next_node, self._usage, self._policy.sweep_tokens
-        num_new = self._block.num_stepping
+        num_new = 0
         while self._next_node < self._stop_node and self._has_room(self._next_node):
             node = self._next_node
             is_exclusive = usage.num_users[node] == 1

@@ -55,11 +55,6 @@ class Block:
                 )
                 self.groups.append(group)
 
-    @property
-    def num_stepping(self) -> int:
-        """Sequences whose next token a sweep computes."""
-        return sum(len(group.stepping) for group in self.groups)
-
     def __contains__(self, stream: int) -> bool:
         """Whether a stream has a seat."""
         return stream in self._seats

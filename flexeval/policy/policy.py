@@ -119,7 +119,8 @@ class Policy:
     row_tokens: int = 2048
     """Packed new tokens one layer call computes at most; a longer prompt takes several calls."""
     sweep_tokens: int = 16384
-    """New tokens one sweep over the layers computes at most, all rows together; bounds the hidden states."""
+    """Prompt tokens one sweep over the layers computes at most, all rows together, beside a token of each sequence that
+    goes on; bounds the hidden states."""
     group_sequences: int = 16
     """Generating sequences that decode together in one layer call."""
     num_groups: int = 1
