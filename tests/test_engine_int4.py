@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from flexeval.engine.checkpoint import StateDictCheckpoint
 from flexeval.engine.codecs.codec import IntegerCodec
-from flexeval.engine.codecs.coded import CodedMatrices, CodedMatrix, Route
+from flexeval.engine.codecs.coded import CodedMatrices, CodedMatrix, Int4Matrix, Route
 from flexeval.engine.compute.anatomy import Anatomy
+from flexeval.engine.compute.host_products import has_products, multiply
 from flexeval.engine.executor import Executor
 from flexeval.engine.memory.disk import DiskTier
 from flexeval.policy.policy import Policy, Split
+from flexeval.request import TokenResult
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+needs_products = pytest.mark.skipif(not has_products(), reason="the processor adds up no products of pairs")
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
@@ -155,6 +159,72 @@ def test_products_with_experts_matrices_as_they_rest(
             assert torch.equal(matrices.multiply(x_RI, route), y_SO), "the same sum in the same order"
 
 
+@needs_products
+@pytest.mark.parametrize("group_size", [8, 32, 64, 96, 128])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(3, 64), (101, 200), (64, 576)])
+@pytest.mark.parametrize("num_tokens", [1, 7, 64])
+def test_a_cpu_multiplies_by_codes_as_by_the_numbers_they_stand_for(
+    num_tokens: int, num_outputs: int, num_inputs: int, group_size: int
+) -> None:
+    codec = IntegerCodec(4, group_size)
+    padded = -(-num_inputs // group_size) * group_size
+    num_values, before = num_outputs * padded, 3 * group_size
+    coded = random_run(codec, before + num_values + group_size, CPU)
+    weight_V = torch.empty(before + num_values + group_size, dtype=torch.bfloat16)
+    codec.decode(coded, weight_V)
+    weight_OI = weight_V[before : before + num_values].view(num_outputs, padded)[:, :num_inputs]
+    x_TI, bias_O = torch.randn(num_tokens, 2 * num_inputs).bfloat16()[:, ::2], torch.randn(num_outputs).bfloat16()
+    matrix = codec.matrix(coded, before, (num_outputs, padded))
+    for bias in (bias_O, None):
+        assert torch.equal(matrix.multiply(x_TI, bias), multiply(x_TI.contiguous(), weight_OI, bias))
+
+
+@needs_products
+def test_a_cpu_multiplies_by_experts_codes() -> None:
+    codec, num_experts, num_outputs, num_inputs = IntegerCodec(4, 32), 5, 40, 64
+    values_XOI = torch.randn(num_experts, num_outputs, num_inputs)
+    coded_XB = torch.stack([codec.encode(one.flatten()) for one in values_XOI])
+    matrices = codec.matrices(coded_XB, 0, (num_outputs, num_inputs))
+    expert_S = torch.tensor([4, 0, 0, 2, 4, 1, 0, 4])  # nobody chose the fourth
+    for num_rows in (4, 8):
+        x_RI = torch.randn(num_rows, num_inputs).bfloat16()
+        y_SO = matrices.multiply(x_RI, route_of(expert_S, num_experts))
+        for choice, expert in enumerate(expert_S.tolist()):
+            row = choice * num_rows // len(expert_S)
+            one = codec.matrix(coded_XB[expert], 0, (num_outputs, num_inputs))
+            assert torch.equal(y_SO[choice], one.multiply(x_RI[row : row + 1], None)[0])
+
+
+@needs_products
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+def test_a_cpu_answers_the_same_by_codes_and_by_numbers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, but for experts' numbers, which torch multiplies in another order."""
+    by_codes, num_products = Int4Matrix.multiply, 0
+
+    def count(self: Int4Matrix, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        nonlocal num_products
+        num_products += 1
+        return by_codes(self, x_TI, bias_O)
+
+    def answers() -> list[TokenResult]:
+        anatomy = Anatomy(tiny_config(family), torch.bfloat16)
+        checkpoint = StateDictCheckpoint(anatomy, {n: t.bfloat16() for n, t in tiny_model(family).state_dict().items()})
+        policy = Policy(row_tokens=24, sweep_tokens=40, group_sequences=2, num_groups=2)
+        with Executor(anatomy, checkpoint, policy, codec=IntegerCodec(4, 32), device=CPU, disk_tier=None) as executor:
+            return [replace(result, elapsed_s=0.0) for result in executor.execute(tiny_case(family).requests)]
+
+    monkeypatch.setattr(Int4Matrix, "multiply", count)
+    with_codes = answers()
+    assert num_products > 0
+    monkeypatch.setattr(IntegerCodec, "few_tokens", lambda *_: 0)
+    num_products, with_numbers = 0, answers()
+    assert num_products == 0
+    if family != "mixtral":
+        assert with_codes == with_numbers
+    for one, other in zip(with_codes, with_numbers, strict=True):
+        assert one.prompt_logprobs == pytest.approx(other.prompt_logprobs, abs=0.05)
+
+
 class UnpackedMatrix:
     """A coded matrix without a kernel: unpacked for every product, which counts them."""
 
@@ -189,7 +259,7 @@ class CodecWithoutUnpacking(IntegerCodec):
         super().__init__(4, 32)
         self._few_tokens = few_tokens
 
-    def few_tokens(self, device: torch.device) -> int:
+    def few_tokens(self, device: torch.device, dtype: torch.dtype) -> int:
         return self._few_tokens
 
     def matrix(self, coded: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrix:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from flexeval.engine.codecs.codec import Codec
+from flexeval.engine.codecs.coded import CodedMatrix
 from flexeval.engine.codecs.kv_format import KeysValues, KVCoding, KVLog, KVShape, make_format
 from flexeval.engine.compute.contexts import DecodeBatch
 from flexeval.engine.compute.few_tokens import multiply_few
@@ -65,7 +66,7 @@ def with_our_kernels(
         hardware = replace(hardware, elementwise_per_s=elementwise_per_s)
     if softmax_per_s := cpu_softmax_rate(dtype):
         hardware = replace(hardware, softmax_per_s=softmax_per_s)
-    if reading := cpu_reading_rates(dtype):
+    if reading := cpu_reading_rates(codec, dtype):
         hardware = replace(
             hardware,
             single_product_bytes_per_s=reading.single_bytes_per_s,
@@ -149,20 +150,38 @@ def cpu_softmax_rate(dtype: torch.dtype) -> float | None:
     return logits_RV.numel() / best_seconds(partial(log_sums, logits_RV), "cpu", budget_s=BUDGET_S)
 
 
-@cache
-def cpu_reading_rates(dtype: torch.dtype) -> ReadingRates | None:
-    """How few tokens are multiplied where the CPU computes everything; measured once a process.
+def cpu_reading_rates(codec: Codec | None, dtype: torch.dtype) -> ReadingRates | None:
+    """How few tokens are multiplied where the CPU computes everything and our code does it; measured once a process.
 
-    None where torch does it all: `policy/rates/` measures that.
+    Of matrices in codes, bytes are those of their numbers. None where torch does it all: `policy/rates/` measures that.
     """
-    if not has_products() or dtype != torch.bfloat16:
+    is_coded = codec is not None and codec.few_tokens(torch.device("cpu"), dtype) > 0
+    if dtype != torch.bfloat16 or not has_products():
         return None
+    key = codec.name if codec is not None and is_coded else None
+    if key not in _reading_rates:
+        multiply = partial(_multiply_coded, codec, {}) if codec is not None and is_coded else _multiply
+        _reading_rates[key] = reading_rates("cpu", dtype, multiply, budget_s=BUDGET_S)
+    return _reading_rates[key]
 
-    def multiply(x_TI: torch.Tensor, matrix_OI: torch.Tensor) -> torch.Tensor:
-        out_TO = multiply_few(x_TI, matrix_OI, None)
-        return linear(x_TI, matrix_OI) if out_TO is None else out_TO
 
-    return reading_rates("cpu", dtype, multiply, budget_s=BUDGET_S)
+_reading_rates: dict[str | None, ReadingRates] = {}  # by the codec's name; None for matrices as they are
+
+
+def _multiply(x_TI: torch.Tensor, matrix_OI: torch.Tensor) -> torch.Tensor:
+    out_TO = multiply_few(x_TI, matrix_OI, None)
+    return linear(x_TI, matrix_OI) if out_TO is None else out_TO
+
+
+def _multiply_coded(
+    codec: Codec, made: dict[int, CodedMatrix], x_TI: torch.Tensor, matrix_OI: torch.Tensor
+) -> torch.Tensor:
+    """By a coded matrix of that size, made in its place when it first comes."""
+    place = matrix_OI.data_ptr()
+    if place not in made:
+        coded = torch.randint(60, (codec.num_bytes(matrix_OI.numel()),), dtype=torch.uint8)  # whose scales are numbers
+        made[place] = codec.matrix(coded, 0, (len(matrix_OI), matrix_OI.shape[1]))
+    return made[place].multiply(x_TI, None)
 
 
 def cpu_unpack_rate(codec: Codec, dtype: torch.dtype) -> float:

@@ -79,7 +79,7 @@ def model_shape(
         vocab_size=text.vocab_size,
         dtype_bytes=anatomy.dtype.itemsize,
         results_per_token=results_per_token(anatomy, device),
-        few_tokens=codec.few_tokens(device) if codec is not None and takes_coded and not is_apart else 0,
+        few_tokens=codec.few_tokens(device, anatomy.dtype) if codec is not None and takes_coded and not is_apart else 0,
         decode_copies=0 if sparsity else decode_copies(device, form, heads_per_kv=num_query_heads // num_kv_heads),
         gathers_prompts=not all(attends_to_prompts(kv, anatomy.dtype, num_query_heads) for kv in kv_shapes)
         or bool(sparsity),

@@ -65,14 +65,15 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
     if shape.sparsity is not None:
         device_bytes += SHEET_BYTES * shape.num_query_heads * sweep.num_pairs
     unpack_s = 0.0
-    if shape.is_packed and call_tokens <= shape.few_tokens:
+    if shape.is_packed and call_tokens <= shape.few_tokens and not is_on_cpu:
         packed_rate = PACKED_EXPERTS_RATE if shape.num_experts > 1 else PACKED_RATE
         device_bytes += sweep.num_calls * shape.layer_bytes * met_part(shape, call_tokens) / packed_rate
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=0)
     else:
         matrix_bytes = shape.layer_compute_bytes * met_part(shape, call_tokens)
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=matrix_bytes)
-        unpacked_share = sweep.weights_share * fetched_part(shape, sweep.num_tokens) if shape.is_packed else 0.0
+        is_unpacked = shape.is_packed and call_tokens > shape.few_tokens  # a CPU's rate has the unpacking of few rows
+        unpacked_share = sweep.weights_share * fetched_part(shape, sweep.num_tokens) if is_unpacked else 0.0
         if hardware.unpacked_per_s:
             unpack_s = unpacked_share * shape.layer_compute_bytes / shape.dtype_bytes / hardware.unpacked_per_s
         else:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexeval.engine.codecs.coded import CodedMatrices, CodedMatrix, Int4Matrices, Int4Matrix
 from flexeval.engine.compute import host_unpack
+from flexeval.engine.compute.few_tokens import most_read_tokens
 from flexeval.engine.kernels import has_triton
 from flexeval.errors import ModelError
 
@@ -63,8 +64,8 @@ class Codec(Protocol):
         """
         ...
 
-    def few_tokens(self, device: torch.device) -> int:
-        """Up to how many tokens a matrix is better multiplied as it rests than unpacked; 0 where it cannot be."""
+    def few_tokens(self, device: torch.device, dtype: torch.dtype) -> int:
+        """Up to how many tokens of a type a matrix is better multiplied as it rests than unpacked; 0 for none."""
         ...
 
     def matrix(self, coded: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrix:
@@ -192,13 +193,14 @@ class IntegerCodec:
         codes = coded[..., :num_code_bytes].unflatten(-1, (num_groups, self.code_bytes))
         return codes, coded[..., num_code_bytes:].view(torch.float16).unflatten(-1, (num_groups, 2))
 
-    def few_tokens(self, device: torch.device) -> int:
+    def few_tokens(self, device: torch.device, dtype: torch.dtype) -> int:
         """What the kernel is good for; without one, matrices are always unpacked."""
-        if self.bits != 4 or not has_triton(device):
-            return 0
-        from flexeval.engine.codecs import product_kernel
+        if self.bits == 4 and has_triton(device):
+            from flexeval.engine.codecs import product_kernel
 
-        return int(product_kernel.MAX_TOKENS)
+            return int(product_kernel.MAX_TOKENS)
+        is_ours = self.bits == 4 and device.type == "cpu" and dtype == torch.bfloat16
+        return most_read_tokens() if is_ours else 0
 
     def matrix(self, coded: Tensor, first: int, shape: tuple[int, int]) -> CodedMatrix:
         """Views into the run: codes and scales of the matrix's groups."""

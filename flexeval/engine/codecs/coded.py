@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
+from flexeval.engine.compute.host_products import multiply_codes
+
 
 class CodedMatrix(Protocol):
     """A weight `[O, I]` that is not unpacked."""
@@ -40,7 +42,7 @@ Coded: TypeAlias = CodedMatrix | CodedMatrices
 
 
 class Int4Matrix(NamedTuple):
-    """A matrix of 4-bit codes as it rests on a GPU."""
+    """A matrix of 4-bit codes as it rests."""
 
     packed_OGP: Tensor
     """Codes of each row's groups."""
@@ -49,13 +51,16 @@ class Int4Matrix(NamedTuple):
 
     def multiply(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """`x @ W.T + bias`."""
+        if x_TI.device.type == "cpu":
+            x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+            return multiply_codes(x_TI, self.packed_OGP, self.affine_OG2, bias_O)
         from flexeval.engine.codecs import product_kernel
 
         return product_kernel.multiply(x_TI, self.packed_OGP, self.affine_OG2, bias_O)
 
 
 class Int4Matrices(NamedTuple):
-    """Experts' matrices of 4-bit codes as they rest on a GPU."""
+    """Experts' matrices of 4-bit codes as they rest."""
 
     packed_XOGP: Tensor
     """Codes of each row's groups."""
@@ -64,6 +69,20 @@ class Int4Matrices(NamedTuple):
 
     def multiply(self, x_RI: Tensor, route: Route) -> Tensor:
         """Each choice's row by its expert's matrix."""
+        if x_RI.device.type == "cpu":
+            return self._multiply_in_turn(x_RI, route)
         from flexeval.engine.codecs import grouped_kernel
 
         return grouped_kernel.multiply(x_RI, self.packed_XOGP, self.affine_XOG2, *route)
+
+    def _multiply_in_turn(self, x_RI: Tensor, route: Route) -> Tensor:
+        """One expert after the other."""
+        x_SI = x_RI.index_select(0, route.order_S // (len(route.order_S) // len(x_RI)))
+        out_SO = x_RI.new_empty(len(x_SI), self.packed_XOGP.shape[1])
+        first = 0
+        for expert, end in enumerate(route.end_X.tolist()):
+            if first < end:
+                matrix = Int4Matrix(self.packed_XOGP[expert], self.affine_XOG2[expert])
+                out_SO[route.order_S[first:end]] = matrix.multiply(x_SI[first:end], None)
+            first = end
+        return out_SO

@@ -25,13 +25,19 @@ LEAST_TURNED_NUMBERS = 2**19
 """Of the matrix: for less, bringing tokens and results in order takes as long."""
 
 
+def most_read_tokens() -> int:
+    """Up to how many tokens our code is best to multiply; 0 where it does not."""
+    if not has_products():
+        return 0
+    return MAX_READ_TOKENS_BESIDE_TILES if has_tiles() else MAX_READ_TOKENS
+
+
 def multiply_few(x: Tensor, matrix_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:
     """`x @ W.T + bias` of tokens `[..., I]`, rounded once; None where it is for torch to do as ever."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or matrix_OI.dtype != x.dtype or not x.numel():
         return None
     x_TI = x.reshape(-1, x.shape[-1])
-    most_read = MAX_READ_TOKENS_BESIDE_TILES if has_tiles() else MAX_READ_TOKENS
-    if has_products() and len(x_TI) <= most_read and x_TI.stride(1) == matrix_OI.stride(1) == 1:
+    if len(x_TI) <= most_read_tokens() and x_TI.stride(1) == matrix_OI.stride(1) == 1:
         out_TO = multiply(x_TI, matrix_OI, bias_O)
     elif has_tiles() and len(x_TI) <= MAX_TURNED_TOKENS and matrix_OI.numel() >= LEAST_TURNED_NUMBERS:
         x_IT = x_TI.t()

@@ -15,13 +15,6 @@ struct unpacking {
 
 #define GROUPS 256  // of a piece
 
-// A product and a sum that are not made one operation, which would round once.
-INLINE floats scaled(floats code, float scale, float minimum) {
-    floats product = code * scale;
-    __asm__("" : "+v"(product));
-    return product + minimum;
-}
-
 INLINE void unpack_group(enum kind kind, int bits, const uint8_t *codes, int64_t code_bytes, float scale, float minimum,
                          void *out) {
     const int64_t in_vectors = code_bytes - code_bytes % LANES;
@@ -45,8 +38,6 @@ INLINE void unpack_group(enum kind kind, int bits, const uint8_t *codes, int64_t
         }
     }
 }
-
-INLINE float from_half(uint16_t half) { return _cvtsh_ss(half); }
 
 INLINE void unpack(enum kind kind, int bits, const struct unpacking *w, int64_t run, int64_t first, int64_t stop) {
     const int64_t group_bytes = w->code_bytes * 8 / bits * (kind == FLOAT32 ? 4 : 2);

@@ -56,6 +56,15 @@ INLINE void store(enum kind kind, void *numbers, int64_t first, floats x) {
     }
 }
 
+INLINE float from_half(uint16_t half) { return _cvtsh_ss(half); }
+
+// What codes of a group stand for. The product and the sum are not made one operation, which would round once.
+INLINE floats scaled(floats code, float scale, float minimum) {
+    floats product = code * scale;
+    __asm__("" : "+v"(product));
+    return product + minimum;
+}
+
 // exp of numbers up to 0, to 2e-7 of it (0 below exp(-87), NaN of NaN): 2^n times a polynomial, as in Cephes' expf
 // (Moshier 1989).
 INLINE floats exp_of(floats x) {

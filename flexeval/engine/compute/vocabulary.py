@@ -33,7 +33,7 @@ class CodedVocabulary:
         self._dtype = weight_VD.dtype
         self._codec = codec
         self._padded = _padded(self._width, codec)
-        self._few_tokens = codec.few_tokens(device)
+        self._few_tokens = codec.few_tokens(device, self._dtype)
         self._coded = torch.empty(_coded_bytes(weight_VD, codec), dtype=torch.uint8, device=device)
         for first in range(0, self._num_rows, self._rows_at_once):
             part = weight_VD[first : first + self._rows_at_once].to(device)

@@ -75,7 +75,7 @@ class WeightStore:
         self._device_tier = device_tier
         self._extents: list[Extent] = []
         self._rooms: list[Extent] = []
-        few_tokens = codec.few_tokens(device) if codec is not None and may_multiply_coded else 0
+        few_tokens = codec.few_tokens(device, anatomy.dtype) if codec is not None and may_multiply_coded else 0
         self._few_tokens = [
             few_tokens if layout.coded_names and layout.coded_names <= codable else 0
             for layout, codable in zip(self._layouts, anatomy.codable, strict=True)
