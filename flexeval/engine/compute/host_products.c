@@ -123,7 +123,7 @@ static void coded_piece(const void *work, int64_t piece) {
     const struct product *const w = work;
     const int64_t first = piece * PIECE_OUTPUTS;
     const int64_t end = first + PIECE_OUTPUTS < w->num_outputs ? first + PIECE_OUTPUTS : w->num_outputs;
-    uint16_t rows[OUTPUTS * 2 * w->num_groups * w->code_bytes];
+    uint16_t rows[OUTPUTS * 2 * w->num_groups * w->code_bytes] __attribute__((aligned(64)));
     for (int64_t output = first; output < end; output += OUTPUTS) multiply_codes(w, output, rows);
 }
 
