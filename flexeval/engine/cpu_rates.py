@@ -155,12 +155,12 @@ def cpu_reading_rates(codec: Codec | None, dtype: torch.dtype) -> ReadingRates |
 
     Of matrices in codes, bytes are those of their numbers. None where torch does it all: `policy/rates/` measures that.
     """
-    is_coded = codec is not None and codec.few_tokens(torch.device("cpu"), dtype) > 0
     if dtype != torch.bfloat16 or not has_products():
         return None
-    key = codec.name if codec is not None and is_coded else None
+    coded = codec if codec is not None and codec.few_tokens(torch.device("cpu"), dtype) else None
+    key = coded.name if coded is not None else None
     if key not in _reading_rates:
-        multiply = partial(_multiply_coded, codec, {}) if codec is not None and is_coded else _multiply
+        multiply = partial(_multiply_coded, coded, {}) if coded is not None else _multiply
         _reading_rates[key] = reading_rates("cpu", dtype, multiply, budget_s=BUDGET_S)
     return _reading_rates[key]
 
