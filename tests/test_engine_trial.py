@@ -47,7 +47,7 @@ def opened(directory: Path) -> OpenModel:
 @pytest.fixture
 def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any run is long enough, and layers are large."""
-    for name, value in (("LEAST_RUN_S", 0.0), ("MOST_SHARE", 1e9), ("LEAST_BYTES", 0)):
+    for name, value in (("LEAST_RUN_S", 0.0), ("MOST_SHARE", 1e9), ("MOST_S", 1e9), ("LEAST_BYTES", 0)):
         monkeypatch.setattr(trial, name, value)
 
 
@@ -131,6 +131,9 @@ def test_none_is_made_where_it_tells_nothing(
     monkeypatch.setattr(trial, "LEAST_RUN_S", 1.01 * model.cost(POLICY).total_s)
     assert try_out(opened, model).correction == NO_CORRECTION
     monkeypatch.setattr(trial, "LEAST_RUN_S", 0.0)
+    monkeypatch.setattr(trial, "MOST_S", 0.0)
+    assert try_out(opened, model).correction == NO_CORRECTION
+    monkeypatch.setattr(trial, "MOST_S", 1e9)
     monkeypatch.setattr(trial, "LEAST_BYTES", NUM_LAYERS * model.shape.layer_compute_bytes)
     assert try_out(opened, model).correction == NO_CORRECTION
     assert placed == []
@@ -175,7 +178,7 @@ def test_a_run_is_foretold_by_its_trial_and_answered_as_without(
 
     plain, _, _ = answered()
     assert placed == []
-    for name, value in (("LEAST_RUN_S", 0.0), ("MOST_SHARE", 1e9), ("LEAST_BYTES", 0)):
+    for name, value in (("LEAST_RUN_S", 0.0), ("MOST_SHARE", 1e9), ("MOST_S", 1e9), ("LEAST_BYTES", 0)):
         monkeypatch.setattr(trial, name, value)
     tried, foretold_s, predicted_s = answered()
     assert tried == plain

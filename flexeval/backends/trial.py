@@ -32,8 +32,8 @@ from flexeval.request import TokenRequest
 
 LEAST_RUN_S = 10.0
 """A run that should be shorter is over before a trial has told anything."""
-MOST_SHARE = 0.05
-"""Of a run's foretold seconds, a trial's."""
+MOST_SHARE, MOST_S = 0.05, 20.0
+"""Of a run's foretold seconds, a trial's, and its own: whoever asks for a plan of hours waits for it."""
 LEAST_BYTES = 32 * 2**20
 """Of the layers of the longer model: more than caches keep from one sweep to the next."""
 NUM_DRAWN = 4
@@ -63,7 +63,7 @@ def try_out(
     if model.hardware.home is not Tier.CPU or most >= num_layers or run_s < LEAST_RUN_S:
         return NO_CORRECTION
     policy = replace(policy, weights=at_home, kv=at_home, hidden=at_home)
-    most_s = MOST_SHARE * run_s * num_layers / (NUM_TIMES * (1 + most))
+    most_s = min(MOST_SHARE * run_s, MOST_S) * num_layers / (NUM_TIMES * (1 + most))
     sample = _sample(model, policy, requests, most_s=most_s)
     if not sample or not _has_room(model, policy, sample, num_layers=1 + most):
         return NO_CORRECTION
