@@ -15,8 +15,10 @@ from flexeval.policy.policy import KINDS
 from flexeval.policy.telling import tell_policy
 from flexeval.report import format as show
 
-_BAR = 20
+_BAR = 12
 """Characters of a full tier."""
+_NARROW = (0, 1, 0, 0)
+"""Padding that leaves a terminal of 80 characters room for every digit; names of tasks are shortened first."""
 _LANES = {
     "compute": "computing",
     "to_gpu": "the link to the GPU",
@@ -40,9 +42,9 @@ def print_forecasts(title: str, forecasts: Sequence[Forecast], console: Console)
 
 
 def _tiers(forecast: Forecast) -> Table:
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=_NARROW)
     table.add_column("tier", no_wrap=True)
-    for name in ("weights", "KV", "hidden states", "peak", "usable"):
+    for name in ("weights", "KV", "hidden\nstates", "peak", "usable"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for tier, resting in forecast.resting_bytes.items():
@@ -59,9 +61,9 @@ def _tiers(forecast: Forecast) -> Table:
 
 
 def _tasks(forecast: Forecast) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("task", overflow="ellipsis", no_wrap=True, max_width=38)
-    for name in ("requests", "prompt\ntokens", "computed", "generated", "time", "per\nsecond"):
+    table = Table(box=SIMPLE_HEAD, padding=_NARROW)
+    table.add_column("task", overflow="ellipsis", max_width=38)
+    for name in ("asked", "prompt\ntokens", "com-\nputed", "gene-\nrated", "time", "per\nsecond"):
         table.add_column(name, justify="right", no_wrap=True)
     for task, part in forecast.tasks.items():
         table.add_row(
