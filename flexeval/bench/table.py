@@ -96,7 +96,7 @@ def _lanes(system: SystemFigures) -> Table:
 
 
 def _bounds(system: SystemFigures) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, padding=show.NARROW)
     table.add_column("phase", no_wrap=True)
     table.add_column("resource", no_wrap=True)
     for name in ("crossed", "at most", "bound", "predicted", "reached"):

@@ -179,8 +179,7 @@ def _multiply_coded(
     """By a coded matrix of that size, made in its place when it first comes."""
     place = matrix_OI.data_ptr()
     if place not in made:
-        coded = torch.randint(60, (codec.num_bytes(matrix_OI.numel()),), dtype=torch.uint8)  # whose scales are numbers
-        made[place] = codec.matrix(coded, 0, (len(matrix_OI), matrix_OI.shape[1]))
+        made[place] = codec.matrix(_random_codes(codec, matrix_OI.numel()), 0, (len(matrix_OI), matrix_OI.shape[1]))
     return made[place].multiply(x_TI, None)
 
 
@@ -188,11 +187,16 @@ def cpu_unpack_rate(codec: Codec, dtype: torch.dtype) -> float:
     """Numbers a second that are unpacked where the CPU computes everything; measured once a process."""
     key = codec.name, dtype
     if key not in _unpacked_per_s:
-        coded = torch.randint(60, (codec.num_bytes(UNPACKED),), dtype=torch.uint8)  # whose scales are numbers
+        coded = _random_codes(codec, UNPACKED)
         out = torch.empty(UNPACKED, dtype=dtype)
         seconds = best_seconds(partial(codec.decode, coded, out), "cpu", budget_s=BUDGET_S)
         _unpacked_per_s[key] = UNPACKED / seconds
     return _unpacked_per_s[key]
+
+
+def _random_codes(codec: Codec, num_values: int) -> torch.Tensor:
+    """Bytes whose scales are numbers."""
+    return torch.randint(60, (codec.num_bytes(num_values),), dtype=torch.uint8)
 
 
 _unpacked_per_s: dict[tuple[str, torch.dtype], float] = {}  # by a codec's name, which says what its bytes are

@@ -17,8 +17,6 @@ from flexeval.report import format as show
 
 _BAR = 12
 """Characters of a full tier."""
-_NARROW = (0, 1, 0, 0)
-"""Padding that leaves a terminal of 80 characters room for every digit; names of tasks are shortened first."""
 _LANES = {
     "compute": "computing",
     "to_gpu": "the link to the GPU",
@@ -42,7 +40,7 @@ def print_forecasts(title: str, forecasts: Sequence[Forecast], console: Console)
 
 
 def _tiers(forecast: Forecast) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=_NARROW)
+    table = Table(box=SIMPLE_HEAD, padding=show.NARROW)
     table.add_column("tier", no_wrap=True)
     for name in ("weights", "KV", "hidden\nstates", "peak", "usable"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -61,7 +59,7 @@ def _tiers(forecast: Forecast) -> Table:
 
 
 def _tasks(forecast: Forecast) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=_NARROW)
+    table = Table(box=SIMPLE_HEAD, padding=show.NARROW)
     table.add_column("task", overflow="ellipsis", max_width=38)
     for name in ("asked", "prompt\ntokens", "com-\nputed", "gene-\nrated", "time", "per\nsecond"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -65,14 +65,14 @@ def compute_seconds(shape: ModelShape, workload: Workload, hardware: Hardware, s
     if shape.sparsity is not None:
         device_bytes += SHEET_BYTES * shape.num_query_heads * sweep.num_pairs
     unpack_s = 0.0
-    if shape.is_packed and call_tokens <= shape.few_tokens and not is_on_cpu:
+    is_unpacked = _is_unpacked(shape, sweep)
+    if shape.is_packed and not is_unpacked and not is_on_cpu:  # a CPU's rate of few tokens has the unpacking
         packed_rate = PACKED_EXPERTS_RATE if shape.num_experts > 1 else PACKED_RATE
         device_bytes += sweep.num_calls * shape.layer_bytes * met_part(shape, call_tokens) / packed_rate
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=0)
     else:
         matrix_bytes = shape.layer_compute_bytes * met_part(shape, call_tokens)
         products_s = product_seconds(hardware, call_tokens, shape.layer_params, num_bytes=matrix_bytes)
-        is_unpacked = shape.is_packed and call_tokens > shape.few_tokens  # a CPU's rate has the unpacking of few rows
         unpacked_share = sweep.weights_share * fetched_part(shape, sweep.num_tokens) if is_unpacked else 0.0
         if hardware.unpacked_per_s:
             unpack_s = unpacked_share * shape.layer_compute_bytes / shape.dtype_bytes / hardware.unpacked_per_s
@@ -100,8 +100,12 @@ def is_recorded(shape: ModelShape, sweep: Sweep) -> bool:
 
     Not where its matrices are unpacked over others', nor where requests are computed apart.
     """
-    is_unpacked = shape.is_packed and sweep.num_tokens > shape.few_tokens * sweep.num_calls
-    return shape.is_recordable and not is_unpacked
+    return shape.is_recordable and not _is_unpacked(shape, sweep)
+
+
+def _is_unpacked(shape: ModelShape, sweep: Sweep) -> bool:
+    """Whether calls have more tokens than are multiplied by packed matrices as they rest."""
+    return shape.is_packed and sweep.num_tokens > shape.few_tokens * sweep.num_calls
 
 
 def product_seconds(hardware: Hardware, num_tokens: float, num_params: float, *, num_bytes: float) -> float:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # formatting needs no scipy
     from flexeval.report.statistics import Estimate
 
 NOTHING = "\N{EN DASH}"
+NARROW = (0, 1, 0, 0)
+"""Padding of a table's cells that leaves a terminal of 80 characters room for every digit."""
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _RATES = ((1, "s"), (60, "min"), (3600, "h"))
 

@@ -22,10 +22,10 @@ struct product {
     int64_t num_groups, code_bytes;
 };
 
+INLINE int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+
 #if defined(__AVX512BF16__)
 int flexeval_has_products(void) { return 1; }
-
-INLINE int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 
 // Adds up 32 inputs from the k-th on; those that are none are 0.
 INLINE void add_products(
@@ -114,21 +114,16 @@ INLINE void multiply_codes(const struct product *w, int64_t output, uint16_t *ro
 
 static void product_piece(const void *work, int64_t piece) {
     const struct product *const w = work;
-    const int64_t first = piece * PIECE_OUTPUTS;
-    const int64_t end = first + PIECE_OUTPUTS < w->num_outputs ? first + PIECE_OUTPUTS : w->num_outputs;
-    for (int64_t output = first; output < end; output += OUTPUTS) multiply_rows(w, output);
-}
-
-static void coded_piece(const void *work, int64_t piece) {
-    const struct product *const w = work;
-    const int64_t first = piece * PIECE_OUTPUTS;
-    const int64_t end = first + PIECE_OUTPUTS < w->num_outputs ? first + PIECE_OUTPUTS : w->num_outputs;
-    uint16_t rows[OUTPUTS * 2 * w->num_groups * w->code_bytes] __attribute__((aligned(64)));
-    for (int64_t output = first; output < end; output += OUTPUTS) multiply_codes(w, output, rows);
+    const int64_t first = piece * PIECE_OUTPUTS, end = smaller(first + PIECE_OUTPUTS, w->num_outputs);
+    if (w->codes) {
+        uint16_t rows[OUTPUTS * 2 * w->num_groups * w->code_bytes] __attribute__((aligned(64)));
+        for (int64_t output = first; output < end; output += OUTPUTS) multiply_codes(w, output, rows);
+    } else {
+        for (int64_t output = first; output < end; output += OUTPUTS) multiply_rows(w, output);
+    }
 }
 
 // All of it, which stays until the job is waited for; NULL without memory.
 struct job *flexeval_begin_product(struct team *team, const struct product *w) {
-    const int64_t num_pieces = (w->num_outputs + PIECE_OUTPUTS - 1) / PIECE_OUTPUTS;
-    return flexeval_begin(team, w->codes ? coded_piece : product_piece, w, num_pieces);
+    return flexeval_begin(team, product_piece, w, (w->num_outputs + PIECE_OUTPUTS - 1) / PIECE_OUTPUTS);
 }

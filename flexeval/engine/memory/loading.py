@@ -51,31 +51,18 @@ def load_layers(
     missing = [layer for layer in order if found[layer] is None]
     extents: dict[int, Extent] = {}
 
-    def keep(layer: int, extent: DiskExtent, digest: str) -> None:
-        if prepared is not None:
-            prepared.keep(layer, extent, digest)
-
     try:
         with (
             Packer(checkpoint, layouts, missing, layers_name=layers_name, device=device) as packer,
-            Storing(keep) as storing,
+            Storing(prepared) as storing,
         ):
             for num_before, layer in enumerate(order):
                 tier, ready = tiers[layer], found[layer]
                 if ready is not None and tier is ready.tier:
                     extents[layer] = ready
                 else:
-                    extent = extents[layer] = tier.allocate(layouts[layer].num_bytes)
-                    memory = extent.memory()
-                    if ready is not None:
-                        assert memory is not None
-                        ready.read(memory)
-                        ready.free()
-                    elif memory is not None:
-                        packer.fill(layer, memory)
-                    else:
-                        assert isinstance(extent, DiskExtent)
-                        storing.store(layer, extent, partial(packer.fill, layer))
+                    extents[layer] = tier.allocate(layouts[layer].num_bytes)
+                    _fill(layer, extents[layer], ready, packer, storing)
                 found[layer] = None
                 on_layer(num_before)
     except BaseException:
@@ -84,3 +71,17 @@ def load_layers(
                 taken.free()
         raise
     return [extents[layer] for layer in range(len(layouts))]
+
+
+def _fill(layer: int, extent: Extent, ready: DiskExtent | None, packer: Packer, storing: Storing) -> None:
+    """Put a slab into its place: as it is `ready` on disk, else packed."""
+    memory = extent.memory()
+    if ready is not None:
+        assert memory is not None
+        ready.read(memory)
+        ready.free()
+    elif memory is not None:
+        packer.fill(layer, memory)
+    else:
+        assert isinstance(extent, DiskExtent)
+        storing.store(layer, extent, partial(packer.fill, layer))

@@ -15,21 +15,22 @@ from flexeval.directio import round_up
 from flexeval.engine.memory.chunks import bytes_of
 from flexeval.engine.memory.disk import DiskExtent
 from flexeval.engine.memory.page_lock import page_aligned
+from flexeval.engine.memory.prepared import PreparedLayers
 
 
 class _UnderWay(NamedTuple):
     layer: int
     extent: DiskExtent
     written: Future[None]
-    digest: Future[str]
+    digest: Future[str] | None
 
 
 class Storing:
     """Writes one slab at a time. Use it in a `with` block, which ends when all are on disk, also after a failure."""
 
-    def __init__(self, on_stored: Callable[[int, DiskExtent, str], None]):
-        """`on_stored` is told each layer that is on disk, with the SHA-256 of all of its file."""
-        self._on_stored = on_stored
+    def __init__(self, prepared: PreparedLayers | None):
+        """What is written is kept in `prepared`; None keeps nothing."""
+        self._prepared = prepared
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="storing")
         self._room, self._other_room = page_aligned(0), page_aligned(0)
         self._under_way: _UnderWay | None = None
@@ -57,7 +58,7 @@ class Storing:
         fill(slab)
         self._finish()
         written = self._workers.submit(extent.write, slab)
-        digest = self._workers.submit(lambda: hashlib.sha256(bytes_of(blocks)).hexdigest())
+        digest = self._workers.submit(_sha256, blocks) if self._prepared is not None else None
         self._under_way = _UnderWay(layer, extent, written, digest)
         self._room, self._other_room = self._other_room, self._room
 
@@ -65,6 +66,10 @@ class Storing:
         """Wait for the slab that is under way."""
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
-            digest = under_way.digest.result()
             under_way.written.result()
-            self._on_stored(under_way.layer, under_way.extent, digest)
+            if self._prepared is not None and under_way.digest is not None:
+                self._prepared.keep(under_way.layer, under_way.extent, under_way.digest.result())
+
+
+def _sha256(data: Tensor) -> str:
+    return hashlib.sha256(bytes_of(data)).hexdigest()
