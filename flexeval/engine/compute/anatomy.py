@@ -8,22 +8,23 @@ layer's output. So a family needs no code of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from flexeval.engine.codecs.codec import Codec
 from flexeval.engine.codecs.coded import Coded
 from flexeval.engine.codecs.kv_format import KVShape
+from flexeval.engine.compute.activations import Activated, find_activated, fuse_activated
 from flexeval.engine.compute.binding import bind, fill_buffers, place_of, unchanging_rotary
-from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers
+from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers, find_specs
 from flexeval.engine.compute.channels import Keys
-from flexeval.engine.compute.experts import Experts, Fetch, experts_per_token, find_experts, register_experts
+from flexeval.engine.compute.experts import Fetch, experts_per_token, find_experts, register_experts
 from flexeval.engine.compute.fusion import Fusion
 from flexeval.engine.compute.gates import fuse_gates
 from flexeval.engine.compute.linear import make_coded
@@ -107,13 +108,14 @@ class Anatomy:
             for layer, experts in zip(self.layers, self.experts, strict=True)
         ]
         """Per layer, the names of the weights that may be bound as coded matrices."""
-        self._specs = [_find_specs(*pair) for pair in zip(self.layers, self.experts, strict=True)]
+        self._specs = [find_specs(*pair) for pair in zip(self.layers, self.experts, strict=True)]
         self._kv_shapes: dict[tuple[TensorSpec, ...], KVShape] = {}  # by kind of layer
         self.vocabulary = Vocabulary(self.model)
         """Its embedding and head."""
         self._stubs = [_Stub(layer) for layer in self.layers]
         parent, _, leaf = self.layers_name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._stubs))
+        self._fuse_activated()
 
     @property
     def num_layers(self) -> int:
@@ -226,6 +228,16 @@ class Anatomy:
             self.run_layer(layer, hidden_1TD, call, attend)
         return reached[0]
 
+    def without_memory(self, layer: int, num_tokens: int = 1) -> Callable[[], object]:
+        """A call of one layer, for what can be seen of its operations; to be made before weights are bound."""
+
+        def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
+            return v_TKW.new_empty(q_TNH.shape[0], q_TNH.shape[1], v_TKW.shape[-1])
+
+        ids_1T = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+        embedded = self.embed(ids_1T, torch.arange(num_tokens, device="meta")[None])
+        return partial(self.run_layer, layer, embedded.hidden_1TD, embedded.calls[layer], attend)
+
     def kv_shape(self, layer: int) -> KVShape:
         """One token's keys and values, found by calling a layer of its kind without memory, up to its attention.
 
@@ -240,6 +252,14 @@ class Anatomy:
             self._kv_shapes[kind] = KVShape.of(inputs.k_TKH, inputs.v_TKW)
         return self._kv_shapes[kind]
 
+    def _fuse_activated(self) -> None:
+        found: dict[tuple[TensorSpec, ...], Sequence[Activated]] = {}  # by kind of layer
+        for index, (layer, specs, experts) in enumerate(zip(self.layers, self._specs, self.experts, strict=True)):
+            kind = tuple(specs)
+            if experts is None and kind not in found:
+                found[kind] = find_activated(layer, partial(self.without_memory, index))
+            fuse_activated(layer, found.get(kind, ()), self.fusion)
+
     def head(self, hidden_1TD: Tensor) -> Tensor:
         """Logits `[1, T, V]` of hidden states that left the last layer."""
         num_tokens = hidden_1TD.shape[1]
@@ -251,23 +271,3 @@ class Anatomy:
         finally:
             self._stubs[-1].replacement = self._stubs[-1].seen = None
         return logits
-
-
-def _is_input_first(module: nn.Module) -> bool:
-    """Whether a module's matrices have the input dimension before the output's."""
-    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
-
-
-def _find_specs(layer: nn.Module, experts: Experts | None) -> list[TensorSpec]:
-    transposed = {name for name, child in layer.named_modules() if _is_input_first(child)}
-    return [
-        TensorSpec(
-            name=name,
-            shape=tuple(tensor.shape),
-            dtype=tensor.dtype,
-            is_input_first=name.rpartition(".")[0] in transposed,
-            is_router=experts is not None and experts.is_router(name, tensor.shape),
-            num_experts=experts.num_experts if experts is not None and name in experts.parameters else 0,
-        )
-        for name, tensor in layer.state_dict(keep_vars=True).items()
-    ]

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from flexeval.engine.compute.experts import EXPERTS_NAME
+from flexeval.engine.compute.experts import EXPERTS_NAME, Experts
+from flexeval.engine.compute.spec import TensorSpec
 from flexeval.errors import UnsupportedModelError
 
 OTHER_FAMILY = "Choose a model of another family (Llama, Qwen, Mistral, OPT, ...)"
@@ -58,3 +60,24 @@ def find_layers(model: PreTrainedModel) -> FoundLayers:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and module in in_decoder:
             return FoundLayers(name, module)
     raise UnsupportedModelError(f"{type(model).__name__} has no list of {num_layers} decoder layers", mend=OTHER_FAMILY)
+
+
+def find_specs(layer: nn.Module, experts: Experts | None) -> list[TensorSpec]:
+    """The tensors of a layer: its parameters and the buffers that a checkpoint holds."""
+    transposed = {name for name, child in layer.named_modules() if _is_input_first(child)}
+    return [
+        TensorSpec(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            is_input_first=name.rpartition(".")[0] in transposed,
+            is_router=experts is not None and experts.is_router(name, tensor.shape),
+            num_experts=experts.num_experts if experts is not None and name in experts.parameters else 0,
+        )
+        for name, tensor in layer.state_dict(keep_vars=True).items()
+    ]
+
+
+def _is_input_first(module: nn.Module) -> bool:
+    """Whether a module's matrices have the input dimension before the output's."""
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.compute.port import AttentionOptions
 
 NUM_TOKENS = 64
 """Of the call: enough for what does not grow with them to be little."""
@@ -20,17 +19,11 @@ NUM_TOKENS = 64
 
 def results_per_token(anatomy: Anatomy, device: torch.device, layer: int = 0) -> float:
     """Numbers that a layer's operations write for each token on `device`; products and attention do not count."""
-    ids_1T = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta")
-    embedded = anatomy.embed(ids_1T, torch.arange(NUM_TOKENS, device="meta")[None])
-    hidden_1TD, call = embedded.hidden_1TD, embedded.calls[layer]
+    call = anatomy.without_memory(layer, NUM_TOKENS)
     with torch.inference_mode(), anatomy.fusion.counting(device), _Count() as count:
-        anatomy.run_layer(layer, hidden_1TD, call, _attend)
+        call()
     num_results: int = count.num_results
     return num_results / NUM_TOKENS
-
-
-def _attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
-    return v_TKW.new_empty(q_TNH.shape[0], q_TNH.shape[1], v_TKW.shape[-1])
 
 
 class _Count(TorchDispatchMode):
@@ -60,6 +53,7 @@ _NOT_COUNTED = {
     _aten.mm.default,
     _aten.bmm.default,
     _aten.addmm.default,
+    _aten._addmm_activation.default,
     _aten.matmul.default,
     _aten.new_empty.default,
 }

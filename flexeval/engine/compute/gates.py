@@ -9,30 +9,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import gelu, linear, relu, silu
+from torch.nn.functional import linear
 
 from flexeval.engine.compute import host_passes
 from flexeval.engine.compute.fusion import Fusion
+from flexeval.engine.compute.trying import ACTIVATIONS, is_same, numbers, try_out
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu_tanh": partial(gelu, approximate="tanh"),
-    "gelu": gelu,
-    "relu": relu,
-}
-"""Those that the kernel knows."""
 _WIDTH, _INNER = 6, 10
 """D and I of a trial: unlike, so that a matrix in another's place does not fit."""
-_SCALES = (1.0, 1e2, 1e6)
-"""Of its numbers: large ones find what is clamped."""
-_TOLERANCE = 1e-5
-"""Of a token's largest number, in float32: a block that computes anything else is farther away."""
 _APPLY_GATE = "_apply_gate"
 """What transformers calls it, where experts' matrices are stacked."""
 
@@ -103,9 +92,9 @@ def _fuse_block(module: nn.Module, block: _Block, fusion: Fusion) -> None:
 
 def _fuse_experts(module: nn.Module, fusion: Fusion) -> None:
     plain: Callable[[Tensor], Tensor] = getattr(module, _APPLY_GATE)
-    both_STI = _numbers(2 * _INNER, Generator().manual_seed(0))
-    theirs_STI = _try(lambda: plain(both_STI))
-    gate = next((gate for gate in _GATES if _is_same(theirs_STI, gate.plainly(_halves([both_STI])))), None)
+    both_STI = numbers(2 * _INNER, Generator().manual_seed(0))
+    theirs_STI = try_out(lambda: plain(both_STI))
+    gate = next((gate for gate in _GATES if is_same(theirs_STI, gate.plainly(_halves([both_STI])))), None)
     if gate is None:
         return
 
@@ -129,7 +118,7 @@ def _blocks(module: nn.Module, names: Sequence[str], linears: Sequence[str], dow
     """The blocks that a module with weights of these names computes, if `down` is its last matrix."""
     inner, generator = [name for name in linears if name != down], Generator().manual_seed(0)
     shapes = dict.fromkeys(inner, (2 * _INNER // len(inner), _WIDTH)) | {down: (_WIDTH, _INNER)}
-    x_STD = _numbers(_WIDTH, generator)
+    x_STD = numbers(_WIDTH, generator)
     weights = {}
     for name in names:
         layer, _, leaf = name.rpartition(".")
@@ -138,31 +127,11 @@ def _blocks(module: nn.Module, names: Sequence[str], linears: Sequence[str], dow
     def project(name: str, x: Tensor) -> Tensor:
         return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    theirs_STD = _try(lambda: functional_call(module, weights, (x_STD,)))
+    theirs_STD = try_out(lambda: functional_call(module, weights, (x_STD,)))
     halves = _halves([project(name, x_STD) for name in inner])
     for gate in _GATES:
-        if _is_same(theirs_STD, project(down, gate.plainly(halves))):
+        if is_same(theirs_STD, project(down, gate.plainly(halves))):
             yield _Block(inner, down, gate)
-
-
-def _numbers(size: int, generator: Generator) -> Tensor:
-    """`[S, T, size]`."""
-    return torch.randn(len(_SCALES), 4, size, generator=generator) * torch.tensor(_SCALES)[:, None, None]
-
-
-def _try(compute: Callable[[], Any]) -> Tensor | None:
-    """What a module makes of random numbers; None where it is no tensor with numbers."""
-    try:
-        out = compute()
-    except Exception:  # a module that is no gated block wants other shapes, or arguments, or its own numbers
-        return None
-    return out if isinstance(out, Tensor) and not out.is_meta else None
-
-
-def _is_same(theirs_STD: Tensor | None, ours_STD: Tensor) -> bool:
-    if theirs_STD is None or theirs_STD.shape != ours_STD.shape:
-        return False
-    return bool(((theirs_STD - ours_STD).abs().amax(-1) <= _TOLERANCE * theirs_STD.abs().amax(-1)).all())
 
 
 def _halves(made: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -1,0 +1,93 @@
+"""Activations in the pass of the product before them, instead of one to eight of their own.
+
+Knows modules by what they compute; no family.
+
+Shapes: S scales of random numbers, T tokens, D numbers of each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Generator, Tensor, nn
+
+from flexeval.engine.compute.fusion import Fusion
+from flexeval.engine.compute.linear import Activation, CodedLinear
+from flexeval.engine.compute.trying import ACTIVATIONS, is_same, numbers, try_out
+
+_WIDTH = 8
+
+
+class Activated(NamedTuple):
+    """A linear layer whose results go nowhere but into an activation, by the names of both."""
+
+    linear: str
+    function: str
+    """The activation's name in the layer."""
+    activation: str
+    """What it computes."""
+
+
+def find_activated(layer: nn.Module, without_memory: Callable[[], Callable[[], object]]) -> Sequence[Activated]:
+    """Which activations of a decoder layer come right after a linear layer, and neither is called a second time.
+
+    `without_memory` gives a call of the layer. A gated block has a kernel of its own.
+    """
+    activations = {
+        f"{parent}.{name}".lstrip("."): kind
+        for parent, module in layer.named_modules()
+        if "forward" not in vars(module)
+        for name, child in module.named_children()
+        if (kind := _activation_of(child)) is not None
+    }
+    if not activations:
+        return []
+    made: list[tuple[str, Tensor]] = []
+    taken: list[tuple[str, Tensor]] = []
+    hooks = []
+    for name, module in layer.named_modules():
+        if isinstance(module, CodedLinear):
+            hooks.append(module.register_forward_hook(lambda _, args, out, name=name: made.append((name, out))))
+        elif name in activations:
+            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: taken.append((name, args[0]))))
+    try:
+        without_memory()()
+    except Exception:  # a family that cannot run here: whoever runs it says so
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    num_calls = Counter(name for name, _ in made + taken)
+    return [
+        Activated(linear, function, activations[function])
+        for function, x in taken
+        for linear, out in made
+        if out is x and num_calls[linear] == num_calls[function] == 1
+    ]
+
+
+def fuse_activated(layer: nn.Module, activated: Sequence[Activated], fusion: Fusion) -> None:
+    """Let these linear layers activate what they make, and the activations hand on what they are given.
+
+    A product of a GPU applies ReLU to what it is about to write; elsewhere numbers are overwritten in place.
+    """
+    for linear, function, activation in activated:
+        module = layer.get_submodule(linear)
+        assert isinstance(module, CodedLinear)
+        module.activation = Activation(activation, fusion)
+        layer.get_submodule(function).forward = _hand_on
+
+
+def _hand_on(x: Tensor) -> Tensor:
+    return x
+
+
+def _activation_of(module: nn.Module) -> str | None:
+    """What a module without anything of its own computes of one tensor, by the name of `ACTIVATIONS`."""
+    if next(module.children(), None) is not None or module.state_dict(keep_vars=True):
+        return None
+    x_STD = numbers(_WIDTH, Generator().manual_seed(0))
+    theirs_STD = try_out(lambda: module(x_STD))
+    return next((name for name, ours in ACTIVATIONS.items() if is_same(theirs_STD, ours(x_STD))), None)
