@@ -16,15 +16,10 @@ from torch import Tensor
 
 from flexeval.engine.codecs.kv_format import KeysValues, KVLog
 from flexeval.engine.compute.contexts import DecodeBatch
-from flexeval.engine.compute.partial import (
-    Partial,
-    merge_into,
-    partial_attention,
-    takes_varlen,
-    varlen_attention,
-)
+from flexeval.engine.compute.partial import merge_into, partial_attention
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import FreshBatch, Row
+from flexeval.engine.compute.runs import attend_before, attend_within_runs
 from flexeval.engine.kernels import has_triton
 from flexeval.planning.rows import AncestorSpan
 
@@ -65,11 +60,9 @@ class PackedAttention:
         """Attention output `[T, N, W]` of the row's new tokens, whose KV `context` already holds."""
         num_tokens, num_heads, _ = q_TNH.shape
         assert num_tokens == row.plan.num_tokens, (num_tokens, row.plan.num_tokens)
-        if row.runs is not None and takes_varlen(q_TNH, v_TKW, options.softcap):
-            bounds, longest = row.runs
-            out_TNW, lse_TN = varlen_attention(
-                q_TNH, k_TKH, v_TKW, bounds, longest, scale=options.scale, window=options.window
-            )
+        within = None if row.runs is None else attend_within_runs(q_TNH, k_TKH, v_TKW, row.runs, options)
+        if within is not None:
+            out_TNW, lse_TN = within
         else:
             out_TNW = q_TNH.new_empty(num_tokens, num_heads, v_TKW.shape[-1])
             lse_TN = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q_TNH.device)
@@ -202,17 +195,33 @@ def _attend_to_ancestor(
 ) -> None:
     """All descendants' tokens over one ancestor's KV, merged into what they have attended to so far."""
     tokens = slice(span.start, span.start + span.length)
-    mask_1AP = None
-    if options.window is not None and span.last_position - span.first_key_position >= options.window:
-        key_position_P = span.first_key_position + torch.arange(span.num_keys, device=q_TNH.device)
-        distance_AP = row.positions_1T[0, tokens, None] - key_position_P
-        mask_1AP = (distance_AP < options.window)[None]
-    partial: Partial = partial_attention(
-        q_TNH[tokens].transpose(0, 1)[None],
-        keys_values.keys_CKH.transpose(0, 1)[None],
-        keys_values.values_CKW.transpose(0, 1)[None],
+    keys_PKH, values_PKW = keys_values
+    positions_A = row.positions_1T[0, tokens]
+    window = options.window
+    if window is not None and span.last_position - span.first_key_position < window:
+        window = None
+    seen = attend_before(
+        q_TNH[tokens],
+        keys_PKH,
+        values_PKW,
+        positions_A,
+        span.first_key_position,
         scale=options.scale,
-        mask_BQS=mask_1AP,
+        window=window,
         softcap=options.softcap,
     )
-    merge_into(out_TNW[tokens], lse_TN[tokens], partial.out_BNQW[0].transpose(0, 1), partial.lse_BNQ[0].transpose(0, 1))
+    if seen is None:
+        mask_1AP = None
+        if window is not None:
+            key_position_P = span.first_key_position + torch.arange(span.num_keys, device=q_TNH.device)
+            mask_1AP = (positions_A[:, None] - key_position_P < window)[None]
+        partial = partial_attention(
+            q_TNH[tokens].transpose(0, 1)[None],
+            keys_PKH.transpose(0, 1)[None],
+            values_PKW.transpose(0, 1)[None],
+            scale=options.scale,
+            mask_BQS=mask_1AP,
+            softcap=options.softcap,
+        )
+        seen = partial.out_BNQW[0].transpose(0, 1), partial.lse_BNQ[0].transpose(0, 1)
+    merge_into(out_TNW[tokens], lse_TN[tokens], *seen)

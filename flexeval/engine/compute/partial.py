@@ -74,62 +74,6 @@ def has_kernel(q_BNQH: Tensor, v_BKSW: Tensor, softcap: float | None) -> bool:
     return softcap is None and q_BNQH.shape[-1] == v_BKSW.shape[-1]
 
 
-def takes_varlen(q_TNH: Tensor, v_TKW: Tensor, softcap: float | None) -> bool:
-    """Whether `varlen_attention` can do it: FlashAttention-2's types and sizes, on a GPU."""
-    size = q_TNH.shape[-1]
-    return (
-        q_TNH.is_cuda
-        and q_TNH.element_size() == 2
-        and softcap is None
-        and size == v_TKW.shape[-1]
-        and size % 8 == 0
-        and size <= 256
-    )
-
-
-def varlen_attention(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKW: Tensor,
-    bounds: Tensor,
-    max_length: int,
-    *,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Causal attention within runs of tokens, without padding (FlashAttention-2, Dao 2023).
-
-    Args:
-        q_TNH: Queries of all runs.
-        k_TKH: Their keys.
-        v_TKW: Their values.
-        bounds: int32, first token of each run, and the end of the last.
-        max_length: Tokens of the longest run.
-        scale: Factor on the scores.
-        window: A query sees this many tokens, its own included.
-
-    Returns:
-        Output `[T, N, W]` and log-sum-exp `[T, N]`, float32.
-    """
-    left = -1 if window is None else window - 1
-    out_TNW, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
-        q_TNH,
-        k_TKH,
-        v_TKW,
-        bounds,
-        bounds,
-        max_length,
-        max_length,
-        0.0,
-        True,
-        False,
-        scale=scale,
-        window_size_left=left,
-        window_size_right=0 if window is not None else -1,
-    )
-    return out_TNW, lse_NT.transpose(0, 1)
-
-
 def reference_attention(
     q_BNQH: Tensor,
     k_BKSH: Tensor,

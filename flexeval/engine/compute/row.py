@@ -2,7 +2,7 @@
 
 Knows indices; not the tensors of any layer.
 
-Shapes: T tokens of the row, W of them needed, B sequences, L longest of them, S longest context.
+Shapes: T tokens of the row, W of them needed, B sequences, L longest of them, S longest context, K blocks of queries.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ PADDING_TOKENS = 16
 NEEDED_SHARE, LEAST_SPARED = 0.5, 256
 """In the last layer only needed tokens go on after attention where they are at most this share of a row's, and at least
 so many others are spared: keys and values of the needed ones are computed once more, and Python takes its time."""
+QUERY_BLOCK = 64
+"""Tokens of a run that one program of a GPU attends for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,9 @@ class Runs(NamedTuple):
     """int32: first token of each in the row, and the end of the last."""
     longest: int
     """Tokens of the longest."""
+    blocks_K3: Tensor
+    """int32, for every `QUERY_BLOCK` tokens of each: first token of the span, its end, and first token of the block.
+    Those that see most come first: none is left over when all others are done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +189,16 @@ class RowMaker:
         bounds = np.array([*(span.start for span in spans), spans[-1].start + spans[-1].length], dtype=np.int32)
         lengths = [span.length for span in spans]
         assert (np.diff(bounds) == lengths).all(), (bounds, lengths, "fresh spans lie back to back")
-        return Runs(_move(bounds, self._device), max(lengths))
+        blocks_K3 = np.array(
+            [
+                (span.start, span.start + span.length, span.start + step)
+                for span in spans
+                for step in range(0, span.length, QUERY_BLOCK)
+            ],
+            dtype=np.int32,
+        )
+        most_first_K = np.argsort(blocks_K3[:, 0] - blocks_K3[:, 2], kind="stable")
+        return Runs(_move(bounds, self._device), max(lengths), _move(blocks_K3[most_first_K], self._device))
 
     def for_later(self, row: Row) -> Row:
         """The row with contexts that hold for its next steps as well, as far as they have room."""
