@@ -19,8 +19,8 @@ from flexeval.engine.compute.host_decode import can_read
 from flexeval.engine.compute.host_passes import has_passes, multiply_activated, rms_norm, rotate
 from flexeval.engine.compute.host_products import has_products
 from flexeval.engine.compute.host_prompts import PromptKernel, attends_to_prompts
-from flexeval.engine.compute.host_softmax import log_sums
 from flexeval.engine.compute.host_team import lent
+from flexeval.engine.compute.log_sums import log_sums
 from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.row import RowMaker
 from flexeval.engine.memory.host_rate import attention_work, mean_seconds

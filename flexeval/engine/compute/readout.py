@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flexeval.engine.compute.host_softmax import log_sums
 from flexeval.engine.compute.keeping import Keeper, KeptTensors
+from flexeval.engine.compute.log_sums import log_sums
 from flexeval.engine.compute.positions import Chunk, Positions
 from flexeval.engine.compute.sampling import Sample, draw_tokens
 from flexeval.planning.rows import Integers, RowPlan
