@@ -41,7 +41,12 @@ def measured(system: str, num_requests: int, gen_len: int, seconds: tuple[float,
         elapsed_s=sum(seconds),
         all_elapsed_s=[sum(seconds)],
         tokens=TokenFigures(
-            num_asked=num_prompt, num_duplicate=0, num_shared=0, num_computed=num_prompt, num_generated=num_generated
+            num_asked=num_prompt,
+            num_duplicate=0,
+            num_shared=0,
+            num_last=0,
+            num_computed=num_prompt,
+            num_generated=num_generated,
         ),
         phases=phases,
         peak_bytes={},

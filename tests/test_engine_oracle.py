@@ -129,7 +129,7 @@ def test_the_last_layer_goes_on_with_needed_tokens_alone() -> None:
     ]
     with Executor(anatomy, checkpoint, Policy(row_tokens=50), codec=None, device=CPU, disk_tier=None) as executor:
         executor.execute(requests)
-    assert num_tokens == [26 + 50 + 30, 1 + 50 + 1]
+    assert num_tokens == [26 + 49 + 30, 1 + 49 + 1]  # nothing follows the last of 50
 
 
 @pytest.mark.gpu

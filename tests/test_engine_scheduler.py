@@ -17,6 +17,7 @@ from flexeval.engine.compute.readout import Readout, Tokens
 from flexeval.engine.scheduler import Scheduler
 from flexeval.engine.sizes import measure_workload
 from flexeval.planning.rows import SHARED, AncestorSpan, RowPlan
+from flexeval.planning.streams import is_cut
 from flexeval.planning.summary import PlanSummary
 from flexeval.planning.usage import PATHS_IN_FLIGHT
 from flexeval.policy.policy import Policy
@@ -158,7 +159,12 @@ class Machine:
             if not plan.decode:  # a generated token's keys are read at once, by itself
                 self.unread |= set(new)
         for offset, request in plan.generators:
-            assert len(row[offset]) == len(self.requests[request].prompt_ids) + self.scheduler.num_drawn(request)
+            length = len(self.requests[request].prompt_ids)
+            # the first request of a stream may be one whose last token is only scored
+            assert len(row[offset]) - self.scheduler.num_drawn(request) in {
+                length,
+                length - is_cut(self.requests[request]),
+            }
         scores = zip(plan.scores.offsets.tolist(), plan.scores.token_ids.tolist(), strict=True)
         return Readout(
             tokens_of([score(row[offset], token_id) for offset, token_id in scores]),
@@ -419,6 +425,24 @@ def test_the_plan_says_what_it_saves_and_why() -> None:
         num_asked_tokens=102 + 101 + 101 + 9,
         num_duplicate_tokens=101 + 6,
         num_shared_tokens=100,
+        num_last_tokens=0,
         num_computed_tokens=100 + 2 + 1 + 3,
         num_nodes=4,
+    )
+
+
+def test_the_plan_says_which_tokens_nothing_follows() -> None:
+    header = tuple(range(100))
+    prompts = [(*header, 1, 1), (*header, 1, 2), (*header, 1, 2), (*header, 3), (9, 9, 9)]
+    requests = [TokenRequest(prompt_ids=prompt, max_tokens=0, score_prompt=True) for prompt in prompts]
+    summary = Scheduler([*requests, TokenRequest(prompt_ids=(9, 9, 9), max_tokens=1)], Policy()).summary
+    assert summary == PlanSummary(
+        num_requests=6,
+        num_distinct=4,
+        num_asked_tokens=3 * 102 + 101 + 6,
+        num_duplicate_tokens=102 + 3,
+        num_shared_tokens=101 + 100,
+        num_last_tokens=3,
+        num_computed_tokens=101 + 3,
+        num_nodes=3,
     )

@@ -74,6 +74,7 @@ def test_an_empty_batch_has_nothing_to_save() -> None:
         num_asked_tokens=0,
         num_duplicate_tokens=0,
         num_shared_tokens=0,
+        num_last_tokens=0,
         num_computed_tokens=0,
         num_nodes=0,
     )

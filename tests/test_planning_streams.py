@@ -37,5 +37,27 @@ def test_whatever_changes_the_draw_makes_another_stream(changes: dict[str, objec
     assert [stream.requests for stream in streams] == [(0, 2), (1,)]
 
 
+def test_prompts_that_are_only_scored_are_one_but_for_their_last_tokens() -> None:
+    scored = [TokenRequest(prompt_ids=(1, 2, 3, last), max_tokens=0, score_prompt=True) for last in (7, 8, 7)]
+    assert make_streams([*scored, GREEDY]) == [
+        Stream(prompt_ids=(1, 2, 3), requests=(0, 1, 2, 3), max_tokens=5, last_ids={0: 7, 1: 8, 2: 7})
+    ]
+    apart = make_streams(scored, is_apart=True)
+    assert [(one.prompt_ids, one.last_ids) for one in apart] == [
+        ((1, 2, 3), {i: last}) for i, last in enumerate((7, 8, 7))
+    ]
+
+
+def test_a_prompt_that_another_computes_to_its_end_is_not_cut() -> None:
+    scored = replace(GREEDY, max_tokens=0, score_prompt=True)
+    assert [stream.last_ids for stream in make_streams([scored, GREEDY])] == [{}]
+    assert [stream.last_ids for stream in make_streams([scored, GREEDY], is_apart=True)] == [{0: 3}, {}]
+
+
+def test_a_lone_token_stays() -> None:
+    (stream,) = make_streams([TokenRequest(prompt_ids=(4,), max_tokens=0, score_prompt=True)])
+    assert stream == Stream(prompt_ids=(4,), requests=(0,), max_tokens=0)
+
+
 def test_only_what_goes_on_after_its_first_token_needs_a_cache() -> None:
     assert [make_streams([replace(GREEDY, max_tokens=n)])[0].is_generating for n in (0, 1, 2)] == [False, False, True]

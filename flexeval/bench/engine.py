@@ -79,6 +79,7 @@ def measure_engine(job: EngineJob, progress: Progress) -> Measured:
                 num_asked=plan.num_asked_tokens,
                 num_duplicate=plan.num_duplicate_tokens,
                 num_shared=plan.num_shared_tokens,
+                num_last=plan.num_last_tokens,
                 num_computed=sum(phase.num_fresh_tokens for phase in phases.values()),
                 num_generated=num_generated(answered.completions),
             ),

@@ -129,11 +129,14 @@ def _phases(system: SystemFigures) -> str:
 
 def _tokens(system: SystemFigures) -> str:
     tokens = system.tokens
+    saved = (
+        f"{show.count(tokens.num_duplicate)} are of equal prompts, {show.count(tokens.num_shared)} of shared "
+        f"beginnings, {show.count(tokens.num_last)} only scored"
+    )
+    predicted = "" if system.predicted_s is None else f", {show.seconds(system.predicted_s)} predicted"
     return (
-        f"{show.count(tokens.num_asked)} prompt tokens asked, {show.count(tokens.num_computed)} computed "
-        f"({show.count(tokens.num_duplicate)} are of equal prompts, {show.count(tokens.num_shared)} of shared "
-        f"beginnings); {show.count(tokens.num_generated)} generated in {show.seconds(system.elapsed_s)}"
-        + (f", {show.seconds(system.predicted_s)} predicted" if system.predicted_s is not None else "")
+        f"{show.count(tokens.num_asked)} prompt tokens asked, {show.count(tokens.num_computed)} computed ({saved}); "
+        f"{show.count(tokens.num_generated)} generated in {show.seconds(system.elapsed_s)}{predicted}"
     )
 
 

@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from flexeval.engine.compute.readout import Readout
-from flexeval.engine.prompt_scores import PromptScores
+from flexeval.engine.prompt_scores import Path, PromptScores
 from flexeval.planning.prefix import PrefixTree
 from flexeval.planning.rows import RowPlan
+from flexeval.planning.scores import Ending
 from flexeval.planning.streams import Stream
 from flexeval.request import FinishReason, Kept, TokenRequest, TokenResult, TopLogprobs
 
@@ -17,8 +18,14 @@ from flexeval.request import FinishReason, Kept, TokenRequest, TokenResult, TopL
 class Answers:
     """Tokens drawn and scored for one batch of requests, and the time that each has taken."""
 
-    def __init__(self, requests: Sequence[TokenRequest], streams: Sequence[Stream], tree: PrefixTree):
-        """Nothing is answered yet; `tree` holds the streams' prompts."""
+    def __init__(
+        self,
+        requests: Sequence[TokenRequest],
+        streams: Sequence[Stream],
+        tree: PrefixTree,
+        endings: Mapping[Ending, int],
+    ):
+        """Nothing is answered yet; `tree` holds the streams' prompts, and `endings` what is scored beyond them."""
         self._requests = requests
         self._streams = streams
         self._tree = tree
@@ -30,7 +37,7 @@ class Answers:
         self._kept: list[list[Kept]] = [[] for _ in streams]
         self._open = [stream.requests for stream in streams]
         self._max_tokens = [stream.max_tokens for stream in streams]
-        self._prompts = PromptScores(tree)
+        self._prompts = PromptScores(tree, endings)
         self._broken: set[int] = set()  # streams that have drawn from logits that are none
         self.failed: dict[int, tuple[int, ...]] = {}
         """Requests without an answer, for logits were not finite; what they read, and drew before that."""
@@ -120,7 +127,11 @@ class Answers:
         """The answer; None where a log-probability in it is none."""
         asked = self._requests[request]
         cut = asked.num_top_logprobs
-        path = self._tree.path(self._leaf[stream]) if asked.score_prompt else []
+        path: list[int | Ending] = []
+        if asked.score_prompt:
+            path += self._tree.path(leaf := self._leaf[stream])
+            if (last := self._streams[stream].last_ids.get(request)) is not None:
+                path.append(Ending(leaf, last))
         if (asked.max_tokens and stream in self._broken) or not self._prompts.are_finite(path):
             return None
         return TokenResult(
@@ -134,7 +145,7 @@ class Answers:
             elapsed_s=self._elapsed_s[stream],
         )
 
-    def _kept_of(self, stream: int, path: Sequence[int], *, is_drawn: bool) -> Kept:
+    def _kept_of(self, stream: int, path: Path, *, is_drawn: bool) -> Kept:
         """What is kept of the distributions on a path and of those that were drawn from."""
         parts = [self._prompts.kept(path)] if path else []
         if is_drawn:

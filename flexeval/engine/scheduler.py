@@ -22,7 +22,7 @@ from flexeval.planning.logs import EVERYWHERE, Crossing, Step
 from flexeval.planning.prefix import build_tree
 from flexeval.planning.rowplans import RowBuilder
 from flexeval.planning.rows import SHARED, Compaction, RowPlan
-from flexeval.planning.scores import ScoreTable
+from flexeval.planning.scores import ScoreTable, find_endings
 from flexeval.planning.streams import make_streams
 from flexeval.planning.summary import PlanSummary
 from flexeval.planning.usage import NodeUsage
@@ -63,8 +63,9 @@ class Scheduler:
         )
         self._usage = NodeUsage(self.tree, is_generating=[stream.is_generating for stream in self._streams])
         self.summary = PlanSummary.of(requests, self.tree)
-        self._answers = Answers(requests, self._streams, self.tree)
         self._leaf = {stream: node for node, entry in enumerate(self.tree.nodes) for stream in entry.prompts}
+        endings = find_endings(self._streams, self._leaf)
+        self._answers = Answers(requests, self._streams, self.tree, endings)
         self._block = Block(
             self._streams,
             self.tree,
@@ -89,7 +90,7 @@ class Scheduler:
         self._rows = RowBuilder(
             self.tree,
             last_descendant=self._usage.last_descendant,
-            scores=ScoreTable(self.tree, is_scored=self._usage.mark(wants_scores)),
+            scores=ScoreTable(self.tree, is_scored=self._usage.mark(wants_scores), endings=endings),
             generators_of=self._generators_of,
             place_of=self._kept.place,
         )

@@ -108,12 +108,13 @@ def measure_workload(requests: Sequence[TokenRequest], *, is_apart: bool = False
     longest = max(len(stream.prompt_ids) for stream in streams)
     tree = build_tree([stream.prompt_ids for stream in streams], max_node_tokens=longest, is_apart=is_apart)
     usage = NodeUsage(tree, is_generating=[stream.is_generating for stream in streams])
+    leaf = {stream: node for node, entry in enumerate(tree.nodes) for stream in entry.prompts}
     is_scored = usage.mark(
         {i for i, stream in enumerate(streams) if any(requests[index].score_prompt for index in stream.requests)}
     )
-    leaf = {stream: node for node, entry in enumerate(tree.nodes) for stream in entry.prompts}
     generating = [(i, stream) for i, stream in enumerate(streams) if stream.is_generating]
     num_scored = sum(n for n, scored in zip(usage.num_tokens, is_scored, strict=True) if scored)
+    num_scored += len({leaf[i] for i, stream in enumerate(streams) if stream.last_ids})
     return Workload(
         num_sequences=len(streams),
         num_scoring_sequences=len(streams) - len(generating),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flexeval.request import TokenRequest
 
@@ -13,11 +13,14 @@ class Stream:
     """One prompt and one way to go on from it."""
 
     prompt_ids: tuple[int, ...]
-    """The prompt."""
+    """What is computed of the prompt: all of it, but for a last token that is only scored."""
     requests: tuple[int, ...]
     """Those it answers, in order; each ends it for itself, at its own stops and its own length."""
     max_tokens: int
     """The most that any of them asks for."""
+    last_ids: Mapping[int, int] = field(default_factory=dict)
+    """By request, the last token of a prompt that is only scored. Nothing follows it, so it is not computed: choices of
+    one token are read off the same logits."""
 
     @property
     def is_generating(self) -> bool:
@@ -29,20 +32,36 @@ def make_streams(requests: Sequence[TokenRequest], *, is_apart: bool = False) ->
     """All streams, in the order of their first requests; each request is one of its own if they are kept `is_apart`.
 
     Greedy requests of one prompt draw the same tokens, whatever their lengths, stops and scores; others do where
-    temperature, nucleus and seed are equal too.
+    temperature, nucleus and seed are equal too. Prompts that are only scored are one where all but their last tokens
+    are equal, unless others are computed to their ends.
     """
+    whole = set() if is_apart else {request.prompt_ids for request in requests if not is_cut(request)}
+    prompts = [
+        request.prompt_ids[:-1] if is_cut(request) and request.prompt_ids not in whole else request.prompt_ids
+        for request in requests
+    ]
     members: dict[tuple[object, ...], list[int]] = {}
     for index, request in enumerate(requests):
         if is_apart:
             members[index,] = [index]
             continue
         sampling = (request.temperature, request.top_p, request.seed) if request.temperature else ()
-        members.setdefault((request.prompt_ids, *sampling), []).append(index)
+        members.setdefault((prompts[index], *sampling), []).append(index)
     return [
         Stream(
-            prompt_ids=requests[indices[0]].prompt_ids,
+            prompt_ids=prompts[indices[0]],
             requests=tuple(indices),
             max_tokens=max(requests[index].max_tokens for index in indices),
+            last_ids={
+                index: requests[index].prompt_ids[-1]
+                for index in indices
+                if len(prompts[index]) < len(requests[index].prompt_ids)
+            },
         )
         for indices in members.values()
     ]
+
+
+def is_cut(request: TokenRequest) -> bool:
+    """Whether the last token of its prompt is scored, and nothing follows it."""
+    return request.max_tokens == 0 and request.score_prompt and len(request.prompt_ids) > 1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexeval.planning.prefix import PrefixTree, build_tree
+from flexeval.planning.streams import is_cut, make_streams
 from flexeval.request import TokenRequest
 
 
@@ -23,6 +24,8 @@ class PlanSummary:
     """Of these, in prompts that equal an earlier one."""
     num_shared_tokens: int
     """Of the others, in beginnings that are computed with an earlier prompt."""
+    num_last_tokens: int
+    """Of the others, last ones of prompts that are only scored: nothing follows them."""
     num_computed_tokens: int
     """What is left, and computed."""
     num_nodes: int
@@ -30,17 +33,21 @@ class PlanSummary:
 
     @classmethod
     def of(cls, requests: Sequence[TokenRequest], tree: PrefixTree) -> PlanSummary:
-        """Count; `tree` holds the prompts of `requests`, equal ones at least once."""
-        lengths = {request.prompt_ids: len(request.prompt_ids) for request in requests}
+        """Count; `tree` holds what is computed of the prompts of `requests`, equal ones at least once."""
+        num_left: dict[tuple[int, ...], int] = {}  # tokens of different prompts to be computed, if nothing were shared
+        for request in requests:
+            ids = request.prompt_ids
+            num_left[ids] = max(num_left.get(ids, 0), len(ids) - is_cut(request))
         num_asked = sum(len(request.prompt_ids) for request in requests)
-        num_distinct_tokens = sum(lengths.values())
-        num_again = max(0, tree.num_computed_tokens - num_distinct_tokens)  # of equal prompts that are kept apart
+        num_distinct_tokens = sum(map(len, num_left))
+        num_again = max(0, tree.num_computed_tokens - sum(num_left.values()))  # of equal prompts that are kept apart
         return cls(
             num_requests=len(requests),
-            num_distinct=len(lengths),
+            num_distinct=len(num_left),
             num_asked_tokens=num_asked,
             num_duplicate_tokens=num_asked - num_distinct_tokens - num_again,
-            num_shared_tokens=num_distinct_tokens + num_again - tree.num_computed_tokens,
+            num_shared_tokens=sum(num_left.values()) + num_again - tree.num_computed_tokens,
+            num_last_tokens=num_distinct_tokens - sum(num_left.values()),
             num_computed_tokens=tree.num_computed_tokens,
             num_nodes=len(tree.nodes),
         )
@@ -54,12 +61,13 @@ class PlanSummary:
         """One line for a person."""
         return (
             f"{self.num_asked_tokens:,} prompt tokens asked, {self.num_computed_tokens:,} computed: "
-            f"{self.num_duplicate_tokens:,} are of equal prompts, {self.num_shared_tokens:,} of shared beginnings"
+            f"{self.num_duplicate_tokens:,} are of equal prompts, {self.num_shared_tokens:,} of shared beginnings, "
+            f"{self.num_last_tokens:,} the last of prompts that are only scored"
         )
 
 
 def summarize(requests: Sequence[TokenRequest], *, is_apart: bool = False) -> PlanSummary:
     """What a plan for these requests saves; of those kept `is_apart`, equal ones alone are computed once."""
-    prompts = list({request.prompt_ids: None for request in requests})
+    prompts = list({stream.prompt_ids: None for stream in make_streams(requests)})
     longest = max(map(len, prompts), default=1)
     return PlanSummary.of(requests, build_tree(prompts, max_node_tokens=longest, is_apart=is_apart))

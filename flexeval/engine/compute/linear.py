@@ -49,18 +49,15 @@ class CodedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`activation(x @ W.T + bias)`."""
-        x_TI = x.reshape(-1, x.shape[-1])
         if self.coded is not None:
-            out_TO = self._activate(self.coded.multiply(x_TI, self.bias))
-        elif self.bias is not None and self.activation is not None and self.activation.is_in_products(x):
-            out_TO = torch._addmm_activation(self.bias, x_TI, self.weight.t())
-        elif (few_TO := multiply_few(x_TI, self.weight, self.bias)) is not None:
-            out_TO = self._activate(few_TO)
+            out = self.coded.multiply(x.reshape(-1, x.shape[-1]), self.bias).view(*x.shape[:-1], self.out_features)
+        elif self.activation is not None and self.bias is not None and self.activation.is_in_products(x):
+            out_TO = torch._addmm_activation(self.bias, x.reshape(-1, x.shape[-1]), self.weight.t())
+            return out_TO.view(*x.shape[:-1], self.out_features)
+        elif (few := multiply_few(x, self.weight, self.bias)) is not None:
+            out = few
         else:
-            return self._activate(super().forward(x))
-        return out_TO.view(*x.shape[:-1], self.out_features)
-
-    def _activate(self, out: Tensor) -> Tensor:
+            out = super().forward(x)
         return out if self.activation is None else _IN_PLACE[self.activation.kind](out)
 
 
