@@ -54,7 +54,7 @@ def figures(phases: dict[str, PhaseFigures], num_generated: int) -> SystemFigure
         elapsed_s=4.0,
         all_elapsed_s=[4.0],
         tokens=TokenFigures(
-            num_asked=200, num_duplicate=20, num_shared=30, num_last=0, num_computed=150, num_generated=num_generated
+            num_asked=200, num_duplicate=20, num_shared=30, num_computed=150, num_generated=num_generated
         ),
         phases=phases,
         peak_bytes={},

@@ -17,7 +17,7 @@ from flexeval.engine.compute.readout import Readout, Tokens
 from flexeval.engine.scheduler import Scheduler
 from flexeval.engine.sizes import measure_workload
 from flexeval.planning.rows import SHARED, AncestorSpan, RowPlan
-from flexeval.planning.streams import is_cut
+from flexeval.planning.streams import computed_lengths
 from flexeval.planning.summary import PlanSummary
 from flexeval.planning.usage import PATHS_IN_FLIGHT
 from flexeval.policy.policy import Policy
@@ -159,12 +159,8 @@ class Machine:
             if not plan.decode:  # a generated token's keys are read at once, by itself
                 self.unread |= set(new)
         for offset, request in plan.generators:
-            length = len(self.requests[request].prompt_ids)
-            # the first request of a stream may be one whose last token is only scored
-            assert len(row[offset]) - self.scheduler.num_drawn(request) in {
-                length,
-                length - is_cut(self.requests[request]),
-            }
+            length = computed_lengths(self.requests)[self.requests[request].prompt_ids]  # its last may be only scored
+            assert len(row[offset]) == length + self.scheduler.num_drawn(request)
         scores = zip(plan.scores.offsets.tolist(), plan.scores.token_ids.tolist(), strict=True)
         return Readout(
             tokens_of([score(row[offset], token_id) for offset, token_id in scores]),

@@ -84,12 +84,12 @@ class TokenFigures:
     """Of these, in prompts that equal an earlier one."""
     num_shared: int
     """Of the others, in beginnings that are computed with an earlier prompt."""
-    num_last: int
-    """Of the others, last ones of prompts that are only scored."""
     num_computed: int
     """What is left."""
     num_generated: int
     """Tokens generated."""
+    num_last: int = 0
+    """Of the others, last ones of prompts that are only scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

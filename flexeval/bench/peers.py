@@ -108,7 +108,6 @@ def measure_peer(job: PeerJob, progress: Progress) -> Measured:
             num_asked=num_prompt_tokens,
             num_duplicate=0,
             num_shared=0,
-            num_last=0,
             num_computed=num_prompt_tokens,
             num_generated=sum(batch.num_generated_tokens for batch in batches),
         ),

@@ -35,9 +35,9 @@ def make_streams(requests: Sequence[TokenRequest], *, is_apart: bool = False) ->
     temperature, nucleus and seed are equal too. Prompts that are only scored are one where all but their last tokens
     are equal, unless others are computed to their ends.
     """
-    whole = set() if is_apart else {request.prompt_ids for request in requests if not is_cut(request)}
+    lengths = computed_lengths(requests)
     prompts = [
-        request.prompt_ids[:-1] if is_cut(request) and request.prompt_ids not in whole else request.prompt_ids
+        request.prompt_ids[: _computed_length(request) if is_apart else lengths[request.prompt_ids]]
         for request in requests
     ]
     members: dict[tuple[object, ...], list[int]] = {}
@@ -62,6 +62,15 @@ def make_streams(requests: Sequence[TokenRequest], *, is_apart: bool = False) ->
     ]
 
 
-def is_cut(request: TokenRequest) -> bool:
-    """Whether the last token of its prompt is scored, and nothing follows it."""
-    return request.max_tokens == 0 and request.score_prompt and len(request.prompt_ids) > 1
+def computed_lengths(requests: Sequence[TokenRequest]) -> dict[tuple[int, ...], int]:
+    """Of each prompt that is asked, how many of its tokens have to be computed."""
+    lengths: dict[tuple[int, ...], int] = {}
+    for request in requests:
+        lengths[request.prompt_ids] = max(lengths.get(request.prompt_ids, 0), _computed_length(request))
+    return lengths
+
+
+def _computed_length(request: TokenRequest) -> int:
+    """All of its prompt, but for a last token that is only scored."""
+    num_tokens = len(request.prompt_ids)
+    return num_tokens - 1 if request.max_tokens == 0 and request.score_prompt and num_tokens > 1 else num_tokens

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexeval.planning.prefix import PrefixTree, build_tree
-from flexeval.planning.streams import is_cut, make_streams
+from flexeval.planning.streams import computed_lengths
 from flexeval.request import TokenRequest
 
 
@@ -34,20 +34,17 @@ class PlanSummary:
     @classmethod
     def of(cls, requests: Sequence[TokenRequest], tree: PrefixTree) -> PlanSummary:
         """Count; `tree` holds what is computed of the prompts of `requests`, equal ones at least once."""
-        num_left: dict[tuple[int, ...], int] = {}  # tokens of different prompts to be computed, if nothing were shared
-        for request in requests:
-            ids = request.prompt_ids
-            num_left[ids] = max(num_left.get(ids, 0), len(ids) - is_cut(request))
+        lengths = computed_lengths(requests)
         num_asked = sum(len(request.prompt_ids) for request in requests)
-        num_distinct_tokens = sum(map(len, num_left))
-        num_again = max(0, tree.num_computed_tokens - sum(num_left.values()))  # of equal prompts that are kept apart
+        num_distinct_tokens, num_needed = sum(map(len, lengths)), sum(lengths.values())
+        num_again = max(0, tree.num_computed_tokens - num_needed)  # of equal prompts that are kept apart
         return cls(
             num_requests=len(requests),
-            num_distinct=len(num_left),
+            num_distinct=len(lengths),
             num_asked_tokens=num_asked,
             num_duplicate_tokens=num_asked - num_distinct_tokens - num_again,
-            num_shared_tokens=sum(num_left.values()) + num_again - tree.num_computed_tokens,
-            num_last_tokens=num_distinct_tokens - sum(num_left.values()),
+            num_shared_tokens=num_needed + num_again - tree.num_computed_tokens,
+            num_last_tokens=num_distinct_tokens - num_needed,
             num_computed_tokens=tree.num_computed_tokens,
             num_nodes=len(tree.nodes),
         )
@@ -68,6 +65,6 @@ class PlanSummary:
 
 def summarize(requests: Sequence[TokenRequest], *, is_apart: bool = False) -> PlanSummary:
     """What a plan for these requests saves; of those kept `is_apart`, equal ones alone are computed once."""
-    prompts = list({stream.prompt_ids: None for stream in make_streams(requests)})
+    prompts = [prompt_ids[:length] for prompt_ids, length in computed_lengths(requests).items()]
     longest = max(map(len, prompts), default=1)
     return PlanSummary.of(requests, build_tree(prompts, max_node_tokens=longest, is_apart=is_apart))
