@@ -61,10 +61,10 @@ def runs_of(lengths: Sequence[int], device: str) -> Runs:
 
 
 def test_blocks_of_queries_are_all_and_those_that_see_most_come_first() -> None:
-    blocks_K3 = runs_of(LENGTHS, "cpu").blocks_K3.tolist()
-    tokens = sorted(token for _, stop, first in blocks_K3 for token in range(first, min(first + QUERY_BLOCK, stop)))
+    blocks_U3 = runs_of(LENGTHS, "cpu").blocks_U3.tolist()
+    tokens = sorted(token for _, stop, first in blocks_U3 for token in range(first, min(first + QUERY_BLOCK, stop)))
     assert tokens == list(range(sum(LENGTHS)))
-    seen = [first - start for start, _, first in blocks_K3]
+    seen = [first - start for start, _, first in blocks_U3]
     assert seen == sorted(seen, reverse=True) and max(seen) == 256
 
 

@@ -24,7 +24,6 @@ from flexeval.engine.compute.activations import Activated, find_activated, fuse_
 from flexeval.engine.compute.binding import bind, fill_buffers, place_of, unchanging_rotary
 from flexeval.engine.compute.building import OTHER_FAMILY, build_on_meta, find_layers, find_specs
 from flexeval.engine.compute.channels import Keys
-from flexeval.engine.compute.ending import Ending, find_ending
 from flexeval.engine.compute.experts import Fetch, experts_per_token, find_experts, register_experts
 from flexeval.engine.compute.fusion import Fusion
 from flexeval.engine.compute.gates import fuse_gates
@@ -40,6 +39,7 @@ from flexeval.engine.compute.port import (
 )
 from flexeval.engine.compute.rotary import fuse_rotary
 from flexeval.engine.compute.spec import TensorSpec
+from flexeval.engine.compute.tail import Tail, find_tail
 from flexeval.engine.compute.vocabulary import Vocabulary
 from flexeval.errors import UnsupportedModelError
 
@@ -117,7 +117,7 @@ class Anatomy:
         parent, _, leaf = self.layers_name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._stubs))
         self._fuse_activated()
-        self._ending = self._find_ending()
+        self._tail = self._find_tail()
 
     @property
     def num_layers(self) -> int:
@@ -262,19 +262,19 @@ class Anatomy:
                 found[kind] = find_activated(layer, partial(self.without_memory, index))
             fuse_activated(layer, found.get(kind, ()), self.fusion)
 
-    def _find_ending(self) -> Ending | None:
+    def _find_tail(self) -> Tail | None:
         width = self.config.get_text_config().hidden_size
         given_1TD = torch.empty(1, 2, width, dtype=self.dtype, device="meta")
         self._stubs[-1].replacement = given_1TD
         try:
-            return find_ending(self.model, given_1TD)
+            return find_tail(self.model, given_1TD)
         finally:
             self._stubs[-1].replacement = self._stubs[-1].seen = None
 
     def head(self, hidden_1TD: Tensor) -> Tensor:
         """Logits `[1, T, V]` of hidden states that left the last layer."""
-        if self._ending is not None:
-            return self._ending(hidden_1TD)
+        if self._tail is not None:
+            return self._tail(hidden_1TD)
         num_tokens = hidden_1TD.shape[1]
         zeros_1T = torch.zeros(1, num_tokens, dtype=torch.long, device=hidden_1TD.device)
         self._stubs[-1].replacement = hidden_1TD

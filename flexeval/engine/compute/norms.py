@@ -69,12 +69,11 @@ def _find_norm(module: nn.Module) -> _Norm | None:
 
 def _fuse(module: nn.Module, norm: _Norm, fusion: Fusion) -> None:
     plain = module.forward
+    is_plain_rms = norm == _Norm(norm.epsilon)
+    has_kernel = fusion.applies if is_plain_rms else fusion.is_on_gpu  # a CPU has none for others
 
     def forward(hidden_states: Tensor) -> Tensor:
-        weight_D = module.get_parameter("weight")
-        is_on_gpu = fusion.is_on_gpu(hidden_states)
-        has_kernel = is_on_gpu or (norm == _Norm(norm.epsilon) and fusion.applies(hidden_states))
-        if has_kernel and hidden_states.dtype == weight_D.dtype:
+        if has_kernel(hidden_states) and hidden_states.dtype == (weight_D := module.get_parameter("weight")).dtype:
             if hidden_states.device.type == "cpu":
                 return host_passes.rms_norm(hidden_states, weight_D, norm.epsilon)
             return _normalize(hidden_states, weight_D, getattr(module, "bias", None), norm)

@@ -1,6 +1,6 @@
 """Prompts' attention on a GPU: what the kernel of `prompt_kernel.py` is launched with. Needs Triton.
 
-Shapes: T tokens, S keys, N query heads, K KV heads, H size of a key, W size of a value, B blocks of queries.
+Shapes: T tokens, S keys, N query heads, K KV heads, H size of a key, W size of a value, U blocks of queries.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flexeval.engine.compute.port import AttentionOptions
 from flexeval.engine.compute.prompt_kernel import prompt_kernel
 from flexeval.engine.compute.row import QUERY_BLOCK
 
@@ -24,14 +25,7 @@ _LEAST = 16
 
 
 def attend_to_own(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKW: Tensor,
-    blocks_K3: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, blocks_U3: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within runs of tokens.
 
@@ -39,15 +33,14 @@ def attend_to_own(
         q_TNH: Queries of all runs, in 16 bits.
         k_TKH: Their keys.
         v_TKW: Their values.
-        blocks_K3: int32, as `Runs` has them.
-        scale: Factor on the scores.
-        window: A query sees this many tokens, its own included.
-        softcap: Scores become softcap * tanh(score / softcap).
+        blocks_U3: int32, as `Runs` has them.
+        options: Scale, window and soft cap.
 
     Returns:
         Output `[T, N, W]` and log-sum-exp of the scores `[T, N]`, float32.
     """
-    return _launch(q_TNH, k_TKH, v_TKW, blocks_K3, None, len(blocks_K3), scale, window, softcap)
+    sizes = options.scale, options.window, options.softcap
+    return _launch(q_TNH, k_TKH, v_TKW, blocks_U3, None, len(blocks_U3), *sizes)
 
 
 def attend_to_all(
@@ -90,7 +83,7 @@ def _launch(
     q_TNH: Tensor,
     k_SKH: Tensor,
     v_SKW: Tensor,
-    blocks_K3: Tensor | None,
+    blocks_U3: Tensor | None,
     positions: _Positions | None,
     num_blocks: int,
     scale: float,
@@ -112,7 +105,7 @@ def _launch(
             q_TNH,
             k_SKH,
             v_SKW,
-            blocks_K3,
+            blocks_U3,
             None if positions is None else positions.queries_T,
             out_TNW,
             lse_TN,
@@ -133,7 +126,7 @@ def _launch(
             VALUE_ROOM=value_room,
             QUERIES=QUERY_BLOCK,
             KEYS=num_keys,
-            IS_CAUSAL=blocks_K3 is not None,
+            IS_CAUSAL=blocks_U3 is not None,
             HAS_WINDOW=window is not None,
             HAS_SOFTCAP=softcap is not None,
             num_warps=4,

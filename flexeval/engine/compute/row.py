@@ -2,7 +2,7 @@
 
 Knows indices; not the tensors of any layer.
 
-Shapes: T tokens of the row, W of them needed, B sequences, L longest of them, S longest context, K blocks of queries.
+Shapes: T tokens of the row, W of them needed, B sequences, L longest of them, S longest context, U blocks of queries.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Runs(NamedTuple):
     """int32: first token of each in the row, and the end of the last."""
     longest: int
     """Tokens of the longest."""
-    blocks_K3: Tensor
+    blocks_U3: Tensor
     """int32, for every `QUERY_BLOCK` tokens of each: first token of the span, its end, and first token of the block.
     Those that see most come first: none is left over when all others are done."""
 
@@ -189,7 +189,7 @@ class RowMaker:
         bounds = np.array([*(span.start for span in spans), spans[-1].start + spans[-1].length], dtype=np.int32)
         lengths = [span.length for span in spans]
         assert (np.diff(bounds) == lengths).all(), (bounds, lengths, "fresh spans lie back to back")
-        blocks_K3 = np.array(
+        blocks_U3 = np.array(
             [
                 (span.start, span.start + span.length, span.start + step)
                 for span in spans
@@ -197,8 +197,8 @@ class RowMaker:
             ],
             dtype=np.int32,
         )
-        most_first_K = np.argsort(blocks_K3[:, 0] - blocks_K3[:, 2], kind="stable")
-        return Runs(_move(bounds, self._device), max(lengths), _move(blocks_K3[most_first_K], self._device))
+        most_first_U = np.argsort(blocks_U3[:, 0] - blocks_U3[:, 2], kind="stable")
+        return Runs(_move(bounds, self._device), max(lengths), _move(blocks_U3[most_first_U], self._device))
 
     def for_later(self, row: Row) -> Row:
         """The row with contexts that hold for its next steps as well, as far as they have room."""

@@ -31,9 +31,7 @@ def attend_within_runs(
     if _is_ours(q_TNH, v_TKW) and not (is_torchs and q_TNH.shape[-1] > _OURS_SIZE):
         from flexeval.engine.compute.prompts import attend_to_own
 
-        return attend_to_own(
-            q_TNH, k_TKH, v_TKW, runs.blocks_K3, scale=options.scale, window=options.window, softcap=options.softcap
-        )
+        return attend_to_own(q_TNH, k_TKH, v_TKW, runs.blocks_U3, options)
     return _flash(q_TNH, k_TKH, v_TKW, runs, options) if is_torchs else None
 
 

@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import nn
 
 from flexeval.engine.compute.anatomy import Anatomy
-from flexeval.engine.compute.ending import find_ending
+from flexeval.engine.compute.tail import find_tail
 
 
 def bound(family: str) -> Anatomy:
@@ -23,10 +23,10 @@ def bound(family: str) -> Anatomy:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_whole_models(family: str) -> None:
     anatomy, hidden_1TD = bound(family), torch.randn(1, 7, 64)
-    assert anatomy._ending is not None
+    assert anatomy._tail is not None
     with torch.inference_mode():
         short = anatomy.head(hidden_1TD)
-        anatomy._ending = None
+        anatomy._tail = None
         assert torch.equal(short, anatomy.head(hidden_1TD)) and short.shape == (1, 7, 200)
 
 
@@ -49,7 +49,7 @@ def test_an_end_that_is_more_than_modules_is_left_to_the_model(monkeypatch: pyte
     anatomy = Anatomy(tiny_config("llama"), torch.float32)
     decoder = anatomy.model.get_decoder()
     given = anatomy._stubs[-1].replacement = torch.empty(1, 2, 64, device="meta")
-    assert find_ending(anatomy.model, given) is not None
+    assert find_tail(anatomy.model, given) is not None
 
     plain = type(decoder).forward
 
@@ -59,8 +59,8 @@ def test_an_end_that_is_more_than_modules_is_left_to_the_model(monkeypatch: pyte
         return output
 
     monkeypatch.setattr(type(decoder), "forward", forward)
-    assert find_ending(anatomy.model, given) is None
+    assert find_tail(anatomy.model, given) is None
 
 
 def test_a_family_that_cannot_be_called_without_memory_is_left_as_it_is() -> None:
-    assert Anatomy(tiny_config("bloom"), torch.float32)._ending is None
+    assert Anatomy(tiny_config("bloom"), torch.float32)._tail is None

@@ -26,7 +26,7 @@ class _Call(NamedTuple):
     out: Any
 
 
-class Ending:
+class Tail:
     """The end of one model."""
 
     def __init__(self, last: Sequence[nn.Module], decoder: nn.Module, output: ModelOutput, model: PreTrainedModel):
@@ -55,7 +55,7 @@ class Ending:
             del self._decoder.forward
 
 
-def find_ending(model: PreTrainedModel, hidden_1TD: Tensor) -> Ending | None:
+def find_tail(model: PreTrainedModel, hidden_1TD: Tensor) -> Tail | None:
     """The end of a model on `meta`, whose last layer gives `hidden_1TD`, seen in a call without memory.
 
     None where it is not a few modules, each called with just what the one before it gave: then only the model knows.
@@ -87,12 +87,12 @@ def find_ending(model: PreTrainedModel, hidden_1TD: Tensor) -> Ending | None:
             found = call  # the outermost is the last
     if found is None or "forward" in vars(found.module):
         return None
-    ending = Ending(last, found.module, found.out, model)
+    tail = Tail(last, found.module, found.out, model)
     try:
-        is_same = ending(hidden_1TD).shape == logits_1TV.shape
+        is_same = tail(hidden_1TD).shape == logits_1TV.shape
     except Exception:  # its end asks for more than hidden states
         return None
-    return ending if is_same else None
+    return tail if is_same else None
 
 
 def _is_same(tensor: Any, x: Tensor) -> bool:
