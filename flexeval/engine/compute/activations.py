@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from flexeval.engine.compute.fusion import Fusion
 from flexeval.engine.compute.linear import Activation, CodedLinear
-from flexeval.engine.compute.trying import ACTIVATIONS, is_same, numbers, try_out
+from flexeval.engine.compute.trying import ACTIVATIONS, is_same, numbers, try_out, watch
 
 _WIDTH = 8
 
@@ -44,27 +44,16 @@ def find_activated(layer: nn.Module, without_memory: Callable[[], Callable[[], o
     }
     if not activations:
         return []
-    made: list[tuple[str, Tensor]] = []
-    taken: list[tuple[str, Tensor]] = []
-    hooks = []
-    for name, module in layer.named_modules():
-        if isinstance(module, CodedLinear):
-            hooks.append(module.register_forward_hook(lambda _, args, out, name=name: made.append((name, out))))
-        elif name in activations:
-            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: taken.append((name, args[0]))))
-    try:
-        without_memory()()
-    except Exception:  # a family that cannot run here: whoever runs it says so
-        return []
-    finally:
-        for hook in hooks:
-            hook.remove()
-    num_calls = Counter(name for name, _ in made + taken)
+    calls = watch(layer, lambda: without_memory()())
+    names = {module: name for name, module in layer.named_modules()}
+    num_calls = Counter(names[call.module] for call in calls)
+    made = [call for call in calls if isinstance(call.module, CodedLinear)]
+    taken = [call for call in calls if names[call.module] in activations and len(call.args) == 1]
+    pairs = [(names[one.module], names[other.module]) for one in made for other in taken if other.args[0] is one.out]
     return [
         Activated(linear, function, activations[function])
-        for function, x in taken
-        for linear, out in made
-        if out is x and num_calls[linear] == num_calls[function] == 1
+        for linear, function in pairs
+        if num_calls[linear] == num_calls[function] == 1
     ]
 
 

@@ -8,8 +8,8 @@ layer's output. So a family needs no code of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -236,9 +236,13 @@ class Anatomy:
         def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> Tensor:
             return v_TKW.new_empty(q_TNH.shape[0], q_TNH.shape[1], v_TKW.shape[-1])
 
+        return partial(self.run_layer, layer, *self._entering(layer, num_tokens), attend)
+
+    def _entering(self, layer: int, num_tokens: int) -> tuple[Tensor, LayerCall]:
+        """What a layer is called with, without memory."""
         ids_1T = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
         embedded = self.embed(ids_1T, torch.arange(num_tokens, device="meta")[None])
-        return partial(self.run_layer, layer, embedded.hidden_1TD, embedded.calls[layer], attend)
+        return embedded.hidden_1TD, embedded.calls[layer]
 
     def kv_shape(self, layer: int) -> KVShape:
         """One token's keys and values, found by calling a layer of its kind without memory, up to its attention.
@@ -248,9 +252,7 @@ class Anatomy:
         kind = tuple(self.layer_specs(layer))
         if kind not in self._kv_shapes:
             assert self.keys is None, "their tensors lie in memory"
-            one_1T = torch.zeros(1, 1, dtype=torch.long, device="meta")
-            embedded = self.embed(one_1T, one_1T)
-            inputs = self.run_to_attention(layer, embedded.hidden_1TD, embedded.calls[layer])
+            inputs = self.run_to_attention(layer, *self._entering(layer, 1))
             self._kv_shapes[kind] = KVShape.of(inputs.k_TKH, inputs.v_TKW)
         return self._kv_shapes[kind]
 
@@ -264,10 +266,16 @@ class Anatomy:
 
     def _find_tail(self) -> Tail | None:
         width = self.config.get_text_config().hidden_size
-        given_1TD = torch.empty(1, 2, width, dtype=self.dtype, device="meta")
-        self._stubs[-1].replacement = given_1TD
+        left_1TD = torch.empty(1, 2, width, dtype=self.dtype, device="meta")
+        with self._leaving(left_1TD):
+            return find_tail(self.model, left_1TD)
+
+    @contextmanager
+    def _leaving(self, hidden_1TD: Tensor) -> Iterator[None]:
+        """Meanwhile these hidden states leave the last layer."""
+        self._stubs[-1].replacement = hidden_1TD
         try:
-            return find_tail(self.model, given_1TD)
+            yield
         finally:
             self._stubs[-1].replacement = self._stubs[-1].seen = None
 
@@ -275,12 +283,7 @@ class Anatomy:
         """Logits `[1, T, V]` of hidden states that left the last layer."""
         if self._tail is not None:
             return self._tail(hidden_1TD)
-        num_tokens = hidden_1TD.shape[1]
-        zeros_1T = torch.zeros(1, num_tokens, dtype=torch.long, device=hidden_1TD.device)
-        self._stubs[-1].replacement = hidden_1TD
-        try:
-            with self.vocabulary.looking_up(zeros_1T) as ids_1T:
-                logits: Tensor = self.model(input_ids=ids_1T, position_ids=zeros_1T, use_cache=False).logits
-        finally:
-            self._stubs[-1].replacement = self._stubs[-1].seen = None
+        zeros_1T = torch.zeros(hidden_1TD.shape[:2], dtype=torch.long, device=hidden_1TD.device)
+        with self._leaving(hidden_1TD), self.vocabulary.looking_up(zeros_1T) as ids_1T:
+            logits: Tensor = self.model(input_ids=ids_1T, position_ids=zeros_1T, use_cache=False).logits
         return logits

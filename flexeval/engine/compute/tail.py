@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from flexeval.engine.compute.binding import unchanging_rotary
-
-
-class _Call(NamedTuple):
-    """A module that was called."""
-
-    module: nn.Module
-    args: Sequence[Any]
-    out: Any
+from flexeval.engine.compute.trying import Call, watch
 
 
 class Tail:
@@ -60,25 +53,18 @@ def find_tail(model: PreTrainedModel, hidden_1TD: Tensor) -> Tail | None:
 
     None where it is not a few modules, each called with just what the one before it gave: then only the model knows.
     """
-    calls: list[_Call] = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, out: calls.append(_Call(module, args, out)))
-        for module in model.modules()
-        if module is not model
-    ]
     ids_1T = torch.zeros(hidden_1TD.shape[:2], dtype=torch.long, device="meta")
-    try:
+    logits_shape = None
+
+    def run() -> None:
+        nonlocal logits_shape
         with unchanging_rotary(model):
-            logits_1TV = model(input_ids=ids_1T, position_ids=ids_1T, use_cache=False).logits
-    except Exception:  # a family that cannot run here: whoever runs it says so
-        return None
-    finally:
-        for hook in hooks:
-            hook.remove()
+            logits_shape = model(input_ids=ids_1T, position_ids=ids_1T, use_cache=False).logits.shape
+
     last: list[nn.Module] = []
-    found = None
+    found: Call | None = None
     x = hidden_1TD
-    for call in calls:
+    for call in watch(model, run):
         is_next = found is None and len(call.args) == 1 and _is_same(call.args[0], x)
         if is_next and isinstance(call.out, Tensor):
             last.append(call.module)
@@ -89,7 +75,7 @@ def find_tail(model: PreTrainedModel, hidden_1TD: Tensor) -> Tail | None:
         return None
     tail = Tail(last, found.module, found.out, model)
     try:
-        is_same = tail(hidden_1TD).shape == logits_1TV.shape
+        is_same = tail(hidden_1TD).shape == logits_shape
     except Exception:  # its end asks for more than hidden states
         return None
     return tail if is_same else None

@@ -1,4 +1,4 @@
-"""What a piece of a model computes, found by trying it on random numbers. Knows functions of tensors; no family.
+"""What a piece of a model computes, found by trying it on random numbers, and what it calls. Knows no family.
 
 Shapes: S scales of random numbers, T tokens, D numbers of each.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,6 +24,36 @@ _SCALES = (1.0, 1e2, 1e6)
 """Of random numbers: large ones find what is clamped."""
 _TOLERANCE = 1e-5
 """Of a token's largest number, in float32: what computes anything else is farther away."""
+
+
+class Call(NamedTuple):
+    """A module that was called."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    """Without those that were named."""
+    out: Any
+
+
+def watch(root: nn.Module, run: Callable[[], object]) -> list[Call]:
+    """The calls of modules under `root` while `run` runs, in the order in which they end; none where that fails.
+
+    A family that cannot run here fails: whoever runs it says so.
+    """
+    calls: list[Call] = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, out: calls.append(Call(module, args, out)))
+        for module in root.modules()
+        if module is not root
+    ]
+    try:
+        run()
+    except Exception:
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
 
 
 def numbers(size: int, generator: Generator) -> Tensor:
