@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flexeval.engine.compute.port import AttentionOptions
-from flexeval.engine.compute.row import QUERY_BLOCK, RowMaker, Runs
+from flexeval.engine.compute.row import QUERY_BLOCK, Runs, make_runs
 from flexeval.engine.compute.runs import attend_before, attend_within_runs
-from flexeval.planning.rows import FreshSpan, RowPlan
+from flexeval.planning.rows import FreshSpan
 
 LENGTHS = (1, 130, 3, QUERY_BLOCK, 300, QUERY_BLOCK + 1)
 FIRST = 20
@@ -53,11 +53,7 @@ def is_for_torch(shape: Shape) -> bool:
 def runs_of(lengths: Sequence[int], device: str) -> Runs:
     starts = np.cumsum([0, *lengths])
     spans = [FreshSpan(node=i, start=int(starts[i]), length=length) for i, length in enumerate(lengths)]
-    ids = np.zeros(sum(lengths), dtype=np.int64)
-    plan = RowPlan(token_ids=ids, positions=ids, fresh=tuple(spans))
-    runs = RowMaker(torch.device(device)).make(0, plan).runs
-    assert runs is not None
-    return runs
+    return make_runs(spans, torch.device(device))
 
 
 def test_blocks_of_queries_are_all_and_those_that_see_most_come_first() -> None:
@@ -72,7 +68,7 @@ def test_a_cpu_has_none_of_these_kernels() -> None:
     q, k, v = (torch.randn(sum(LENGTHS), 4, 64, dtype=torch.bfloat16) for _ in range(3))
     assert attend_within_runs(q, k, v, runs_of(LENGTHS, "cpu"), AttentionOptions(scale=1.0)) is None
     positions = torch.arange(len(q))
-    assert attend_before(q, k, v, positions, 0, scale=1.0, window=None, softcap=None) is None
+    assert attend_before(q, k, v, positions, 0, AttentionOptions(scale=1.0)) is None
 
 
 def draw(num_tokens: int, num_heads: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -134,7 +130,8 @@ def test_to_what_lies_before(name: str, num_tokens: int, num_keys: int) -> None:
     position_T = FIRST + num_keys + torch.arange(num_tokens, device="cuda") % 200
     distance_TS = position_T[:, None] - (FIRST + torch.arange(num_keys, device="cuda"))
     is_seen_TS = distance_TS < (shape.window or 10**6)
-    made = attend_before(q, k, v, position_T, FIRST, scale=scale_of(shape), window=shape.window, softcap=shape.softcap)
+    options = AttentionOptions(scale=scale_of(shape), window=shape.window, softcap=shape.softcap)
+    made = attend_before(q, k, v, position_T, FIRST, options)
     assert_near(made, exact(q, k, v, is_seen_TS, shape), dtype)
 
 
@@ -159,6 +156,6 @@ def test_other_numbers_are_for_other_kernels() -> None:
     for dtype, size in ((torch.float32, 64), (torch.bfloat16, 320)):
         q, k, v = (torch.randn(5, 2, size, device="cuda", dtype=dtype) for _ in range(3))
         assert attend_within_runs(q, k, v, runs_of([5], "cuda"), options) is None
-        assert attend_before(q, k, v, torch.arange(5, device="cuda"), 0, scale=1.0, window=None, softcap=None) is None
+        assert attend_before(q, k, v, torch.arange(5, device="cuda"), 0, AttentionOptions(scale=1.0)) is None
     q, k, v = (torch.randn(5, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    assert attend_before(q, k, v, torch.arange(5, device="cuda"), 0, scale=1.0, window=None, softcap=None) is None
+    assert attend_before(q, k, v, torch.arange(5, device="cuda"), 0, AttentionOptions(scale=1.0)) is None

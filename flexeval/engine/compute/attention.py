@@ -9,6 +9,7 @@ B sequences, L fresh tokens, S context, A descendants' tokens, P ancestor's toke
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -199,17 +200,8 @@ def _attend_to_ancestor(
     positions_A = row.positions_1T[0, tokens]
     window = options.window
     if window is not None and span.last_position - span.first_key_position < window:
-        window = None
-    seen = attend_before(
-        q_TNH[tokens],
-        keys_PKH,
-        values_PKW,
-        positions_A,
-        span.first_key_position,
-        scale=options.scale,
-        window=window,
-        softcap=options.softcap,
-    )
+        window, options = None, replace(options, window=None)
+    seen = attend_before(q_TNH[tokens], keys_PKH, values_PKW, positions_A, span.first_key_position, options)
     if seen is None:
         mask_1AP = None
         if window is not None:

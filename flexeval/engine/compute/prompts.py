@@ -39,8 +39,7 @@ def attend_to_own(
     Returns:
         Output `[T, N, W]` and log-sum-exp of the scores `[T, N]`, float32.
     """
-    sizes = options.scale, options.window, options.softcap
-    return _launch(q_TNH, k_TKH, v_TKW, blocks_U3, None, len(blocks_U3), *sizes)
+    return _launch(q_TNH, k_TKH, v_TKW, blocks_U3, None, len(blocks_U3), options)
 
 
 def attend_to_all(
@@ -49,10 +48,7 @@ def attend_to_all(
     v_SKW: Tensor,
     positions_T: Tensor,
     first_position: int,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Attention of all queries to all keys, or to those of them in the window before each.
 
@@ -62,16 +58,14 @@ def attend_to_all(
         v_SKW: Their values.
         positions_T: int64, contiguous, the position of each query.
         first_position: Of the first key.
-        scale: Factor on the scores.
-        window: A query sees this many tokens, its own included.
-        softcap: Scores become softcap * tanh(score / softcap).
+        options: Scale, window and soft cap.
 
     Returns:
         Output `[T, N, W]` and log-sum-exp of the scores `[T, N]`, float32, -inf where a query sees none of the keys.
     """
     positions = _Positions(positions_T, first_position)
     num_blocks = triton.cdiv(len(q_TNH), QUERY_BLOCK)
-    return _launch(q_TNH, k_SKH, v_SKW, None, positions, num_blocks, scale, window, softcap)
+    return _launch(q_TNH, k_SKH, v_SKW, None, positions, num_blocks, options)
 
 
 class _Positions(NamedTuple):
@@ -86,9 +80,7 @@ def _launch(
     blocks_U3: Tensor | None,
     positions: _Positions | None,
     num_blocks: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, key_size = q_TNH.shape
     value_size = v_SKW.shape[-1]
@@ -112,9 +104,9 @@ def _launch(
             num_tokens,
             len(k_SKH),
             0 if positions is None else positions.first_key,
-            scale,
-            softcap or 0.0,
-            window or 0,
+            options.scale,
+            options.softcap or 0.0,
+            options.window or 0,
             *q_TNH.stride()[:2],
             *k_SKH.stride()[:2],
             *v_SKW.stride()[:2],
@@ -127,8 +119,8 @@ def _launch(
             QUERIES=QUERY_BLOCK,
             KEYS=num_keys,
             IS_CAUSAL=blocks_U3 is not None,
-            HAS_WINDOW=window is not None,
-            HAS_SOFTCAP=softcap is not None,
+            HAS_WINDOW=options.window is not None,
+            HAS_SOFTCAP=options.softcap is not None,
             num_warps=4,
             num_stages=num_stages,
         )

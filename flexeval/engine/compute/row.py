@@ -141,7 +141,7 @@ class RowMaker:
             ids_1T=_move(np.pad(plan.token_ids, (0, num_filling))[None], self._device),
             positions_1T=_move(np.pad(plan.positions, (0, num_filling))[None], self._device),
             fresh=tuple(self._fresh(spans) for spans in _similar(plan.fresh)),
-            runs=self._runs(plan.fresh) if plan.fresh else None,
+            runs=make_runs(plan.fresh, self._device) if plan.fresh and self._device.type == "cuda" else None,
             decode=tuple(self._decode(span) for span in plan.decode),
             compactions=tuple(
                 CompactionBatch(
@@ -185,21 +185,6 @@ class RowMaker:
             place_M=_move(np.flatnonzero(is_token), self._device),
         )
 
-    def _runs(self, spans: Sequence[FreshSpan]) -> Runs:
-        bounds = np.array([*(span.start for span in spans), spans[-1].start + spans[-1].length], dtype=np.int32)
-        lengths = [span.length for span in spans]
-        assert (np.diff(bounds) == lengths).all(), (bounds, lengths, "fresh spans lie back to back")
-        blocks_U3 = np.array(
-            [
-                (span.start, span.start + span.length, span.start + step)
-                for span in spans
-                for step in range(0, span.length, QUERY_BLOCK)
-            ],
-            dtype=np.int32,
-        )
-        most_first_U = np.argsort(blocks_U3[:, 0] - blocks_U3[:, 2], kind="stable")
-        return Runs(_move(bounds, self._device), max(lengths), _move(blocks_U3[most_first_U], self._device))
-
     def for_later(self, row: Row) -> Row:
         """The row with contexts that hold for its next steps as well, as far as they have room."""
         decode = tuple(self._contexts[batch.span.group].whole(batch) for batch in row.decode)
@@ -210,6 +195,23 @@ class RowMaker:
             self._contexts[span.group] = Contexts(self._device)
         batch = self._contexts[span.group].batch(span)
         return replace(batch, room=batch.index_BS.shape[1]) if self._is_apart else batch
+
+
+def make_runs(spans: Sequence[FreshSpan], device: torch.device) -> Runs:
+    """Fresh spans of a row, which lie back to back."""
+    bounds = np.array([*(span.start for span in spans), spans[-1].start + spans[-1].length], dtype=np.int32)
+    lengths = [span.length for span in spans]
+    assert (np.diff(bounds) == lengths).all(), (bounds, lengths, "fresh spans lie back to back")
+    blocks_U3 = np.array(
+        [
+            (span.start, span.start + span.length, span.start + step)
+            for span in spans
+            for step in range(0, span.length, QUERY_BLOCK)
+        ],
+        dtype=np.int32,
+    )
+    most_first_U = np.argsort(blocks_U3[:, 0] - blocks_U3[:, 2], kind="stable")
+    return Runs(_move(bounds, device), max(lengths), _move(blocks_U3[most_first_U], device))
 
 
 def _move(values: Integers, device: torch.device) -> Tensor:

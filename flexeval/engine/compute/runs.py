@@ -25,9 +25,7 @@ def attend_within_runs(
 
     Tokens that are in no run have no output.
     """
-    if not q_TNH.is_cuda or q_TNH.element_size() != 2:
-        return None
-    is_torchs = _is_torchs(q_TNH, v_TKW, options.softcap)
+    is_torchs = _is_torchs(q_TNH, v_TKW, options)
     if _is_ours(q_TNH, v_TKW) and not (is_torchs and q_TNH.shape[-1] > _OURS_SIZE):
         from flexeval.engine.compute.prompts import attend_to_own
 
@@ -41,30 +39,18 @@ def attend_before(
     v_SKW: Tensor,
     positions_T: Tensor,
     first_position: int,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor] | None:
     """Output `[T, N, W]` and log-sum-exp `[T, N]`, float32, over keys that lie before all queries.
 
     `first_position` is that of the first key. None where that is for another kernel: where all keys are seen, torch's
     takes as long or less.
     """
-    if not _is_ours(q_TNH, v_SKW) or (window is None and _is_torchs(q_TNH, v_SKW, softcap)):
+    if not _is_ours(q_TNH, v_SKW) or (options.window is None and _is_torchs(q_TNH, v_SKW, options)):
         return None
     from flexeval.engine.compute.prompts import attend_to_all
 
-    return attend_to_all(
-        q_TNH,
-        k_SKH,
-        v_SKW,
-        positions_T,
-        first_position,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-    )
+    return attend_to_all(q_TNH, k_SKH, v_SKW, positions_T, first_position, options)
 
 
 def _is_ours(q_TNH: Tensor, v_TKW: Tensor) -> bool:
@@ -73,10 +59,11 @@ def _is_ours(q_TNH: Tensor, v_TKW: Tensor) -> bool:
     return is_16_bits and has_triton(q_TNH.device) and max(q_TNH.shape[-1], v_TKW.shape[-1]) <= MAX_SIZE
 
 
-def _is_torchs(q_TNH: Tensor, v_TKW: Tensor, softcap: float | None) -> bool:
+def _is_torchs(q_TNH: Tensor, v_TKW: Tensor, options: AttentionOptions) -> bool:
     """Whether torch's kernel takes them."""
     size = q_TNH.shape[-1]
-    return size == v_TKW.shape[-1] and size % 8 == 0 and size <= MAX_SIZE and softcap is None
+    is_16_bits = q_TNH.is_cuda and q_TNH.element_size() == 2
+    return is_16_bits and size == v_TKW.shape[-1] and size % 8 == 0 and size <= MAX_SIZE and options.softcap is None
 
 
 def _flash(q_TNH: Tensor, k_TKH: Tensor, v_TKW: Tensor, runs: Runs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
